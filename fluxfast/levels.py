@@ -1,0 +1,122 @@
+"""The ladder: every optimisation level as frozen data. Imports nothing but the standard library.
+
+A level differs from its parent in exactly one field (`tests/test_levels.py` holds this), so a red level names the
+optimisation that broke. Ladder order is the order in which flux-fast introduced the optimisations; the order in which
+they are *applied* is fixed in `build.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+Dtype = Literal["float32", "bfloat16"]
+CompileMode = Literal["none", "max-autotune"]
+MemoryFormat = Literal["contiguous", "channels_last"]
+Attention = Literal["sdpa", "fa3_fp8", "fa3_fp8_cast_inside"]
+Quantization = Literal["none", "float8_tensorwise"]
+Packaging = Literal["jit", "aoti"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Level:
+    """One rung of the ladder.
+
+    Attributes:
+        id: what engineers say; used unchanged in test ids, file names, report rows and JSON.
+        parent: id of the rung below, None for the first.
+        dtype: of the weights and activations of the whole pipeline.
+        compile_mode: "max-autotune" compiles both block classes and the VAE decoder with Inductor; on CUDA it captures
+            the transformer and the decoder in one CUDA graph each, as `torch.compile(mode="max-autotune")` would.
+        fused_projections: one QKV GEMM instead of three in every attention of transformer and VAE decoder.
+        memory_format: of the VAE.
+        attention: "fa3_fp8" casts q, k, v to e4m3 without scales in front of FlashAttention-3, so that Inductor can
+            fuse the cast; "fa3_fp8_cast_inside" casts inside the opaque op, as flux-fast does.
+        quantization: "float8_tensorwise" is torchao's dynamic float8 with one scale a tensor, on every Linear of the
+            transformer.
+        inductor_flags: flux-fast's `INDUCTOR_FLAGS` on top of max-autotune.
+        packaging: "aoti" replaces torch.compile of the blocks by torch.export + AOTInductor packages.
+    """
+
+    id: str
+    parent: str | None = None
+    dtype: Dtype = "float32"
+    compile_mode: CompileMode = "none"
+    fused_projections: bool = False
+    memory_format: MemoryFormat = "contiguous"
+    attention: Attention = "sdpa"
+    quantization: Quantization = "none"
+    inductor_flags: bool = False
+    packaging: Packaging = "jit"
+
+    def then(self, id: str, **change: Any) -> Level:
+        """The next rung: this level with one field changed.
+
+        Raises:
+            ValueError: if the change is not exactly one field with a new value.
+        """
+        if len(change) != 1 or all(getattr(self, field) == value for field, value in change.items()):
+            raise ValueError(f"level {id!r}: a rung changes exactly one field of its parent {self.id!r}, got {change}")
+        return dataclasses.replace(self, id=id, parent=self.id, **change)
+
+    def fields(self) -> dict[str, Any]:
+        """Every optimisation field and its value, without `id` and `parent`."""
+        return {name: getattr(self, name) for name in FIELDS}
+
+    @property
+    def own_field(self) -> str | None:
+        """The field in which this level differs from its parent; None for the first rung."""
+        if self.parent is None:
+            return None
+        parent = get_level(self.parent)
+        return next(name for name in FIELDS if getattr(self, name) != getattr(parent, name))
+
+
+FIELDS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(Level) if f.name not in ("id", "parent"))
+DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Level) if f.name in FIELDS}
+
+INDUCTOR_FLAGS: dict[str, bool] = {
+    "conv_1x1_as_mm": True,
+    "epilogue_fusion": False,
+    "coordinate_descent_tuning": True,
+    "coordinate_descent_check_all_directions": True,
+}
+"""Source: flux-fast's `run_benchmark.py`; torchao's float8 config sets the last two itself unless told not to."""
+
+FP32 = Level(id="fp32")
+BF16 = FP32.then("bf16", dtype="bfloat16")
+COMPILE = BF16.then("compile", compile_mode="max-autotune")
+FUSED_QKV = COMPILE.then("fused_qkv", fused_projections=True)
+CHANNELS_LAST = FUSED_QKV.then("channels_last", memory_format="channels_last")
+FA3_FP8 = CHANNELS_LAST.then("fa3_fp8", attention="fa3_fp8")
+FLOAT8 = FA3_FP8.then("float8", quantization="float8_tensorwise")
+WITH_FLAGS = FLOAT8.then("inductor_flags", inductor_flags=True)
+AOTI = WITH_FLAGS.then("aoti", packaging="aoti")
+
+LADDER: tuple[Level, ...] = (
+    FP32,
+    BF16,
+    COMPILE,
+    FUSED_QKV,
+    CHANNELS_LAST,
+    FA3_FP8,
+    FLOAT8,
+    WITH_FLAGS,
+    AOTI,
+)
+
+FLUX_FAST = AOTI.then("flux_fast", attention="fa3_fp8_cast_inside")
+"""flux-fast's exact last recipe. Beside the ladder, not on it: it exists to be compared with."""
+
+LEVELS: dict[str, Level] = {level.id: level for level in (*LADDER, FLUX_FAST)}
+
+
+def get_level(id: str) -> Level:
+    """The level called `id`.
+
+    Raises:
+        ValueError: naming the known levels.
+    """
+    if id not in LEVELS:
+        raise ValueError(f"unknown level {id!r}; known levels: {', '.join(LEVELS)}")
+    return LEVELS[id]

@@ -1,0 +1,175 @@
+"""Every fact that crosses a process or a file, strict to and from JSON. No torch.
+
+pydantic in strict mode does the work: unknown keys, wrong types, NaN and infinity are errors when a file is read and
+when one is written.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA = 1
+"""Raised when a stored file can no longer be read as before; `store` refuses other numbers with the action to take."""
+
+METHOD = "whole-call/process-median/1"
+"""How a latency comes about: the timed region, the unit of decision, a revision. Raised when samples stop comparing."""
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Strict(BaseModel):
+    """Frozen, no unknown keys, no coercion, no NaN."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Environment(Strict):
+    """What a number was measured on. A null means: not there."""
+
+    python: str
+    torch: str
+    triton: str | None
+    torchao: str
+    diffusers: str
+    transformers: str
+    fa3: str | None
+    cuda: str | None
+    driver: str | None
+    device_name: str
+    capability: str | None
+    power_limit_w: int | None
+    cpu_name: str
+    cpu_threads: int
+    platform: str
+
+
+class Counters(Strict):
+    """NVML's cumulative counters over the timed region, and who else was there. All None without a GPU.
+
+    Nanoseconds of violation, from `nvmlDeviceGetViolationStatus` and the clock-event fields.
+    """
+
+    power_violation_ns: Count | None = None
+    thermal_violation_ns: Count | None = None
+    hw_slowdown_ns: Count | None = None
+    power_brake_ns: Count | None = None
+    foreign_pids: list[int] = []
+    sm_clock_mhz_before: Count | None = None
+    sm_clock_mhz_after: Count | None = None
+
+
+class Proof(Strict):
+    """A counted fact: `field` is on because `what` was observed as often as expected."""
+
+    field: str
+    what: str
+    observed: int
+    expected: int
+
+    @property
+    def holds(self) -> bool:
+        return self.observed == self.expected
+
+
+class ErrorKind(enum.StrEnum):
+    OOM = "oom"
+    HANG = "hang"
+    CRASH = "crash"
+    IMPORT = "import"
+    STEP_NOT_APPLIED = "step_not_applied"
+    BAD_INPUT = "bad_input"
+    EXCEPTION = "exception"
+    INTERRUPTED = "interrupted"
+
+
+class Failure(Strict):
+    """Why a worker gave no measurement."""
+
+    kind: ErrorKind
+    stage: str
+    message: str
+    exit_status: int | None
+    log_tail: str
+    command: str
+
+
+class Measurement(Strict):
+    """What one worker process measured."""
+
+    clock: Literal["wall", "cuda_event"]
+    samples_s: Annotated[list[Seconds], Field(min_length=1)]
+    """One a round: the whole `pipeline(...)` call on `clock`, seconds."""
+    wall_s: Annotated[list[Seconds], Field(min_length=1)]
+    stages_s: dict[str, list[Finite]]
+    """`text_encode`, `step_0` ..., `decode`, `postprocess`: one a round each, on `clock`, seconds."""
+    load_s: Seconds
+    apply_s: Seconds
+    """Steps applied, packages compiled ahead of time; just-in-time compilation falls into `warmup_s`."""
+    warmup_s: Seconds
+    peak_memory_bytes: Annotated[int, Field(gt=0)]
+    """CUDA: peak allocated. CPU: peak resident set."""
+    transformer_weight_bytes: Annotated[int, Field(gt=0)]
+    proofs: list[Proof]
+    inductor_config: dict[str, Any]
+    """Options that Inductor was given beyond its defaults."""
+    image: str
+    """File name of the image of the last timed round, relative to the result."""
+    image_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    step_output: str
+    """File name of the first denoising step's output of that same call, `.npy`, float32."""
+
+
+class Result(Strict):
+    """One worker process: exactly one of `measurement` and `failure`."""
+
+    result_schema: Literal[1] = SCHEMA
+    method: str = METHOD
+    level: str
+    workload: str
+    workload_digest: str
+    process: Count
+    fields: dict[str, Any]
+    """The effective optimisation fields, after unavailable ones were taken out."""
+    unavailable: dict[str, str]
+    """Field -> why this machine cannot do it."""
+    injection: str | None = None
+    environment: Environment | None
+    counters: Counters | None = None
+    measurement: Measurement | None = None
+    failure: Failure | None = None
+
+
+class Outcome(enum.StrEnum):
+    PASS = "pass"
+    REGRESSED = "regressed"
+    IMPROVED = "improved"
+    VOID = "void"
+    INCOMPARABLE = "incomparable"
+    NO_BASELINE = "no_baseline"
+    ERROR = "error"
+
+
+class Verdict(Strict):
+    """What a test asserts on."""
+
+    outcome: Outcome
+    level: str
+    rule: str
+    """Which rule decided, in a word: `interval`, `ladder`, `limit`, `count`, `environment`, ..."""
+    message: str
+    """What was observed, what was expected and from where, what to do next. One paragraph."""
+    numbers: dict[str, Finite | None] = {}
+    """`ratio`, `low`, `high`, `limit`, `smallest_visible` for latency; metric values and limits for fidelity."""
+
+    @property
+    def ok(self) -> bool:
+        return self.outcome in (Outcome.PASS, Outcome.IMPROVED)
+
+    def explain(self) -> str:
+        """The whole failure text."""
+        return f"{self.outcome.value} [{self.level}] ({self.rule}): {self.message}"
