@@ -144,6 +144,63 @@ class Result(Strict):
     failure: Failure | None = None
 
 
+class ProcessSamples(Strict):
+    """What a baseline keeps of one process."""
+
+    samples_s: Annotated[list[Seconds], Field(min_length=1)]
+    wall_s: list[Seconds] = []
+    counters: Counters | None = None
+
+
+class LevelBaseline(Strict):
+    """What is expected of one level."""
+
+    fields: dict[str, Any]
+    unavailable: dict[str, str] = {}
+    processes: Annotated[list[ProcessSamples], Field(min_length=1)]
+    nights: list[Finite] = []
+    """Log ratios of earlier accepted nights to this baseline: how much this level moves when nothing changed."""
+    proofs: list[Proof] = []
+    peak_memory_bytes: list[Count] = []
+    transformer_weight_bytes: Count | None = None
+    fidelity: dict[str, list[Finite]] = {}
+    """Metric -> one value a fresh process, against the same run's bf16 image."""
+    step_error: list[Finite] = []
+    """Relative L2 of the one-step transformer output against float32, one a fresh process."""
+
+
+class AnnotatedStep(Strict):
+    """A change that was looked at and accepted."""
+
+    level: str
+    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
+    ratio: Seconds
+    """New median over old."""
+    reason: Annotated[str, Field(min_length=1)]
+
+
+class Baseline(Strict):
+    """The `fluxfast` block of a baseline file; the rest of the file is stock pytest-benchmark JSON."""
+
+    baseline_schema: Literal[1] = SCHEMA
+    method: str
+    source: Literal["recorded", "published"]
+    source_note: str = ""
+    """Of a published baseline: where the numbers come from."""
+    slug: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
+    workload: dict[str, Any]
+    workload_digest: str
+    environment: Environment | None
+    """None only in a published baseline."""
+    levels: Annotated[dict[str, LevelBaseline], Field(min_length=1)]
+    reference_image: str | None = None
+    """Path of the bf16 image, relative to the baseline file."""
+    reference_sha256: str | None = None
+    fidelity_method: dict[str, Any] = {}
+    """Metric -> variant and parameters."""
+    steps: list[AnnotatedStep] = []
+
+
 class Outcome(enum.StrEnum):
     PASS = "pass"
     REGRESSED = "regressed"
