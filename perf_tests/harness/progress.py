@@ -1,0 +1,165 @@
+"""What a worker says while it runs, and how it is shown. No torch.
+
+The worker's side, files in the folder it is given as `--out`:
+
+* `progress.jsonl`: `report_stage` appends a line when a stage begins and, as often as it likes outside timed regions,
+  for its detail. A stage's deadline runs from its first line; more lines of the same stage do not extend it.
+* `result.json`: `write_result`, once, as the last act before exit status 0.
+* On a failure it knows: `leave(out, exit_status.OOM, sentence)`, and no `result.json`. The runner writes that.
+
+The parent's side: `StageReader` follows the file, `ProgressPrinter` shows it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, Literal, NoReturn, TextIO, get_args
+
+from perf_tests.harness.schema import Result
+
+Stage = Literal["load", "apply", "warmup", "measure", "finish"]
+STAGES: Final[tuple[Stage, ...]] = get_args(Stage)
+PROGRESS_FILE: Final = "progress.jsonl"
+RESULT_FILE: Final = "result.json"
+CI_LINE_EVERY_S: Final = 15.0
+
+OnProgress = Callable[[str, int, Stage, str, float], None]
+"""Called with level, process index, stage, detail and the seconds spent in this stage so far."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Deadlines:
+    """The longest a worker may stay in each stage, seconds. `apply` compiles ahead of time, `warmup` just in time."""
+
+    load_s: float
+    apply_s: float
+    warmup_s: float
+    measure_s: float
+    finish_s: float
+
+    def of(self, stage: Stage) -> float:
+        """Seconds allowed for `stage`."""
+        return float(getattr(self, f"{stage}_s"))
+
+    def scaled(self, factor: float) -> Deadlines:
+        """Every deadline times `factor`: for a slow or a shared machine."""
+        return Deadlines(**{f"{stage}_s": self.of(stage) * factor for stage in STAGES})
+
+
+CPU_DEADLINES: Final = Deadlines(load_s=180, apply_s=900, warmup_s=900, measure_s=300, finish_s=60)
+"""For the tiny workload on two cores; a cold Inductor cache takes most of the time."""
+GPU_DEADLINES: Final = Deadlines(load_s=900, apply_s=1800, warmup_s=1800, measure_s=900, finish_s=120)
+"""For the full shape: 34 GB of weights from a cold disk, max-autotune with an empty cache, 28-step float32 rounds."""
+
+
+def report_stage(out: Path, stage: Stage, detail: str = "") -> None:
+    """Worker: say that `stage` has begun, or where in it the work is ("round 3/10").
+
+    Raises:
+        ValueError: if there is no such stage.
+    """
+    if stage not in STAGES:
+        raise ValueError(f"unknown stage {stage!r}; stages are {', '.join(STAGES)}")
+    _append(out, {"stage": stage, "t": time.monotonic(), "detail": detail})
+
+
+def leave(out: Path, status: int, sentence: str) -> NoReturn:
+    """Worker: give up with one of `exit_status` and one sentence for the user, which becomes the failure's message."""
+    _append(out, {"error": sentence, "t": time.monotonic()})
+    print(sentence, file=sys.stderr, flush=True)
+    raise SystemExit(status)
+
+
+def write_result(out: Path, result: Result) -> None:
+    """Put `result.json` there whole or not at all, however the process or the machine ends."""
+    temporary = out / f".{RESULT_FILE}.{os.getpid()}"
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(result.model_dump_json(indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, out / RESULT_FILE)
+
+
+def _append(out: Path, entry: dict[str, object]) -> None:
+    with (out / PROGRESS_FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+class StageReader:
+    """Follows a worker's `progress.jsonl`; times are this process's `time.monotonic`, seconds."""
+
+    def __init__(self, out: Path, started: float) -> None:
+        self.stage: Stage = STAGES[0]
+        self.detail = ""
+        self.since = started
+        self.error: str | None = None
+        """The sentence of `leave`."""
+        self._path = out / PROGRESS_FILE
+        self._offset = 0
+
+    def read(self, now: float) -> bool:
+        """Take in what was appended since the last call; True if the stage or its detail changed."""
+        before = (self.stage, self.detail)
+        if self._path.exists():
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                whole, newline, _ = file.read().rpartition(b"\n")
+            self._offset += len(whole + newline)
+            for line in whole.splitlines():
+                # A line that a full disk or a stray print spoilt says nothing; the stage's deadline holds all the same.
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    self._take(json.loads(line), now)
+        return (self.stage, self.detail) != before
+
+    def _take(self, entry: dict[str, Any], now: float) -> None:
+        if "error" in entry:
+            self.error = str(entry["error"])
+            return
+        index = STAGES.index(entry["stage"])
+        # Only a later stage restarts the clock: a worker that goes round in circles must meet its deadline.
+        if index > STAGES.index(self.stage):
+            self.stage, self.since = STAGES[index], now
+        self.detail = str(entry["detail"])
+
+
+class ProgressPrinter:
+    """An `OnProgress` that keeps one line up to date on a terminal, and writes few lines into a CI log.
+
+    Without a terminal a line is written when the worker or its stage changes and every 15 s.
+    """
+
+    def __init__(self, deadlines: Deadlines, workers: int, stream: TextIO | None = None) -> None:
+        self._deadlines = deadlines
+        self._workers = workers
+        self._stream = sys.stderr if stream is None else stream
+        self._seen: dict[tuple[str, int], None] = {}
+        self._stage: str | None = None
+        self._line_at_s = 0.0
+
+    def __call__(self, level: str, process: int, stage: Stage, detail: str, elapsed_s: float) -> None:
+        is_new = (level, process) not in self._seen or stage != self._stage
+        self._seen[level, process] = None
+        self._stage = stage
+        line = (
+            f"[{len(self._seen)}/{self._workers}] {level} #{process} {stage} "
+            f"{elapsed_s:.0f} s of at most {self._deadlines.of(stage):.0f} s {detail}"
+        ).rstrip()
+        if self._stream.isatty():
+            self._stream.write(f"\r{line}\x1b[K")
+        elif is_new or elapsed_s - self._line_at_s >= CI_LINE_EVERY_S:
+            self._line_at_s = elapsed_s
+            self._stream.write(f"{line}\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Clear the terminal's line, so that the next writer starts on an empty one."""
+        if self._stream.isatty():
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()
