@@ -1,0 +1,151 @@
+"""FlashAttention-3 on e4m3 q, k, v as a diffusers attention processor, and its reference for machines without it.
+
+The kernel is an opaque custom op with a fake, so that `torch.compile(fullgraph=True)` and `torch.export` see one node.
+In `fa3_fp8` the cast stands outside the op, where Inductor fuses it with RoPE; flux-fast casts inside
+(`fa3_fp8_cast_inside`), which costs three extra passes over q, k, v.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+
+import torch
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import FluxAttention, _get_qkv_projections
+
+from fluxfast.machine import this_machine
+
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = torch.finfo(E4M3).max
+
+
+class LaunchCount:
+    """How often the FA3 op ran in Python: every launch in eager and compiled code, one a capture in a CUDA graph."""
+
+    def __init__(self) -> None:
+        self.launches = 0
+
+
+COUNT = LaunchCount()
+
+
+@functools.cache
+def _kernel() -> Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]:
+    module = this_machine().fa3_module
+    if module is None:
+        raise ImportError("fa3_fp8 attention needs one of flash_attn_interface, fa3_fwd_interface; found neither")
+    return importlib.import_module(module).flash_attn_func
+
+
+def _launch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    COUNT.launches += 1
+    out = _kernel()(query, key, value)
+    # Builds before flash-attention's 2025-08 returned (out, softmax_lse).
+    return out if isinstance(out, torch.Tensor) else out[0]
+
+
+def to_e4m3(x: torch.Tensor) -> torch.Tensor:
+    """Saturating e4m3 cast: what a bare `.to` makes of values past 448 (448 or NaN) depends on the backend."""
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+
+
+@torch.library.custom_op("fluxfast::fa3_fp8", mutates_args=(), device_types="cuda")
+def fa3_fp8(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention of e4m3 q, k, v without scales.
+
+    Args:
+        query, key, value: (batch, sequence, heads, 128), float8_e4m3fn.
+
+    Returns:
+        (batch, sequence, heads, 128), bfloat16.
+    """
+    return _launch(query, key, value)
+
+
+@fa3_fp8.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(query, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("fluxfast::fa3_fp8_cast_inside", mutates_args=(), device_types="cuda")
+def fa3_fp8_cast_inside(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """flux-fast's op: bfloat16 (batch, sequence, heads, 128) in and out, cast to e4m3 within, neither scaled nor fused."""
+    return _launch(query.to(E4M3), key.to(E4M3), value.to(E4M3))
+
+
+@fa3_fp8_cast_inside.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(query, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
+
+
+def reference_fp8_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """FA3's fp8 numerics in plain PyTorch, for tests: e4m3 q, k, v, attention in float32.
+
+    FA3 also rounds the probabilities to e4m3 inside; this does not, so it bounds the op's error from below.
+
+    Args:
+        query, key, value: (batch, sequence, heads, head_dim), float8_e4m3fn.
+
+    Returns:
+        The same shape, bfloat16.
+    """
+    query, key, value = (x.float().transpose(1, 2) for x in (query, key, value))
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    return out.transpose(1, 2).to(torch.bfloat16)
+
+
+class Fa3Fp8Processor:
+    """Processor for `FluxAttention`: the stock one up to RoPE, then FA3 on e4m3.
+
+    Args:
+        attention: (q, k, v) -> out, all (batch, sequence, heads, head_dim).
+        cast_outside: cast to e4m3 here instead of within `attention`.
+    """
+
+    def __init__(
+        self,
+        attention: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = fa3_fp8,
+        cast_outside: bool = True,
+    ) -> None:
+        self.attention = attention
+        self.cast_outside = cast_outside
+
+    def __call__(
+        self,
+        attn: FluxAttention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Attention of `hidden_states` (batch, sequence, dim), joined after `encoder_hidden_states` where given.
+
+        Raises:
+            ValueError: for an attention mask, which FA3 in fp8 does not take.
+        """
+        if attention_mask is not None:
+            raise ValueError("fa3_fp8 takes no attention mask; FluxPipeline passes none: remove the mask")
+        query, key, value, text_query, text_key, text_value = _get_qkv_projections(
+            attn, hidden_states, encoder_hidden_states
+        )
+        heads = (-1, attn.head_dim)
+        query = attn.norm_q(query.unflatten(-1, heads))
+        key = attn.norm_k(key.unflatten(-1, heads))
+        value = value.unflatten(-1, heads)
+        if encoder_hidden_states is not None:
+            query = torch.cat([attn.norm_added_q(text_query.unflatten(-1, heads)), query], dim=1)
+            key = torch.cat([attn.norm_added_k(text_key.unflatten(-1, heads)), key], dim=1)
+            value = torch.cat([text_value.unflatten(-1, heads), value], dim=1)
+        if image_rotary_emb is not None:
+            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
+            key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
+        if self.cast_outside:
+            query, key, value = to_e4m3(query), to_e4m3(key), to_e4m3(value)
+        out = self.attention(query, key, value).flatten(2, 3)
+        if encoder_hidden_states is None:
+            return out
+        text_length = encoder_hidden_states.shape[1]
+        text_out, out = out[:, :text_length], out[:, text_length:]
+        return attn.to_out[1](attn.to_out[0](out.contiguous())), attn.to_add_out(text_out.contiguous())

@@ -1,0 +1,112 @@
+"""torch.compile of the transformer's blocks and the VAE decoder, with a recorder that counts what was compiled.
+
+Regional by default: each of the two block classes is compiled once and serves all 57 blocks; as fast as the full graph
+under one CUDA graph, and 10-20 s instead of 70-110 s to compile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fluxfast.levels import INDUCTOR_FLAGS, Level
+
+MAX_AUTOTUNE: dict[str, Any] = {
+    "max_autotune": True,
+    # The "max-autotune" mode of torch.compile sets this one too; here it belongs to the level `inductor_flags`.
+    "coordinate_descent_tuning": False,
+    # Searching Triton convolutions for the VAE took over 4 minutes on an H200 and lost to cuDNN.
+    "max_autotune_conv_backends": "ATEN",
+    # The C++ GEMM template lost to oneDNN in every search on a CPU (2 to 7 times slower) and took 5 s a shape.
+    "max_autotune_gemm_backends": "ATEN,TRITON",
+}
+
+
+def inductor_options(level: Level) -> dict[str, Any]:
+    """Inductor options of `level` beyond the defaults. Given per compilation: no process-global state is touched."""
+    if level.compile_mode == "none":
+        return {}
+    return MAX_AUTOTUNE | (INDUCTOR_FLAGS if level.inductor_flags else {})
+
+
+@dataclasses.dataclass
+class Compiler:
+    """A Dynamo backend: Inductor with `options`, and a count of everything that passes through.
+
+    Attributes:
+        graphs: compilations; a recompilation counts again.
+        calls: calls of compiled code. A CUDA graph calls at capture only.
+        seen: of each graph, what Inductor's own config held for every option while compiling it.
+    """
+
+    options: dict[str, Any]
+    graphs: int = 0
+    calls: int = 0
+    seen: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def __call__(self, graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        """Compile one graph. Called by Dynamo."""
+        from torch._inductor import config
+        from torch._inductor.compile_fx import compile_fx
+
+        with config.patch(self.options):
+            self.seen.append({name: getattr(config, name) for name in MAX_AUTOTUNE | INDUCTOR_FLAGS})
+            compiled = compile_fx(graph, example_inputs)
+        self.graphs += 1
+
+        def call(*args: Any) -> Any:
+            self.calls += 1
+            return compiled(*args)
+
+        return call
+
+
+def block_lists(transformer: nn.Module) -> tuple[nn.ModuleList, nn.ModuleList]:
+    """The double-stream and the single-stream blocks."""
+    return transformer.transformer_blocks, transformer.single_transformer_blocks
+
+
+def unify_single_block_inputs(transformer: nn.Module) -> None:
+    """Give the first single block its inputs in the layout that every later one gets: two slices of one tensor.
+
+    Otherwise its class is compiled twice just for the batch stride, and an ahead-of-time package of it would be wrong
+    for batches of more than one. One copy of the joint sequence a step (50 MB for FLUX.1 at 1024x1024).
+    """
+
+    def join(block: nn.Module, args: tuple[()], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        text, image = kwargs["encoder_hidden_states"], kwargs["hidden_states"]
+        joint = torch.cat([text, image], dim=1)
+        sliced = {"encoder_hidden_states": joint[:, : text.shape[1]], "hidden_states": joint[:, text.shape[1] :]}
+        return args, kwargs | sliced
+
+    transformer.single_transformer_blocks[0].register_forward_pre_hook(join, with_kwargs=True)
+
+
+def compile_transformer(transformer: nn.Module, compiler: Compiler, scope: str) -> int:
+    """Compile in place, blocks or whole.
+
+    Args:
+        transformer: a `FluxTransformer2DModel`.
+        compiler: the backend.
+        scope: "blocks" or "full".
+
+    Returns:
+        The number of graphs to expect: one a block class, or one.
+    """
+    if scope == "full":
+        compile_forward(transformer, compiler)
+        return 1
+    unify_single_block_inputs(transformer)
+    for blocks in block_lists(transformer):
+        for block in blocks:
+            compile_forward(block, compiler)
+    return len(block_lists(transformer))
+
+
+def compile_forward(module: nn.Module, compiler: Compiler) -> None:
+    """Compile `module.forward` in place: hooks stay outside, instances of one class share their graphs."""
+    module.forward = torch.compile(module.forward, backend=compiler, fullgraph=True, dynamic=False)

@@ -1,0 +1,141 @@
+"""GELU + concatenation + row-wise e4m3 in one pass: the input of the second MLP GEMM of either kind of block.
+
+One program holds a whole row in registers, so every element is read once and written once. Traffic at FLUX's size
+(M = 4352 rows): single block 4352 * 15360 * (2 + 1) bytes = 200 MB, a floor of 47 us at 4.3 TB/s; double block, image
+stream, 4096 * 12288 * 3 = 151 MB, 35 us.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch.library import triton_op, wrap_triton
+
+from fluxfast.kernels.device import load_span, magnitude_bits, require_runnable, row_scale, split_row, store_span
+from fluxfast.kernels.rowwise import E4M3
+
+NUM_WARPS = 8
+
+
+@triton.jit
+def gelu_tanh(x):
+    """x * sigmoid(2u) = x / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3): no cancellation for negative x."""
+    minus_two_u = x * (-1.5957691216057308 - 0.07135481282956142 * x * x)
+    return x / (1.0 + tl.exp(minus_two_u))
+
+
+@triton.jit
+def _gelu_concat_kernel(
+    attn_ptr,
+    mlp_ptr,
+    q_ptr,
+    scale_ptr,
+    attn_stride,
+    mlp_stride,
+    D: tl.constexpr,
+    D_HEAD: tl.constexpr,
+    D_TAIL: tl.constexpr,
+    H: tl.constexpr,
+    H_HEAD: tl.constexpr,
+    H_TAIL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    attn = attn_ptr + row * attn_stride
+    mlp = mlp_ptr + row * mlp_stride
+    q = q_ptr + row * (D + H)
+
+    mlp_head = load_span(mlp, 0, H, H_HEAD)
+    if H_TAIL > 0:
+        mlp_tail = load_span(mlp, H_HEAD, H, H_TAIL)
+    if D > 0:
+        attn_head = load_span(attn, 0, D, D_HEAD)
+    if D_TAIL > 0:
+        attn_tail = load_span(attn, D_HEAD, D, D_TAIL)
+
+    mlp_head = gelu_tanh(mlp_head)
+    max_bits = tl.max(magnitude_bits(mlp_head), axis=0)
+    if H_TAIL > 0:
+        mlp_tail = gelu_tanh(mlp_tail)
+        max_bits = tl.maximum(max_bits, tl.max(magnitude_bits(mlp_tail), axis=0))
+    if D > 0:
+        max_bits = tl.maximum(max_bits, tl.max(magnitude_bits(attn_head), axis=0))
+    if D_TAIL > 0:
+        max_bits = tl.maximum(max_bits, tl.max(magnitude_bits(attn_tail), axis=0))
+
+    scale = row_scale(max_bits)
+    tl.store(scale_ptr + row, scale)
+    inverse = tl.div_rn(1.0, scale)
+    if D > 0:
+        store_span(q, attn_head, inverse, 0, D, D_HEAD)
+    if D_TAIL > 0:
+        store_span(q, attn_tail, inverse, D_HEAD, D, D_TAIL)
+    store_span(q + D, mlp_head, inverse, 0, H, H_HEAD)
+    if H_TAIL > 0:
+        store_span(q + D, mlp_tail, inverse, H_HEAD, H, H_TAIL)
+
+
+@triton_op("fluxfast::gelu_concat_quantize", mutates_args={})
+def gelu_concat_quantize(attn_out: torch.Tensor, mlp: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[attn_out, gelu_tanh(mlp)], quantised row by row.
+
+    Args:
+        attn_out: (M, D); mlp: (M, H); bfloat16 or float32. Rows may be strided (a view of a merged GEMM's output).
+
+    Returns:
+        q (M, D + H) float8_e4m3fn and scale (M, 1) float32, as `rowwise.quantize_rowwise` defines them, except that the
+        kernel multiplies by the inverse of the scale: an element within one float32 rounding of the midpoint of two
+        codes may take the other code. NaN and infinities as there; gelu(-inf) is NaN, as in PyTorch.
+
+    Raises:
+        ValueError: if the rows differ in number, or for tensors that Triton cannot reach.
+    """
+    if attn_out.dim() != 2 or mlp.dim() != 2 or len(attn_out) != len(mlp):
+        raise ValueError(f"expected (M, D) and (M, H), got {tuple(attn_out.shape)} and {tuple(mlp.shape)}")
+    require_runnable(attn_out, mlp)
+    (rows, d), h = attn_out.shape, mlp.shape[1]
+    q = torch.empty((rows, d + h), dtype=E4M3, device=mlp.device)
+    scale = torch.empty((rows, 1), dtype=torch.float32, device=mlp.device)
+    wrap_triton(_gelu_concat_kernel)[(rows,)](
+        attn_out,
+        mlp,
+        q,
+        scale,
+        attn_out.stride(0),
+        mlp.stride(0),
+        d,
+        *split_row(d),
+        h,
+        *split_row(h),
+        num_warps=NUM_WARPS,
+    )
+    return q, scale
+
+
+@gelu_concat_quantize.register_fake
+def _(attn_out: torch.Tensor, mlp: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, width = mlp.shape[0], attn_out.shape[1] + mlp.shape[1]
+    return mlp.new_empty((rows, width), dtype=E4M3), mlp.new_empty((rows, 1), dtype=torch.float32)
+
+
+@triton_op("fluxfast::gelu_quantize", mutates_args={})
+def gelu_quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """gelu_tanh(x), quantised row by row: (M, H) -> q (M, H), scale (M, 1); otherwise as `gelu_concat_quantize`."""
+    if x.dim() != 2:
+        raise ValueError(f"expected (M, H), got {tuple(x.shape)}")
+    require_runnable(x)
+    rows, h = x.shape
+    q = torch.empty((rows, h), dtype=E4M3, device=x.device)
+    scale = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
+    # With D = 0 the first pointer is never read: the concatenating kernel without anything in front.
+    wrap_triton(_gelu_concat_kernel)[(rows,)](
+        x, x, q, scale, x.stride(0), x.stride(0), 0, 0, 0, h, *split_row(h), num_warps=NUM_WARPS
+    )
+    return q, scale
+
+
+@gelu_quantize.register_fake
+def _(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(x, dtype=E4M3, memory_format=torch.contiguous_format), x.new_empty(
+        (x.shape[0], 1), dtype=torch.float32
+    )

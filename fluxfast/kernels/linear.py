@@ -1,0 +1,102 @@
+"""Linear layers with e4m3 weights and one scale a row, as plain buffers: what `torch._scaled_mm` takes, and no subclass.
+
+Plain tensors export, package and load everywhere that tensor subclasses do not (AOTI's constants among them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fluxfast.kernels.rowwise import quantize_rowwise
+
+
+def stack_linears(linears: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weights and biases of several Linears over the same input, as one (sum N, K) weight and one (sum N,) bias.
+
+    Raises:
+        TypeError: for anything but `nn.Linear` with a plain weight (a weight quantised before has lost its bits).
+        ValueError: if only some of them have a bias, or their inputs differ in width.
+    """
+    for linear in linears:
+        if not isinstance(linear, nn.Linear) or type(linear.weight.data) is not torch.Tensor:
+            kind = type(getattr(linear, "weight", linear)).__name__
+            raise TypeError(f"expected nn.Linear with a plain weight, got {type(linear).__name__} with {kind}")
+    if len({linear.in_features for linear in linears}) != 1 or len({linear.bias is None for linear in linears}) != 1:
+        raise ValueError(f"these Linears cannot be stacked: {[str(linear) for linear in linears]}")
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+    return weight, torch.cat(biases) if biases else None
+
+
+class RowwiseFloat8Linear(nn.Module):
+    """y = x @ w.T + b with x and w in e4m3, one float32 scale a row of each, output in bfloat16.
+
+    Scales as `rowwise.quantize_rowwise` defines them: torchao's `PerRow()`, without its rounding of eager scales to
+    bfloat16. K and N must be multiples of 16, which is what cuBLAS asks for.
+
+    Attributes:
+        weight: (N, K) float8_e4m3fn. weight_scale: (1, N) float32. bias: (N,) bfloat16 or None.
+        bias_in_gemm: False adds the bias after the GEMM, because Inductor's TMA templates for `_scaled_mm` take none.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *, bias_in_gemm: bool = True) -> None:
+        super().__init__()
+        if weight.dim() != 2 or weight.shape[0] % 16 or weight.shape[1] % 16:
+            raise ValueError(f"float8 GEMMs need multiples of 16 in and out, got a weight of {tuple(weight.shape)}")
+        q, scale = quantize_rowwise(weight.detach())
+        self.register_buffer("weight", q)
+        self.register_buffer("weight_scale", scale.t().contiguous())
+        self.register_buffer("bias", None if bias is None else bias.detach().to(torch.bfloat16))
+        self.out_features, self.in_features = weight.shape
+        self.bias_in_gemm = bias_in_gemm
+
+    @classmethod
+    def from_linears(cls, linears: Sequence[nn.Linear], *, bias_in_gemm: bool = True) -> RowwiseFloat8Linear:
+        """One GEMM for one or several Linears over the same input, outputs side by side."""
+        return cls(*stack_linears(linears), bias_in_gemm=bias_in_gemm)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., K) of any floating type -> (..., N) bfloat16; the quantisation is plain PyTorch, for Inductor to fuse."""
+        q, scale = quantize_rowwise(x.reshape(-1, self.in_features))
+        return self.forward_quantized(q, scale).unflatten(0, x.shape[:-1])
+
+    def forward_quantized(self, q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """(M, K) e4m3 with row scales (M, 1) -> (M, N) bfloat16."""
+        y = torch._scaled_mm(
+            q,
+            self.weight.t(),
+            scale_a=scale,
+            scale_b=self.weight_scale,
+            bias=self.bias if self.bias_in_gemm else None,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )
+        return y if self.bias is None or self.bias_in_gemm else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias_in_gemm={self.bias_in_gemm}"
+
+
+class DenseLinear(nn.Module):
+    """The unquantised stand-in with the same interface, for the reference mode of the fused blocks."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+
+    @classmethod
+    def from_linears(cls, linears: Sequence[nn.Linear]) -> DenseLinear:
+        return cls(*stack_linears(linears))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def forward_quantized(self, x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        if scale is not None:
+            raise ValueError("an unquantised Linear got a scale: the block's operations and its Linears do not match")
+        return self.forward(x)

@@ -1,0 +1,69 @@
+"""Every AdaLN shift, scale and gate of all blocks and steps in one pass, before the denoising loop.
+
+In FLUX.1 the modulation Linears hold 27 % of the weights (6.5 GB in bfloat16) and depend on the time step, the pooled
+text and the guidance only. In the loop they are 76 matrix-vector products a step, pure bandwidth; here one product a
+layer serves all steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from fluxfast.kernels.blocks import _ModulatedBlock
+
+
+class PrecomputedModulation:
+    """One static tensor that the blocks read their modulation from, and the table of all steps that refreshes it.
+
+    Usage: `fill` before the loop, whenever prompt, steps, guidance or batch change; `select(i)` before step i. Both the
+    first `fill` for a batch size and `detach` give the blocks other tensors: capture CUDA graphs after it.
+
+    Attributes:
+        current: (B, total width) in the type of the modulation Linears; each block holds a view of its columns.
+        table: (steps, B, total width).
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module]) -> None:
+        self.blocks: list[_ModulatedBlock] = list(blocks)
+        self.current: torch.Tensor | None = None
+        self.table: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def fill(self, tembs: torch.Tensor) -> None:
+        """Compute the table from the embeddings of all steps, (steps, B, D), and select step 0.
+
+        Static addresses are kept while the batch size, type and device stay the same.
+        """
+        steps, batch, _ = tembs.shape
+        flat = tembs.flatten(0, 1)
+        self.table = torch.cat([block.compute_modulation(flat) for block in self.blocks], dim=-1)
+        self.table = self.table.unflatten(0, (steps, batch))
+        like = self.table[0]
+        current = self.current
+        if current is None or (current.shape, current.dtype, current.device) != (like.shape, like.dtype, like.device):
+            self.current = torch.empty_like(like)
+            widths = [block.modulation_width for block in self.blocks]
+            for block, view in zip(self.blocks, self.current.split(widths, dim=-1), strict=True):
+                block.modulation = view
+        self.select(0)
+
+    def select(self, step: int) -> None:
+        """Copy one step's modulation (2.1 MB for FLUX.1) over `current`; one kernel, safe to capture in a graph.
+
+        Raises:
+            ValueError: before `fill`, and for a step that the table does not hold.
+        """
+        if self.table is None or self.current is None:
+            raise ValueError("the modulation of no step is known yet: call fill() first")
+        if not 0 <= step < len(self.table):
+            raise ValueError(f"step {step} is outside the {len(self.table)} steps that fill() got")
+        self.current.copy_(self.table[step])
+
+    def detach(self) -> None:
+        """Let the blocks compute their modulation from `temb` again."""
+        self.current = self.table = None
+        for block in self.blocks:
+            block.modulation = None

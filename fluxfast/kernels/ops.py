@@ -1,0 +1,104 @@
+"""Which implementation a fused block uses for each of its operations: chosen by name, never by what happens to be there.
+
+`REFERENCE` quantises in plain PyTorch for Inductor to fuse; `triton_ops()` swaps in the kernels; `EXACT` does not
+quantise at all and exists to test the blocks' wiring against diffusers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fluxfast.kernels import reference
+from fluxfast.kernels.linear import DenseLinear, RowwiseFloat8Linear
+from fluxfast.kernels.rowwise import quantize_rowwise
+
+Op = Callable[..., Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockOps:
+    """The operations of a fused block; rows are (M, D), per-sample vectors (B, D).
+
+    Attributes:
+        linear: (linears) -> module with `forward_quantized(q, scale)`.
+        quantize: (rows) -> (q, scale). gelu: (rows) -> (q, scale). gelu_concat: (attention, mlp) -> (q, scale).
+        layernorm_modulate: (rows, shift, scale, eps) -> (q, scale).
+        residual_layernorm_modulate: (residual, y, gate, shift, scale, eps) -> (new residual, q, scale).
+        qk_norm_rope: see `reference.qk_norm_rope_quantize`.
+    """
+
+    linear: Op
+    quantize: Op
+    gelu: Op
+    gelu_concat: Op
+    layernorm_modulate: Op
+    residual_layernorm_modulate: Op
+    qk_norm_rope: Op
+
+
+REFERENCE = BlockOps(
+    linear=RowwiseFloat8Linear.from_linears,
+    quantize=quantize_rowwise,
+    gelu=reference.gelu_quantize,
+    gelu_concat=reference.gelu_concat_quantize,
+    layernorm_modulate=reference.layernorm_modulate_quantize,
+    residual_layernorm_modulate=reference.residual_layernorm_modulate_quantize,
+    qk_norm_rope=reference.qk_norm_rope_quantize,
+)
+
+
+def triton_ops(*, quantize: bool = True, qk_rope: bool = True) -> BlockOps:
+    """`REFERENCE` with Triton kernels for the quantising operations, the QK-norm + RoPE operation, or both.
+
+    Row quantisation of the attention output stays with Inductor, which makes one kernel of it by itself.
+
+    Raises:
+        ImportError: if Triton is not installed.
+    """
+    from fluxfast.kernels import activations, norms, qkv
+
+    changes: dict[str, Op] = {}
+    if quantize:
+        changes.update(
+            gelu=activations.gelu_quantize,
+            gelu_concat=activations.gelu_concat_quantize,
+            layernorm_modulate=norms.layernorm_modulate_quantize,
+            residual_layernorm_modulate=norms.residual_layernorm_modulate_quantize,
+        )
+    if qk_rope:
+        changes.update(qk_norm_rope=qkv.qk_norm_rope_quantize)
+    return dataclasses.replace(REFERENCE, **changes)
+
+
+def _exact_layernorm(
+    x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float = 1e-6
+) -> tuple[torch.Tensor, None]:
+    return reference.layernorm_modulate_value(x, shift, scale, eps).to(x.dtype), None
+
+
+def _exact_residual_layernorm(
+    residual: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    eps: float = 1e-6,
+) -> tuple[torch.Tensor, torch.Tensor, None]:
+    residual = reference.gated_residual(residual, y, gate)
+    return residual, *_exact_layernorm(residual, shift, scale, eps)
+
+
+EXACT = BlockOps(
+    linear=DenseLinear.from_linears,
+    quantize=lambda x: (x, None),
+    gelu=lambda x: (F.gelu(x, approximate="tanh"), None),
+    gelu_concat=lambda attn_out, mlp: (reference.gelu_concat(attn_out, mlp).to(mlp.dtype), None),
+    layernorm_modulate=_exact_layernorm,
+    residual_layernorm_modulate=_exact_residual_layernorm,
+    qk_norm_rope=lambda qkv, *args: tuple(part.to(qkv.dtype) for part in reference.qk_norm_rope(qkv, *args)),
+)

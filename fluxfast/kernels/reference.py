@@ -1,0 +1,131 @@
+"""What each fused kernel computes, in plain PyTorch: the specification, and what Inductor gets to fuse without Triton.
+
+Every function computes in float32 from its inputs and rounds once, at the end. diffusers in bfloat16 rounds after every
+operation; Inductor drops those intermediate roundings too, so the difference is not a change of model.
+
+Rows are tokens. A per-sample vector such as `shift` has shape (B, D); row r of M rows belongs to sample r // (M // B).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from fluxfast.kernels.rowwise import cast_e4m3, quantize_rowwise
+
+Quantized = tuple[torch.Tensor, torch.Tensor]
+
+
+def per_row(vector: torch.Tensor, rows: int) -> torch.Tensor:
+    """(B, D) -> float32 (rows, D), each sample's vector repeated for its rows.
+
+    Raises:
+        ValueError: if `rows` is not a multiple of B.
+    """
+    if rows % vector.shape[0]:
+        raise ValueError(f"{rows} rows cannot be shared evenly by {vector.shape[0]} samples")
+    return vector.float().repeat_interleave(rows // vector.shape[0], dim=0)
+
+
+def gelu_concat(attn_out: torch.Tensor, mlp: torch.Tensor) -> torch.Tensor:
+    """[attn_out, gelu_tanh(mlp)] along the last axis: (M, D), (M, H) -> float32 (M, D + H)."""
+    return torch.cat([attn_out.float(), F.gelu(mlp.float(), approximate="tanh")], dim=-1)
+
+
+def layernorm_modulate_value(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
+    """layer_norm(x) * (1 + scale) + shift, without affine weights: (M, D), (B, D), (B, D) -> float32 (M, D)."""
+    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+    return normed * (1 + per_row(scale, len(x))) + per_row(shift, len(x))
+
+
+def gated_residual(residual: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """residual + gate * y, rounded once to the type of `residual`: (M, D), (M, D), (B, D) -> (M, D)."""
+    return (residual.float() + per_row(gate, len(y)) * y.float()).to(residual.dtype)
+
+
+def norm_rope(x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm over the head dimension, then rotary embedding of interleaved pairs.
+
+    Args:
+        x: (B, S, H, Dh). weight: (Dh,). cos, sin: (S, Dh), each angle twice in a row, as `FluxPosEmbed` returns them.
+
+    Returns:
+        float32 (B, S, H, Dh); the convention of diffusers' `apply_rotary_emb(use_real_unbind_dim=-1)`.
+    """
+    x = F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps)
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([-odd, even], dim=-1).flatten(-2)
+    return x * cos[:, None].float() + turned * sin[:, None].float()
+
+
+def qk_norm_rope(
+    qkv: torch.Tensor,
+    norm_q: torch.Tensor,
+    norm_k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float,
+    text_qkv: torch.Tensor | None = None,
+    text_norm_q: torch.Tensor | None = None,
+    text_norm_k: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Normalised, rotated q and k and plain v of one or two streams, text first, in float32 (B, S_txt + S_img, H, Dh)."""
+    head_dim = norm_q.shape[0]
+    text_tokens = 0 if text_qkv is None else text_qkv.shape[1]
+    streams = [(qkv, norm_q, norm_k, slice(text_tokens, None))]
+    if text_qkv is not None:
+        streams.insert(0, (text_qkv, text_norm_q, text_norm_k, slice(0, text_tokens)))
+    parts = []
+    for stream, weight_q, weight_k, tokens in streams:
+        q, k, v = (part.unflatten(-1, (-1, head_dim)) for part in stream.chunk(3, dim=-1))
+        q, k = (norm_rope(part, w, cos[tokens], sin[tokens], eps) for part, w in ((q, weight_q), (k, weight_k)))
+        parts.append((q, k, v.float()))
+    return tuple(torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+
+
+def gelu_quantize(x: torch.Tensor) -> Quantized:
+    return quantize_rowwise(F.gelu(x.float(), approximate="tanh"))
+
+
+def gelu_concat_quantize(attn_out: torch.Tensor, mlp: torch.Tensor) -> Quantized:
+    return quantize_rowwise(gelu_concat(attn_out, mlp))
+
+
+def layernorm_modulate_quantize(
+    x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float = 1e-6
+) -> Quantized:
+    return quantize_rowwise(layernorm_modulate_value(x, shift, scale, eps))
+
+
+def layernorm_modulate_quantize_with_value(
+    x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float = 1e-6
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    value = layernorm_modulate_value(x, shift, scale, eps)
+    return *quantize_rowwise(value), value.to(x.dtype)
+
+
+def residual_layernorm_modulate_quantize(
+    residual: torch.Tensor,
+    y: torch.Tensor,
+    gate: torch.Tensor,
+    shift: torch.Tensor,
+    scale: torch.Tensor,
+    eps: float = 1e-6,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    residual = gated_residual(residual, y, gate)
+    return residual, *layernorm_modulate_quantize(residual, shift, scale, eps)
+
+
+def qk_norm_rope_quantize(
+    qkv: torch.Tensor,
+    norm_q: torch.Tensor,
+    norm_k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float = 1e-6,
+    text_qkv: torch.Tensor | None = None,
+    text_norm_q: torch.Tensor | None = None,
+    text_norm_k: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    parts = qk_norm_rope(qkv, norm_q, norm_k, cos, sin, eps, text_qkv, text_norm_q, text_norm_k)
+    return tuple(cast_e4m3(part) for part in parts)

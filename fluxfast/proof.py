@@ -1,0 +1,155 @@
+"""Counts that show that each field of a level took effect, whether it is on or off.
+
+Every function returns facts: what was counted, and how often it has to be there at this level. `require` raises on the
+first that does not hold. Counting both ways catches a step that did nothing and one that leaked into another level.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fluxfast.attention import Fa3Fp8Processor
+from fluxfast.errors import StepNotApplied
+from fluxfast.levels import INDUCTOR_FLAGS, Level
+from fluxfast.steps import UNFUSED, attentions, float8_candidates, linears
+
+if TYPE_CHECKING:
+    from diffusers import FluxPipeline
+
+    from fluxfast.build import Built
+
+
+@dataclasses.dataclass(frozen=True)
+class Fact:
+    """`what` was observed `observed` times and has to be there `expected` times for `field` to be as the level says."""
+
+    field: str
+    what: str
+    observed: int
+    expected: int
+
+    @property
+    def holds(self) -> bool:
+        """Whether the count is exact."""
+        return self.observed == self.expected
+
+
+def require(level: Level, facts: Iterable[Fact]) -> None:
+    """Raise on the first fact that does not hold.
+
+    Raises:
+        StepNotApplied: naming level, field, both counts and the library.
+    """
+    for fact in facts:
+        if not fact.holds:
+            raise StepNotApplied(
+                f"level {level.id!r} ({fact.field}={getattr(level, fact.field)!r}): {fact.observed} {fact.what}, "
+                f"expected {fact.expected} (diffusers {version('diffusers')}, torch {torch.__version__}). "
+                f"Its timing would not be that of this level: find what changed in how {fact.field} is applied."
+            )
+
+
+def _all_if(on: bool, count: int) -> int:
+    return count if on else 0
+
+
+def dtype_facts(pipeline: FluxPipeline, level: Level) -> list[Fact]:
+    """Floating-point parameters in the level's dtype."""
+    models = (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2)
+    parameters = [p for model in models for p in model.parameters() if p.is_floating_point()]
+    right = sum(p.dtype == getattr(torch, level.dtype) for p in parameters)
+    return [Fact("dtype", f"parameters in {level.dtype}", right, len(parameters))]
+
+
+def fusion_facts(pipeline: FluxPipeline, level: Level) -> list[Fact]:
+    """Attention modules with one QKV projection, and projections left beside it."""
+    modules = [*attentions(pipeline.transformer), *attentions(pipeline.vae)]
+    fused = sum(m.fused_projections and hasattr(m, "to_qkv") for m in modules)
+    facts = [
+        Fact("fused_projections", "attention modules with fused projections",
+             fused, _all_if(level.fused_projections, len(modules)))
+    ]  # fmt: skip
+    if level.fused_projections:
+        dead = sum(getattr(m, name, None) is not None for m in modules for name in UNFUSED)
+        facts.append(Fact("fused_projections", "dead projections", dead, 0))
+    return facts
+
+
+def memory_format_facts(vae: nn.Module, level: Level) -> list[Fact]:
+    """Convolution weights of the VAE in NHWC, among those whose layout can tell."""
+    weights = [m.weight for m in vae.modules() if isinstance(m, nn.Conv2d) and min(m.weight.shape[1:]) > 1]
+    in_nhwc = sum(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+    expected = _all_if(level.memory_format == "channels_last", len(weights))
+    return [Fact("memory_format", "VAE convolutions in channels_last", in_nhwc, expected)]
+
+
+def attention_facts(transformer: nn.Module, level: Level) -> list[Fact]:
+    """Attention modules whose processor is FA3's."""
+    modules = attentions(transformer)
+    on = sum(isinstance(m.processor, Fa3Fp8Processor) for m in modules)
+    return [Fact("attention", "FA3 attention processors", on, _all_if(level.attention != "sdpa", len(modules)))]
+
+
+def quantization_facts(transformer: nn.Module, level: Level) -> list[Fact]:
+    """Linears with a float8 weight, and Linears that their shape keeps out."""
+    from torchao.quantization import Float8Tensor
+
+    candidates = float8_candidates(transformer)
+    converted = sum(isinstance(m.weight, Float8Tensor) for m in linears(transformer))
+    on = level.quantization != "none"
+    facts = [Fact("quantization", "Linears with float8 weights", converted, _all_if(on, len(candidates)))]
+    if on:
+        skipped = len(linears(transformer)) - len(candidates)
+        facts.append(Fact("quantization", "Linears skipped for their shape", skipped, 0))
+    return facts
+
+
+def _flagged(configs: Iterable[dict[str, Any]]) -> int:
+    return sum(all(config.get(name) == value for name, value in INDUCTOR_FLAGS.items()) for config in configs)
+
+
+def run_facts(built: Built, calls: int, steps: int) -> list[Fact]:
+    """What `calls` pipeline calls of `steps` steps each did, since the pipeline was built.
+
+    Under a CUDA graph Python runs at capture only, so what runs inside the graph is counted against the forwards that
+    ran in Python, and the graph's replays against the steps.
+    """
+    level = built.level
+    compiled = level.compile_mode != "none"
+    packaged = compiled and level.packaging == "aoti"
+    blocks = len(attentions(built.pipeline.transformer))
+    regions = blocks if built.scope == "blocks" else 1
+    forwards = built.forwards(calls, steps)
+    region_calls = forwards["transformer"] * regions + forwards["decoder"]
+    classes = (2 if built.scope == "blocks" else 1) + 1
+    expected_graphs = _all_if(compiled and not packaged, classes)
+    # Both ways of compiling leave the options that Inductor really had; a package's are in its manifest.
+    configs = [*built.compiler.seen, *(package.options for package in built.packages)]
+    facts = [
+        Fact("compile_mode", "compiled graphs, recompilations included", built.compiler.graphs, expected_graphs),
+        Fact("compile_mode", "graphs or packages with max_autotune",
+             sum(config.get("max_autotune") is True for config in configs), _all_if(compiled, classes)),
+        Fact("compile_mode", "graph breaks", sum(torch._dynamo.utils.counters["graph_break"].values()), 0),
+        Fact("compile_mode", "calls of compiled regions",
+             built.compiler.calls, _all_if(compiled and not packaged, region_calls)),
+        Fact("packaging", "AOTInductor packages loaded", len(built.packages), _all_if(packaged, classes)),
+        Fact("packaging", "calls of packages",
+             sum(package.calls for package in built.packages), _all_if(packaged, region_calls)),
+        Fact("inductor_flags", "graphs or packages compiled with flux-fast's flags",
+             _flagged(configs), _all_if(compiled and level.inductor_flags, classes)),
+        Fact("attention", "launches of the FA3 op",
+             built.fa3_launches, _all_if(level.attention != "sdpa", forwards["transformer"] * blocks)),
+    ]  # fmt: skip
+    if built.device == "cuda":
+        for name, per_call in (("transformer", steps), ("decoder", 1)):
+            replays = built.graphed[name].replays if name in built.graphed else 0
+            facts.append(
+                Fact("compile_mode", f"CUDA graph replays of the {name}", replays, _all_if(compiled, calls * per_call))
+            )
+    return facts
