@@ -1,0 +1,180 @@
+"""The judges of counts, images, errors and bytes: one look, no retry. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from perf_tests.harness import noise
+from perf_tests.harness.obstacles import RECORD, measured, obstacle, verdict
+from perf_tests.harness.policy import Policy, direction, fidelity_floor, roundoff_factor
+from perf_tests.harness.schema import Baseline, LevelBaseline, Outcome, Proof, Result, Verdict
+
+
+def judge_structure(level: str, results: Sequence[Result], baseline: Baseline | None) -> Verdict:
+    """Did every optimisation take effect as often as expected, and are the same facts counted as in the baseline?
+
+    A count that does not hold is red with or without a baseline.
+    """
+    found = obstacle(level, results, baseline, clocked=False)
+    if found and found.outcome is Outcome.ERROR:
+        return found
+    for measurement in measured(results):
+        for proof in measurement.proofs:
+            if not proof.holds:
+                message = (
+                    f"field {proof.field!r} did not take effect: {proof.what} was counted {proof.observed} times, "
+                    f"expected {proof.expected}. This level's timing is that of a level below: mend the step."
+                )
+                numbers = {"observed": float(proof.observed), "expected": float(proof.expected)}
+                return verdict(Outcome.REGRESSED, level, "count", message, results, numbers)
+    if found:
+        return found
+    assert baseline is not None
+    expected = _facts(baseline.levels[level].proofs)
+    for measurement in measured(results):
+        observed = _facts(measurement.proofs)
+        if baseline.source == "recorded" and observed != expected:
+            message = (
+                f"other facts were counted than in the baseline of {baseline.slug!r}: missing "
+                f"{sorted(expected - observed) or 'none'}, new {sorted(observed - expected) or 'none'}. A missing "
+                f"fact is an optimisation no longer proven; if the change is meant, {RECORD}."
+            )
+            return verdict(Outcome.REGRESSED, level, "facts", message, results)
+    count = len(measured(results)[0].proofs)
+    return verdict(Outcome.PASS, level, "count", f"all {count} counted facts hold in every process.", results)
+
+
+def judge_fidelity(level: str, values: Mapping[str, float], baseline: LevelBaseline | None, policy: Policy) -> Verdict:
+    """Is any metric of the image worse than the baseline's fresh runs allow?
+
+    The limit is a Student prediction bound on one more run, at least `fidelity_floor` away from the baseline's mean.
+    A sixth of the floor is the spread assumed before runs show their own: a baseline of one value gives a
+    wide limit.
+    """
+    if baseline is None or not baseline.fidelity:
+        message = f"there is no fidelity of level {level!r} for {policy.slug!r} to compare with: {RECORD}."
+        return verdict(Outcome.NO_BASELINE, level, "no_baseline", message)
+    numbers: dict[str, float | None] = {}
+    worse, text = [], []
+    for metric in sorted(values.keys() | baseline.fidelity.keys()):
+        way = direction(metric)
+        value = values.get(metric)
+        if way == "informational":
+            numbers[metric] = value if value is not None and math.isfinite(value) else None
+            continue
+        if value is None or not math.isfinite(value):
+            message = f"{metric} is {value}: the image cannot be compared. Look for NaN in the output of {level!r}."
+            return verdict(Outcome.REGRESSED, level, "not_finite", message, numbers=numbers)
+        if not baseline.fidelity.get(metric):
+            message = f"the baseline of {policy.slug!r} has no {metric} of level {level!r}: {RECORD}."
+            return verdict(Outcome.NO_BASELINE, level, "no_baseline", message, numbers=numbers)
+        known = np.array(baseline.fidelity[metric])
+        margin = _prediction_margin(known, fidelity_floor(metric), policy)
+        sign = 1.0 if way == "higher_is_worse" else -1.0
+        limit = float(known.mean()) + sign * margin
+        numbers |= {metric: value, f"{metric}_limit": limit}
+        text.append(f"{metric} {value:.4f} (limit {limit:.4f}, {len(known)} baseline runs around {known.mean():.4f})")
+        if sign * (value - limit) > 0:
+            worse.append(metric)
+    if worse:
+        message = (
+            f"{' and '.join(worse)} beyond the limit: {'; '.join(text)}. Look at the saved difference map; a new "
+            f"kernel that rounds otherwise is accepted with `--update-baseline --reason`."
+        )
+        return verdict(Outcome.REGRESSED, level, "limit", message, numbers=numbers)
+    return verdict(Outcome.PASS, level, "limit", f"{'; '.join(text)}.", numbers=numbers)
+
+
+def judge_step_error(
+    level: str, error: float, bf16_error: float, baseline: LevelBaseline | None, policy: Policy
+) -> Verdict:
+    """Is the one-step output's relative L2 error against float32 what the level's number formats explain?
+
+    Two bounds: k x error(bf16) of the same run with k from the formats' roundoff, and what the baseline's runs show.
+    """
+    if baseline is None:
+        message = f"there is no baseline of level {level!r} for {policy.slug!r}: {RECORD}."
+        return verdict(Outcome.NO_BASELINE, level, "no_baseline", message)
+    if not (math.isfinite(error) and math.isfinite(bf16_error) and bf16_error > 0):
+        message = (
+            f"step error {error} with bf16's {bf16_error}: both have to be finite and bf16's positive. Look for NaN "
+            f"in the first step of {level!r}, or for a bf16 that ran in float32."
+        )
+        return verdict(Outcome.REGRESSED, level, "not_finite", message)
+    factor, source = roundoff_factor(baseline.fields)
+    bounds = {"roundoff": factor * bf16_error}
+    text = f"{factor:.3g} x bf16's {bf16_error:.3g} = {bounds['roundoff']:.3g} (k = {source})"
+    if baseline.step_error:
+        known = np.array(baseline.step_error)
+        floor = policy.step_error_floor * float(known.mean())
+        bounds["baseline"] = float(known.mean()) + _prediction_margin(known, floor, policy)
+        text += f", and {bounds['baseline']:.3g} from {len(known)} baseline runs around {known.mean():.3g}"
+    else:
+        text += f"; the baseline holds no step error, so only this bound applies: {RECORD}"
+    numbers: dict[str, float | None] = {"step_error": error, "bf16_step_error": bf16_error}
+    numbers |= {f"{name}_limit": bound for name, bound in bounds.items()}
+    message = f"one-step error against float32 is {error:.3g}; allowed: {text}."
+    for rule, bound in bounds.items():
+        # Two runs of one float32 program differ by a rounding of the result, whatever the baseline shows.
+        if error > bound + 2.0**-23:
+            action = "The level computes in a coarser format or a wrong one: look at its own field first."
+            return verdict(Outcome.REGRESSED, level, rule, f"{message} {action}", numbers=numbers)
+    return verdict(Outcome.PASS, level, "limit", message, numbers=numbers)
+
+
+def judge_memory(level: str, results: Sequence[Result], baseline: Baseline | None, policy: Policy) -> Verdict:
+    """Are the transformer's weights exactly, and peak memory at most, what the baseline has?
+
+    Peak: red beyond the baseline's largest by more than its own range or `memory_floor`, whichever is larger.
+    """
+    if found := obstacle(level, results, baseline, clocked=False):
+        return found
+    assert baseline is not None
+    expected = baseline.levels[level]
+    if expected.transformer_weight_bytes is None or not expected.peak_memory_bytes:
+        message = f"the {baseline.source} baseline of {baseline.slug!r} holds no memory of level {level!r}: {RECORD}."
+        return verdict(Outcome.NO_BASELINE, level, "no_baseline", message, results)
+    low, high = min(expected.peak_memory_bytes), max(expected.peak_memory_bytes)
+    tolerance = max(high - low, policy.memory_floor * high)
+    weights = [m.transformer_weight_bytes for m in measured(results)]
+    peak = min(m.peak_memory_bytes for m in measured(results))
+    numbers: dict[str, float | None] = {
+        "transformer_weight_bytes": float(weights[0]),
+        "peak_memory_bytes": float(peak),
+        "peak_memory_limit_bytes": high + tolerance,
+    }
+    for observed in weights:
+        if observed != expected.transformer_weight_bytes:
+            message = (
+                f"the transformer holds {observed} bytes of weights, the baseline exactly "
+                f"{expected.transformer_weight_bytes}: another dtype, quantization or model. Mend it or, if it is "
+                f"meant, {RECORD}."
+            )
+            return verdict(Outcome.REGRESSED, level, "weights", message, results, numbers)
+    text = (
+        f"peak memory {peak / 2**20:.1f} MiB (smallest of {len(weights)} process(es)); baseline {low / 2**20:.1f} to "
+        f"{high / 2**20:.1f} MiB, tolerance {tolerance / 2**20:.1f} MiB; weights equal."
+    )
+    if peak > high + tolerance:
+        action = "Look for a second copy of weights or a larger workspace in this level's own step."
+        return verdict(Outcome.REGRESSED, level, "peak", f"{text} {action}", results, numbers)
+    if peak < low - tolerance:
+        stale = "The baseline is stale: run with `--update-baseline`."
+        return verdict(Outcome.IMPROVED, level, "peak", f"{text} {stale}", results, numbers)
+    return verdict(Outcome.PASS, level, "peak", text, results, numbers)
+
+
+def _facts(proofs: Sequence[Proof]) -> set[tuple[str, str, int]]:
+    return {(proof.field, proof.what, proof.expected) for proof in proofs}
+
+
+def _prediction_margin(known: noise.Array, floor: float, policy: Policy) -> float:
+    """How far one more run may lie from the mean of `known`; a sixth of the floor is assumed before any is seen."""
+    squares, df = noise.squares(known)
+    weight = policy.night_weight
+    sd = math.sqrt((weight * (floor / 6) ** 2 + squares) / (weight + df))
+    one_more = noise.quantile(weight + df, policy.exact_alpha) * sd * math.sqrt(1 + 1 / len(known))
+    return max(floor, float(one_more))

@@ -1,0 +1,302 @@
+"""Results x baseline x policy -> Verdict. Pure: no torch, no files, no clock. The formulas are in docs/gate.md.
+
+Latency is here; what needs no statistics of processes is in `exact`. Every judge asks in the same order: did it fail,
+was it disturbed, does it compare, is there a baseline (`obstacles`); only then come numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from perf_tests.harness import noise
+from perf_tests.harness.exact import judge_fidelity, judge_memory, judge_step_error, judge_structure
+from perf_tests.harness.noise import Array, Comparison
+from perf_tests.harness.obstacles import measured, obstacle, verdict
+from perf_tests.harness.policy import Policy, policy_for
+from perf_tests.harness.schema import Baseline, LevelBaseline, Outcome, Result, Verdict
+
+__all__ = [
+    "Policy",
+    "judge_fidelity",
+    "judge_latency",
+    "judge_memory",
+    "judge_step_error",
+    "judge_structure",
+    "policy_for",
+    "smallest_visible",
+]
+
+Run = Mapping[str, Sequence[Result]]
+Logs = Mapping[str, Array]
+Over = Mapping[str, str | None]
+"""Level -> the level of the same run that divides it, None for plain seconds."""
+
+MANY = 3
+"""So many other levels have to be there before their median says how far the whole machine moved."""
+
+
+def judge_latency(
+    level: str,
+    run: Run,
+    baseline: Baseline | None,
+    policy: Policy,
+    confirmation: Run | None = None,
+) -> Verdict:
+    """Is `level` slower than its baseline, or does it pay less over its parent than it did?
+
+    Args:
+        run: level id -> one result a process, for all levels of this run: the divisor, the parent and the spread of
+            the others are taken from it.
+        confirmation: the same for `policy.confirmation_processes` fresh processes of the level, its parent and
+            `policy.relative_to`, measured because a first verdict had the rule `unconfirmed`.
+
+    Returns:
+        REGRESSED with rule `unconfirmed` if the run looks red and there is no confirmation; with rule `interval` or
+        `ladder` if the confirmation agrees; a pass that says both if it does not.
+
+    Raises:
+        ValueError: if `run` or `confirmation` has no result of the level.
+    """
+    for results in (run.get(level, ()), *([] if confirmation is None else [confirmation.get(level, ())])):
+        if found := obstacle(level, results, baseline, clocked=True):
+            return found
+    assert baseline is not None
+    for side in (run, *([] if confirmation is None else [confirmation])):
+        if found := _no_divisor(level, side, baseline, policy):
+            return found
+    first = _Look.of(run, baseline, policy)
+    rules = first.red(level)
+    text, numbers = first.describe(level)
+    results = run[level]
+    if not rules:
+        if first.absolute(level).faster and baseline.source == "recorded":
+            stale = "The baseline is stale: look at what made it faster, then run with `--update-baseline`."
+            return verdict(Outcome.IMPROVED, level, "interval", f"{text} {stale}", results, numbers)
+        return verdict(Outcome.PASS, level, "interval", text, results, numbers)
+    second = None if confirmation is None else _Look.of(confirmation, baseline, policy)
+    if confirmation is None or second is None or (rules == ["ladder"] and second.ladder(level) is None):
+        message = (
+            f"{text} This looks red ({' and '.join(rules)}) but is not confirmed: measure {level!r} and its parent "
+            f"{policy.parents.get(level)!r} again in {policy.confirmation_processes} fresh processes."
+        )
+        return verdict(Outcome.REGRESSED, level, "unconfirmed", message, results, numbers)
+    again, counts = second.describe(level)
+    numbers |= {"confirmed_ratio": counts["ratio"], "confirmed_processes": counts["processes"]}
+    agreed = [rule for rule in rules if second.looks_red(level, rule)]
+    both = f"{text} Confirmation in fresh processes: {again}"
+    if not agreed:
+        message = f"The confirmation does not agree, so this is not red. First run: {both}"
+        return verdict(Outcome.PASS, level, "confirmation", message, [*results, *confirmation[level]], numbers)
+    if len(second.tonight[level]) < policy.confirmation_processes:
+        both += f" The stated error rates assume {policy.confirmation_processes} processes here."
+    message = f"{both} Fired: {' and '.join(agreed)}. {first.blame(level)}"
+    return verdict(Outcome.REGRESSED, level, agreed[0], message, [*results, *confirmation[level]], numbers)
+
+
+def smallest_visible(
+    baseline_level: LevelBaseline,
+    processes: int,
+    policy: Policy,
+    *,
+    others: Sequence[LevelBaseline] = (),
+    reference: LevelBaseline | None = None,
+) -> float:
+    """The smallest slow-down (0.02 is +2 %) that this baseline finds in at least 90 % of nights, confirmation included.
+
+    Args:
+        processes: fresh processes of a run.
+        others: the other levels of the baseline; they make the spread of a short list of processes better known.
+        reference: the level that divides this one (`policy.relative_to`). Without it a relative policy takes the
+            divisor to be as noisy as the level.
+    """
+    # Independent and equally noisy: the ratio's deviations are those of one side times the square root of two.
+    scale = math.sqrt(2) if policy.relative_to and reference is None else 1.0
+
+    def series(of: LevelBaseline) -> Array:
+        logs = _base_logs({"": of} | ({"/": reference} if reference else {}))
+        return _series(logs, "", "/" if reference else None) * scale
+
+    own = series(baseline_level)
+    rest = [noise.squares(series(other)) for other in others]
+    noisy = noise.spread(noise.squares(own), (sum(s for s, _ in rest), sum(n for _, n in rest)), policy)
+    limit = noise.limit(np.array(baseline_level.nights, dtype=float), policy)
+    return math.expm1(noise.visible(own, processes, noisy, limit, policy))
+
+
+def _log_medians(samples: Sequence[Sequence[float]]) -> Array:
+    """The unit of decision: one number a process, because GPU timings are tight within a process and not between."""
+    return np.log([float(np.median(of_process)) for of_process in samples])
+
+
+def _base_logs(levels: Mapping[str, LevelBaseline]) -> dict[str, Array]:
+    return {id: _log_medians([p.samples_s for p in level.processes]) for id, level in levels.items()}
+
+
+def _series(logs: Logs, level: str, over: str | None) -> Array:
+    """`level`'s log medians over those of another level, process by process: neighbours in time share a drift."""
+    if over is None:
+        return logs[level]
+    n = min(len(logs[level]), len(logs[over]))
+    return logs[level][:n] - logs[over][:n]
+
+
+def _no_divisor(level: str, run: Run, baseline: Baseline, policy: Policy) -> Verdict | None:
+    divisor = policy.divisor(level)
+    if policy.relative_to is None:
+        return None
+    if divisor is None or not run.get(divisor) or divisor not in baseline.levels:
+        missing = "this run" if divisor in baseline.levels else "the baseline"
+        message = (
+            f"on {policy.slug!r} latency is a ratio to {divisor!r} of the same run, and that is not in {missing}. "
+            f"Run both levels together: `pytest perf_tests -k '{level} or {divisor}'`."
+        )
+        return verdict(Outcome.INCOMPARABLE, level, "divisor", message, run[level])
+    if found := obstacle(divisor, run[divisor], baseline, clocked=True):
+        message = f"latency of {level!r} is a ratio to {divisor!r} of the same run, and that gave: {found.explain()}"
+        outcome = Outcome.VOID if found.outcome is Outcome.VOID else Outcome.INCOMPARABLE
+        return verdict(outcome, level, "divisor", message, run[level])
+    return None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Look:
+    """One run beside the baseline, in log medians of those levels that can be judged in both."""
+
+    base: Logs
+    tonight: Logs
+    baseline: Baseline
+    policy: Policy
+
+    @classmethod
+    def of(cls, run: Run, baseline: Baseline, policy: Policy) -> _Look:
+        sound = {id: r for id, r in run.items() if r and not obstacle(id, r, baseline, clocked=True)}
+        tonight = {id: _log_medians([m.samples_s for m in measured(results)]) for id, results in sound.items()}
+        return cls(base=_base_logs(baseline.levels), tonight=tonight, baseline=baseline, policy=policy)
+
+    def absolute(self, level: str) -> Comparison:
+        """Seconds, or the ratio to the policy's divisor, against the baseline's."""
+        return self._compare(level, {id: self.policy.divisor(id) for id in self.base}, level)
+
+    def ladder(self, level: str) -> Comparison | None:
+        """The ratio to the parent against the same ratio in the baseline; None where the parent cannot be judged."""
+        parent = self.policy.parents.get(level)
+        if (
+            parent is None
+            or not (parent in self.base and parent in self.tonight)
+            or self.baseline.source == "published"
+        ):
+            return None
+        over = {id: up for id in self.base if (up := self.policy.parents.get(id)) in self.base}
+        return self._compare(level, over, level, parent)
+
+    def drift(self, level: str) -> float | None:
+        """How far the other levels moved, as a log ratio: their median, None if they are too few to tell."""
+        others = [id for id in self.tonight if id != level and self.policy.divisor(id) in (None, *self.tonight)]
+        moved = [float(self.absolute(id).ratio) for id in others]
+        return float(np.median(moved)) if len(moved) >= MANY else None
+
+    def looks_red(self, level: str, rule: str) -> bool:
+        found = self.absolute(level) if rule == "interval" else self.ladder(level)
+        return bool(found is not None and found.slower)
+
+    def red(self, level: str) -> list[str]:
+        """The rules that fire.
+
+        A step over a parent also shrinks when only the parent got faster. That is no regression, so the ladder alone
+        fires only for a level that is also slower than the rest of the ladder moved.
+        """
+        own, drift = self.absolute(level), self.drift(level)
+        behind = drift is not None and own.ratio - drift > own.limit
+        return [
+            rule
+            for rule in ("interval", "ladder")
+            if self.looks_red(level, rule) and (rule == "interval" or own.slower or behind)
+        ]
+
+    def blame(self, level: str) -> str:
+        """Where to look: the optimisation that stopped paying, a level below, or the machine."""
+        at: str | None = level
+        while at is not None and at in self.tonight and not self.looks_red(at, "ladder"):
+            at = self.policy.parents.get(at)
+        if at is not None and at in self.tonight:
+            step = self.ladder(at)
+            assert step is not None
+            parent = self.policy.parents[at]
+            was = float(np.exp(-_series(self.base, at, parent).mean()))
+            now = float(np.exp(-_series(self.tonight, at, parent).mean()))
+            inherited = "" if at == level else f"{level!r} inherits this: its own step is unchanged. "
+            return (
+                f"{inherited}The optimisation that stopped paying is {self.policy.own_fields.get(at)} "
+                f"({parent} -> {at}): it was worth x{was:.3f} and is worth x{now:.3f}. "
+                f"Bisect what changed in that step, or accept it with `--update-baseline --reason`."
+            )
+        drift = self.drift(level)
+        if drift is not None and drift > self.absolute(level).limit:
+            return (
+                f"No step of the ladder changed, but the other levels moved by {_percent(drift)} (median): look at "
+                f"the machine, driver and torch build{' and the divisor' if self.policy.relative_to else ''} first."
+            )
+        return "No single step of the ladder stands out: look at this level and at what changed since the baseline."
+
+    def describe(self, level: str) -> tuple[str, dict[str, float | None]]:
+        """The observation as text, and its numbers: ratios, except `limit` and `smallest_visible` (0.02 is +2 %)."""
+        own, step, over = self.absolute(level), self.ladder(level), self.policy.divisor(level)
+        base, tonight = (_series(logs, level, over) for logs in (self.base, self.tonight))
+        spread = self._spread(level, {id: self.policy.divisor(id) for id in self.base})
+        visible = noise.visible(base, len(tonight), spread, own.limit, self.policy)
+        unit = " s" if over is None else f" of {over}"
+        kind = "published" if self.baseline.source == "published" else "recorded"
+        text = (
+            f"{level!r} took {math.exp(tonight.mean()):.4g}{unit} ({len(tonight)} process(es)); the {kind} baseline "
+            f"of {self.baseline.slug!r} says {math.exp(base.mean()):.4g}{unit} ({len(base)} process(es)). That is "
+            f"{_percent(own.ratio)}, interval {_percent(own.low)} to {_percent(own.high)}, limit "
+            f"{_percent(own.limit)}, {'no' if own.above else 'some'} overlap with the baseline's slowest process; "
+            f"smallest visible change {_percent(visible)}."
+        )
+        if step is not None:
+            text += (
+                f" Over its parent {self.policy.parents[level]!r}: {_percent(step.ratio)}, interval "
+                f"{_percent(step.low)} to {_percent(step.high)}, limit {_percent(step.limit)}."
+            )
+        if kind == "published":
+            text += f" Published numbers bound from above only ({self.baseline.source_note}); record a baseline here."
+        elif len(base) < self.policy.min_processes:
+            text += f" The interval is wide because the baseline has under {self.policy.min_processes} processes."
+        ratios = {"ratio": own.ratio, "low": own.low, "high": own.high, "drift": self.drift(level)}
+        for name in ("ratio", "low", "high"):
+            ratios[f"ladder_{name}"] = None if step is None else getattr(step, name)
+        numbers = {name: None if value is None else math.exp(value) for name, value in ratios.items()}
+        numbers |= {"limit": math.expm1(own.limit), "smallest_visible": math.expm1(visible)}
+        return text, numbers | {"processes": float(len(tonight)), "baseline_processes": float(len(base))}
+
+    def _squares(self, level: str, over: Over) -> tuple[Any, int]:
+        """Squared deviations within the baseline and within tonight, each about its own mean, and their freedom."""
+        parts = [
+            noise.squares(_series(logs, level, over[level]))
+            for logs in (self.base, self.tonight)
+            if level in logs and (over[level] is None or over[level] in logs)
+        ]
+        return sum(s for s, _ in parts), sum(n for _, n in parts)
+
+    def _spread(self, level: str, over: Over) -> noise.Spread:
+        # A pair of levels that divide each other is one series, not two.
+        others = [self._squares(id, over) for id in over if id != level and over[id] != level]
+        return noise.spread(
+            self._squares(level, over), (sum(s for s, _ in others), sum(n for _, n in others)), self.policy
+        )
+
+    def _compare(self, level: str, over: Over, *limits: str) -> Comparison:
+        base, tonight = (_series(logs, level, over[level]) for logs in (self.base, self.tonight))
+        limit = max(noise.limit(np.array(self.baseline.levels[id].nights, dtype=float), self.policy) for id in limits)
+        if self.baseline.source == "published":
+            limit = self.policy.published_margin
+        return noise.compare(base, tonight, self._spread(level, over), limit, self.policy)
+
+
+def _percent(log_ratio: float) -> str:
+    return f"{100 * math.expm1(log_ratio):+.2f} %"

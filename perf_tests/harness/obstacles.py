@@ -1,0 +1,121 @@
+"""What comes before numbers: did it fail, was it disturbed, does it compare, is there a baseline. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from perf_tests.harness.schema import Baseline, Measurement, Outcome, Result, Verdict
+
+RECORD = "record one on a quiet machine with `pytest perf_tests --record-baseline`"
+
+
+def verdict(
+    outcome: Outcome,
+    level: str,
+    rule: str,
+    message: str,
+    results: Sequence[Result] = (),
+    numbers: Mapping[str, float | None] | None = None,
+) -> Verdict:
+    """A verdict whose message begins with the faults injected into `results`, so that no red is taken for real."""
+    injected = sorted({result.injection for result in results if result.injection})
+    prefix = f"[fault injected on purpose: {', '.join(injected)}] " if injected else ""
+    return Verdict(outcome=outcome, level=level, rule=rule, message=prefix + message, numbers=dict(numbers or {}))
+
+
+def obstacle(level: str, results: Sequence[Result], baseline: Baseline | None, *, clocked: bool) -> Verdict | None:
+    """The verdict that comes before numbers, None if the numbers may be judged.
+
+    Args:
+        clocked: whether times are judged; throttling and neighbours change times, not counts and bytes.
+
+    Raises:
+        ValueError: if there is no result at all.
+    """
+    if not results:
+        raise ValueError(f"level {level!r} has no result to judge; the runner writes one a process, even for a hang")
+    return (
+        _failed(level, results)
+        or (_disturbed(level, results, baseline) if clocked else None)
+        or _uncomparable(level, results, baseline)
+    )
+
+
+def measured(results: Sequence[Result]) -> list[Measurement]:
+    """The measurements in process order."""
+    return [r.measurement for r in sorted(results, key=lambda r: r.process) if r.measurement]
+
+
+def _failed(level: str, results: Sequence[Result]) -> Verdict | None:
+    for result in results:
+        if failure := result.failure:
+            message = (
+                f"process {result.process} failed in stage {failure.stage!r} with exit status {failure.exit_status}: "
+                f"{failure.message} Reproduce with `{failure.command}`. End of its log:\n{failure.log_tail}"
+            )
+            return verdict(Outcome.ERROR, level, failure.kind.value, message, results)
+        if result.measurement is None:
+            raise ValueError(f"process {result.process} of level {level!r} has neither a measurement nor a failure")
+    return None
+
+
+def _disturbed(level: str, results: Sequence[Result], baseline: Baseline | None) -> Verdict | None:
+    expected = baseline.environment.power_limit_w if baseline and baseline.environment else None
+    for result in results:
+        why, counters = [], result.counters
+        if counters:
+            # Not power_violation_ns: a GPU at its software power cap is normal at full load.
+            for name in ("thermal_violation_ns", "hw_slowdown_ns", "power_brake_ns"):
+                if nanoseconds := getattr(counters, name):
+                    why.append(f"{name} rose by {nanoseconds} during the timed rounds")
+            if counters.foreign_pids:
+                why.append(f"another process used the same GPU (pid {', '.join(map(str, counters.foreign_pids))})")
+        observed = result.environment.power_limit_w if result.environment else None
+        if expected is not None and observed != expected:
+            why.append(f"the power limit is {observed} W, but {expected} W when the baseline was recorded")
+        if why:
+            message = (
+                f"process {result.process} was disturbed: {'; '.join(why)}. This is neither pass nor fail: "
+                "quiet the machine and run again."
+            )
+            return verdict(Outcome.VOID, level, "disturbed", message, results)
+    return None
+
+
+def _uncomparable(level: str, results: Sequence[Result], baseline: Baseline | None) -> Verdict | None:
+    if baseline is None:
+        message = f"there is no baseline for this machine, so level {level!r} cannot be judged: {RECORD}."
+        return verdict(Outcome.NO_BASELINE, level, "no_baseline", message, results)
+    for result in results:
+        differences = _differences(level, result, baseline)
+        if differences:
+            message = (
+                f"process {result.process} measured something else than the baseline of {baseline.slug!r}: "
+                f"{'; '.join(differences)}. Undo the change or, if it is meant, {RECORD}."
+            )
+            return verdict(Outcome.INCOMPARABLE, level, "changed", message, results)
+    if level not in baseline.levels:
+        message = (
+            f"the baseline of {baseline.slug!r} has no level {level!r}, only {', '.join(baseline.levels)}: "
+            f"if the level is new or renamed, {RECORD}."
+        )
+        return verdict(Outcome.NO_BASELINE, level, "no_baseline", message, results)
+    return None
+
+
+def _differences(level: str, result: Result, baseline: Baseline) -> list[str]:
+    found = []
+    # A published number came about by its publisher's method; it only bounds from above.
+    if result.method != baseline.method and baseline.source == "recorded":
+        found.append(f"method {result.method!r}, baseline {baseline.method!r}")
+    if result.workload_digest != baseline.workload_digest:
+        found.append(f"workload digest {result.workload_digest}, baseline {baseline.workload_digest}")
+    if expected := baseline.levels.get(level):
+        for field in sorted(result.fields.keys() | expected.fields.keys()):
+            if result.fields.get(field) != expected.fields.get(field):
+                found.append(f"{field}={result.fields.get(field)!r}, baseline {expected.fields.get(field)!r}")
+        for field in sorted(result.unavailable.keys() - expected.unavailable.keys()):
+            found.append(f"{field} is no longer available here ({result.unavailable[field]})")
+        for field in sorted(expected.unavailable.keys() - result.unavailable.keys()):
+            found.append(f"{field} is now available, but was not for the baseline ({expected.unavailable[field]})")
+    return found

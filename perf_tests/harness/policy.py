@@ -1,0 +1,110 @@
+"""What the gate assumes and tolerates, as frozen data. Every number says where it comes from.
+
+Logarithms of ratios throughout: 0.02 is +2 % to within 0.02 %. The figures that these numbers lead to are in
+docs/gate.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from fluxfast.levels import LEVELS
+
+Direction = Literal["lower_is_worse", "higher_is_worse", "informational"]
+
+PARENTS: dict[str, str | None] = {level.id: level.parent for level in LEVELS.values()}
+OWN_FIELDS: dict[str, str | None] = {level.id: level.own_field for level in LEVELS.values()}
+
+ROUNDOFF: dict[str, float] = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float8_e4m3": 2.0**-4}
+"""Unit roundoff by format: half the distance from 1 to the next number (24, 8 and 4 significant bits)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Policy:
+    """How one class of machine is judged.
+
+    Attributes:
+        slug: the machine, for messages.
+        relative_to: level whose processes of the same run divide every latency; None compares seconds with seconds.
+        floor: log ratio that is never red, whatever the noise.
+        cap: the history of nights cannot widen the limit beyond this.
+        night_weight: how many nights of history the floor counts for.
+        alpha: one-sided error of one latency interval.
+        prior_sd, prior_df: between-process spread assumed before any process is seen, and what it weighs in degrees of
+            freedom.
+        pool_df: what the spread of the other levels weighs, at most, beside a level's own.
+        confirmation_processes: fresh processes that a confirmation runs; the stated error rates assume that many.
+        min_processes: baseline processes below which a message says that the interval is wide for lack of them.
+        published_margin: log ratio above a published number that counts as clearly slower.
+        exact_alpha: one-sided error of one limit on fidelity or step error; these are never retried.
+        memory_floor: relative rise of peak memory that is never red.
+        step_error_floor: relative change of a step error that is never red.
+        parents, own_fields: the ladder as data: level -> level below, level -> the field that it changes.
+    """
+
+    slug: str
+    relative_to: str | None
+    floor: float
+    cap: float
+    prior_sd: float
+    night_weight: float = 5.0
+    alpha: float = 1e-3
+    prior_df: float = 2.0
+    pool_df: float = 12.0
+    confirmation_processes: int = 8
+    min_processes: int = 5
+    published_margin: float = 0.05
+    exact_alpha: float = 3e-5
+    memory_floor: float = 0.01
+    step_error_floor: float = 0.05
+    parents: Mapping[str, str | None] = dataclasses.field(default_factory=lambda: PARENTS)
+    own_fields: Mapping[str, str | None] = dataclasses.field(default_factory=lambda: OWN_FIELDS)
+
+    def divisor(self, level: str) -> str | None:
+        """The level that divides `level`'s latency: `relative_to`, or the parent where that is the level itself."""
+        return self.parents.get(level) if level == self.relative_to else self.relative_to
+
+
+def policy_for(slug: str) -> Policy:
+    """The policy of a machine: `cpu` by ratio to the same run's bf16, anything else in seconds.
+
+    GPU: the floor is a quarter of the 2 % that has to be found; the spread is that of an idle H100 between processes.
+    CPU: shared machines move by several per cent between processes, and seconds do not travel between them.
+    """
+    if slug == "cpu" or slug.startswith("cpu-"):
+        return Policy(slug=slug, relative_to="bf16", floor=0.05, cap=0.25, prior_sd=0.03)
+    return Policy(slug=slug, relative_to=None, floor=0.005, cap=0.03, prior_sd=0.003)
+
+
+def direction(metric: str) -> Direction:
+    """Which way a fidelity metric gets worse.
+
+    Raises:
+        ValueError: for a metric of no known direction, so that no new metric is silently unjudged.
+    """
+    if metric.startswith("psnr"):
+        return "informational"
+    if metric.startswith(("ssim", "ms_ssim")):
+        return "lower_is_worse"
+    if metric.startswith(("flip", "lpips")):
+        return "higher_is_worse"
+    raise ValueError(f"fidelity metric {metric!r} has no known direction; add it to perf_tests/harness/policy.py")
+
+
+def fidelity_floor(metric: str) -> float:
+    """Change of a metric that is never red: less than +-1 LSB of noise does to it (mean forms, worst-tile forms)."""
+    return 0.015 if "tile" in metric else 0.005
+
+
+def roundoff_factor(fields: Mapping[str, Any]) -> tuple[float, str]:
+    """k of `error(level) <= k x error(bf16)`, and where it comes from.
+
+    Twice (flash-attention's own tests allow twice the reference's error) the coarsest unit roundoff among the
+    formats that the level computes in, over bfloat16's.
+    """
+    fp8 = str(fields.get("attention", "")).startswith("fa3_fp8") or fields.get("quantization", "none") != "none"
+    coarsest = "float8_e4m3" if fp8 else str(fields.get("dtype", "bfloat16"))
+    factor = 2 * ROUNDOFF[coarsest] / ROUNDOFF["bfloat16"]
+    return factor, f"2 x unit roundoff of {coarsest} over bfloat16's"
