@@ -1,7 +1,7 @@
 """How far an image is from its reference, by several metrics, because each is blind to something. No torch.
 
-SSIM's mean hardly sees a colour cast, FLIP's mean hardly sees a hole; the worst tile of both sees what is local. `METHOD`
-is stored with a baseline: numbers of two methods do not compare.
+SSIM's mean hardly sees a colour cast, FLIP's mean hardly sees a hole; the worst tile of both sees what is local.
+`METHOD` is stored with a baseline: numbers of two methods do not compare.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from skimage.metrics import structural_similarity
 
 TILE = 64
 STRIDE = 32
-"""Tiles overlap by half, so that a defect of up to 32 px always lies whole within one and is never diluted over four."""
+"""Tiles overlap by half, so that a defect of up to 32 px always lies whole within one and is never spread over four."""
 
 VIEWING = [0.7, 3840.0, 0.7]
 """FLIP's default: 0.7 m from a display of 3840 px on 0.7 m, 67 pixels a degree."""
