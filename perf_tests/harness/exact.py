@@ -66,7 +66,8 @@ def judge_fidelity(level: str, values: Mapping[str, float], baseline: LevelBasel
             numbers[metric] = value if value is not None and math.isfinite(value) else None
             continue
         if value is None or not math.isfinite(value):
-            message = f"{metric} is {value}: the image cannot be compared. Look for NaN in the output of {level!r}."
+            what = "was not measured, but the baseline has it" if value is None else f"is {value}"
+            message = f"{metric} {what}: look for NaN in the output of {level!r}, or a missing reference image."
             return verdict(Outcome.REGRESSED, level, "not_finite", message, numbers=numbers)
         if not baseline.fidelity.get(metric):
             message = f"the baseline of {policy.slug!r} has no {metric} of level {level!r}: {RECORD}."

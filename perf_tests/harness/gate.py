@@ -16,12 +16,13 @@ import numpy as np
 from perf_tests.harness import noise
 from perf_tests.harness.exact import judge_fidelity, judge_memory, judge_step_error, judge_structure
 from perf_tests.harness.noise import Array, Comparison
-from perf_tests.harness.obstacles import measured, obstacle, verdict
-from perf_tests.harness.policy import Policy, policy_for
+from perf_tests.harness.obstacles import measured, no_divisor, obstacle, verdict
+from perf_tests.harness.policy import Policy, direction, policy_for
 from perf_tests.harness.schema import Baseline, LevelBaseline, Outcome, Result, Verdict
 
 __all__ = [
     "Policy",
+    "direction",
     "judge_fidelity",
     "judge_latency",
     "judge_memory",
@@ -62,14 +63,14 @@ def judge_latency(
     Raises:
         ValueError: if `run` or `confirmation` has no result of the level.
     """
-    for results in (run.get(level, ()), *([] if confirmation is None else [confirmation.get(level, ())])):
-        if found := obstacle(level, results, baseline, clocked=True):
+    for side in (run,) if confirmation is None else (run, confirmation):
+        if found := obstacle(level, side.get(level, ()), baseline, clocked=True):
+            return found
+        assert baseline is not None
+        if found := no_divisor(level, side, baseline, policy):
             return found
     assert baseline is not None
-    for side in (run, *([] if confirmation is None else [confirmation])):
-        if found := _no_divisor(level, side, baseline, policy):
-            return found
-    first = _Look.of(run, baseline, policy)
+    first = _Look.of(run, baseline, policy, len(run[level]))
     rules = first.red(level)
     text, numbers = first.describe(level)
     results = run[level]
@@ -78,7 +79,7 @@ def judge_latency(
             stale = "The baseline is stale: look at what made it faster, then run with `--update-baseline`."
             return verdict(Outcome.IMPROVED, level, "interval", f"{text} {stale}", results, numbers)
         return verdict(Outcome.PASS, level, "interval", text, results, numbers)
-    second = None if confirmation is None else _Look.of(confirmation, baseline, policy)
+    second = None if confirmation is None else _Look.of(confirmation, baseline, policy, len(run[level]))
     if confirmation is None or second is None or (rules == ["ladder"] and second.ladder(level) is None):
         message = (
             f"{text} This looks red ({' and '.join(rules)}) but is not confirmed: measure {level!r} and its parent "
@@ -124,7 +125,8 @@ def smallest_visible(
     own = series(baseline_level)
     rest = [noise.squares(series(other)) for other in others]
     noisy = noise.spread(noise.squares(own), (sum(s for s, _ in rest), sum(n for _, n in rest)), policy)
-    limit = noise.limit(np.array(baseline_level.nights, dtype=float), policy)
+    error = noise.error(len(own), processes, noisy)
+    limit = noise.limit(np.array(baseline_level.nights, dtype=float), error, policy)
     return math.expm1(noise.visible(own, processes, noisy, limit, policy))
 
 
@@ -145,24 +147,6 @@ def _series(logs: Logs, level: str, over: str | None) -> Array:
     return logs[level][:n] - logs[over][:n]
 
 
-def _no_divisor(level: str, run: Run, baseline: Baseline, policy: Policy) -> Verdict | None:
-    divisor = policy.divisor(level)
-    if policy.relative_to is None:
-        return None
-    if divisor is None or not run.get(divisor) or divisor not in baseline.levels:
-        missing = "this run" if divisor in baseline.levels else "the baseline"
-        message = (
-            f"on {policy.slug!r} latency is a ratio to {divisor!r} of the same run, and that is not in {missing}. "
-            f"Run both levels together: `pytest perf_tests -k '{level} or {divisor}'`."
-        )
-        return verdict(Outcome.INCOMPARABLE, level, "divisor", message, run[level])
-    if found := obstacle(divisor, run[divisor], baseline, clocked=True):
-        message = f"latency of {level!r} is a ratio to {divisor!r} of the same run, and that gave: {found.explain()}"
-        outcome = Outcome.VOID if found.outcome is Outcome.VOID else Outcome.INCOMPARABLE
-        return verdict(outcome, level, "divisor", message, run[level])
-    return None
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Look:
     """One run beside the baseline, in log medians of those levels that can be judged in both."""
@@ -171,25 +155,30 @@ class _Look:
     tonight: Logs
     baseline: Baseline
     policy: Policy
+    processes: int
+    """Of a night: what one of the baseline's `nights` was averaged over."""
 
     @classmethod
-    def of(cls, run: Run, baseline: Baseline, policy: Policy) -> _Look:
+    def of(cls, run: Run, baseline: Baseline, policy: Policy, processes: int) -> _Look:
         sound = {id: r for id, r in run.items() if r and not obstacle(id, r, baseline, clocked=True)}
         tonight = {id: _log_medians([m.samples_s for m in measured(results)]) for id, results in sound.items()}
-        return cls(base=_base_logs(baseline.levels), tonight=tonight, baseline=baseline, policy=policy)
+        base = _base_logs(baseline.levels)
+        return cls(base=base, tonight=tonight, baseline=baseline, policy=policy, processes=processes)
+
+    @property
+    def _over(self) -> Over:
+        return {id: self.policy.divisor(id) for id in self.base}
 
     def absolute(self, level: str) -> Comparison:
         """Seconds, or the ratio to the policy's divisor, against the baseline's."""
-        return self._compare(level, {id: self.policy.divisor(id) for id in self.base}, level)
+        return self._compare(level, self._over, level)
 
     def ladder(self, level: str) -> Comparison | None:
         """The ratio to the parent against the same ratio in the baseline; None where the parent cannot be judged."""
         parent = self.policy.parents.get(level)
-        if (
-            parent is None
-            or not (parent in self.base and parent in self.tonight)
-            or self.baseline.source == "published"
-        ):
+        if parent is None or parent not in self.base or parent not in self.tonight:
+            return None
+        if self.baseline.source == "published":
             return None
         over = {id: up for id in self.base if (up := self.policy.parents.get(id)) in self.base}
         return self._compare(level, over, level, parent)
@@ -247,8 +236,7 @@ class _Look:
         """The observation as text, and its numbers: ratios, except `limit` and `smallest_visible` (0.02 is +2 %)."""
         own, step, over = self.absolute(level), self.ladder(level), self.policy.divisor(level)
         base, tonight = (_series(logs, level, over) for logs in (self.base, self.tonight))
-        spread = self._spread(level, {id: self.policy.divisor(id) for id in self.base})
-        visible = noise.visible(base, len(tonight), spread, own.limit, self.policy)
+        visible = noise.visible(base, len(tonight), self._spread(level, self._over), own.limit, self.policy)
         unit = " s" if over is None else f" of {over}"
         kind = "published" if self.baseline.source == "published" else "recorded"
         text = (
@@ -284,18 +272,21 @@ class _Look:
         return sum(s for s, _ in parts), sum(n for _, n in parts)
 
     def _spread(self, level: str, over: Over) -> noise.Spread:
-        # A pair of levels that divide each other is one series, not two.
-        others = [self._squares(id, over) for id in over if id != level and over[id] != level]
-        return noise.spread(
-            self._squares(level, over), (sum(s for s, _ in others), sum(n for _, n in others)), self.policy
-        )
+        # Not the divisor's own series: it shares noise with this one, or is this one upside down.
+        others = [self._squares(id, over) for id in over if id not in (level, over[level])]
+        rest = sum(s for s, _ in others), sum(n for _, n in others)
+        return noise.spread(self._squares(level, over), rest, self.policy)
 
     def _compare(self, level: str, over: Over, *limits: str) -> Comparison:
         base, tonight = (_series(logs, level, over[level]) for logs in (self.base, self.tonight))
-        limit = max(noise.limit(np.array(self.baseline.levels[id].nights, dtype=float), self.policy) for id in limits)
-        if self.baseline.source == "published":
-            limit = self.policy.published_margin
+        limit = max(self._limit(id) for id in limits)
         return noise.compare(base, tonight, self._spread(level, over), limit, self.policy)
+
+    def _limit(self, level: str) -> float:
+        if self.baseline.source == "published":
+            return self.policy.published_margin
+        error = noise.error(len(self.base[level]), self.processes, self._spread(level, self._over))
+        return float(noise.limit(np.array(self.baseline.levels[level].nights, dtype=float), error, self.policy))
 
 
 def _percent(log_ratio: float) -> str:

@@ -74,14 +74,21 @@ def quantile(df: Any, alpha: float) -> Any:
     return special.stdtrit(df, 1 - alpha)
 
 
-def limit(nights: Array, policy: Policy) -> Any:
+def error(base: int, tonight: int, spread: Spread) -> Any:
+    """Standard error of the difference between the means of so many processes."""
+    return spread.sd * np.sqrt(1 / tonight + 1 / base)
+
+
+def limit(nights: Array, standard_error: Any, policy: Policy) -> Any:
     """The log ratio up to which this level moves when nothing changed: three standard deviations of its nights.
 
-    The floor counts as `night_weight` nights. The cap keeps a slow drift, accepted night by night, from widening the
-    limit for ever.
+    A night's own process noise is taken out; the interval accounts for it. The floor counts as `night_weight` nights.
+    The cap keeps a slow drift, accepted night by night, from widening the limit for ever.
     """
-    total = policy.night_weight * (policy.floor / 3) ** 2 + np.square(nights).sum(axis=-1)
-    return np.clip(3 * np.sqrt(total / (policy.night_weight + nights.shape[-1])), policy.floor, policy.cap)
+    count = nights.shape[-1]
+    moved = np.maximum(0, np.square(nights).sum(axis=-1) - count * np.square(standard_error))
+    total = policy.night_weight * (policy.floor / 3) ** 2 + moved
+    return np.clip(3 * np.sqrt(total / (policy.night_weight + count)), policy.floor, policy.cap)
 
 
 def compare(base: Array, tonight: Array, noise: Spread, limit: Any, policy: Policy) -> Comparison:
@@ -91,7 +98,7 @@ def compare(base: Array, tonight: Array, noise: Spread, limit: Any, policy: Poli
     overlap with the baseline holds for any distribution.
     """
     ratio = tonight.mean(axis=-1) - base.mean(axis=-1)
-    half = quantile(noise.df, policy.alpha) * noise.sd * np.sqrt(1 / tonight.shape[-1] + 1 / base.shape[-1])
+    half = quantile(noise.df, policy.alpha) * error(base.shape[-1], tonight.shape[-1], noise)
     return Comparison(
         ratio=ratio,
         low=ratio - half,
@@ -108,9 +115,10 @@ def visible(base: Array, processes: int, noise: Spread, limit: Any, policy: Poli
     The larger of what the interval needs (first run, the smaller sample) and of what it takes for all processes of run
     and confirmation to clear the slowest of the baseline.
     """
-    error = noise.sd * np.sqrt(1 / processes + 1 / base.shape[-1])
     miss = (1 - POWER) / 2
-    interval = limit + (quantile(noise.df, policy.alpha) + quantile(noise.df, miss)) * error
+    interval = limit + (quantile(noise.df, policy.alpha) + quantile(noise.df, miss)) * error(
+        base.shape[-1], processes, noise
+    )
     drawn = processes + policy.confirmation_processes
     lowest = -special.ndtri(1 - (1 - miss) ** (1 / drawn)) * noise.sd
     return np.maximum(interval, base.max(axis=-1) - base.mean(axis=-1) + lowest)

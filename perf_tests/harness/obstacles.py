@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from perf_tests.harness.policy import Policy
 from perf_tests.harness.schema import Baseline, Measurement, Outcome, Result, Verdict
 
 RECORD = "record one on a quiet machine with `pytest perf_tests --record-baseline`"
@@ -39,6 +40,25 @@ def obstacle(level: str, results: Sequence[Result], baseline: Baseline | None, *
         or (_disturbed(level, results, baseline) if clocked else None)
         or _uncomparable(level, results, baseline)
     )
+
+
+def no_divisor(level: str, run: Mapping[str, Sequence[Result]], baseline: Baseline, policy: Policy) -> Verdict | None:
+    """The verdict where latency is a ratio to a level that this run cannot be divided by, else None."""
+    divisor = policy.divisor(level)
+    if policy.relative_to is None:
+        return None
+    if divisor is None or not run.get(divisor) or divisor not in baseline.levels:
+        missing = "this run" if divisor in baseline.levels else "the baseline"
+        message = (
+            f"on {policy.slug!r} latency is a ratio to {divisor!r} of the same run, and that is not in {missing}. "
+            f"Run both levels together: `pytest perf_tests -k '{level} or {divisor}'`."
+        )
+        return verdict(Outcome.INCOMPARABLE, level, "divisor", message, run[level])
+    if found := obstacle(divisor, run[divisor], baseline, clocked=True):
+        message = f"latency of {level!r} is a ratio to {divisor!r} of the same run, and that gave: {found.explain()}"
+        outcome = Outcome.VOID if found.outcome is Outcome.VOID else Outcome.INCOMPARABLE
+        return verdict(outcome, level, "divisor", message, run[level])
+    return None
 
 
 def measured(results: Sequence[Result]) -> list[Measurement]:

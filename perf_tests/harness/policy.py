@@ -52,7 +52,7 @@ class Policy:
     night_weight: float = 5.0
     alpha: float = 1e-3
     prior_df: float = 2.0
-    pool_df: float = 12.0
+    pool_df: float = 16.0
     confirmation_processes: int = 8
     min_processes: int = 5
     published_margin: float = 0.05

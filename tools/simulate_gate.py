@@ -1,0 +1,336 @@
+"""False alarms and power of the latency gate, simulated: `python -m tools.simulate_gate` prints docs/gate.md's tables.
+
+A simulated night is a baseline, a run and a confirmation, all drawn anew, for a whole ladder; it is decided by
+`perf_tests.harness.noise`, which also decides real nights. `tests/test_gate_errors.py` holds the two to the same
+verdicts. All values are logarithms of process medians.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats  # type: ignore[import-untyped]
+
+from fluxfast.levels import LADDER
+from perf_tests.harness import noise
+from perf_tests.harness.noise import Array, Comparison
+from perf_tests.harness.policy import Policy, policy_for
+
+RECORDED = pathlib.Path(__file__).parents[1] / "tests" / "data" / "process_medians.json"
+"""{slug: {level: [process median in seconds, ...]}} of real runs; the tables gain a row a slug once it exists."""
+
+NIGHTS = 20_000
+MANY_NIGHTS = 100_000
+"""For the model with the highest rate: it is below 1 in 1,000, but 20,000 nights do not bound it there."""
+WORST = "six levels bimodal, 70 % slow"
+BASELINE_PROCESSES = 5
+GPU, CPU = policy_for("h200-700w"), policy_for("cpu")
+GPU_SPREAD, CPU_SPREAD = 0.003, 0.02
+DRIFT = "nights drift by 0.2 %, levels by 0.1 %"
+SLOWED = 4
+"""Position of the level that the power simulations slow down: in the middle, with a parent and a child."""
+
+NAMES = {"visible": "the smallest visible", "twice": "twice the smallest visible"}
+
+Draw = Callable[[np.random.Generator, int, int, int, int], Array]
+"""(generator, date, nights, levels, processes) -> log medians of shape (nights, levels, processes).
+
+Date 0 is the baseline's, 1 tonight's, others belong to the history; only a drift tells them apart.
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Nights:
+    """Log medians, each of shape (nights, levels, processes)."""
+
+    base: Array
+    run: Array
+    confirmation: Array
+    history: Array
+    """Log ratios of earlier nights to the baseline, of shape (nights, levels, dates)."""
+
+    def slowed(self, level: int, log_ratio: Any) -> Nights:
+        """The same nights with one level slower in run and confirmation, by one log ratio or one a night."""
+        run, confirmation = self.run.copy(), self.confirmation.copy()
+        run[:, level] += np.reshape(log_ratio, (-1, 1))
+        confirmation[:, level] += np.reshape(log_ratio, (-1, 1))
+        return dataclasses.replace(self, run=run, confirmation=confirmation)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decisions:
+    """Each of shape (nights, levels)."""
+
+    first: Any
+    """Looked red before the confirmation."""
+    interval: Any
+    ladder: Any
+    improved: Any
+    visible: Any
+    """Smallest visible log ratio."""
+
+    @property
+    def red(self) -> Any:
+        return self.interval | self.ladder
+
+
+def default_processes(policy: Policy) -> int:
+    """Processes of a run by default: 3 on a GPU, 1 on the CPU."""
+    return 1 if policy.relative_to else 3
+
+
+def chain(policy: Policy, levels: int) -> Policy:
+    """The policy of a ladder of so many levels: the real ids, then made-up rungs."""
+    ids = [level.id for level in LADDER][:levels]
+    ids += [f"rung_{number}" for number in range(len(ids), levels)]
+    return dataclasses.replace(policy, parents=dict(zip(ids, [None, *ids[:-1]], strict=True)))
+
+
+def nights(
+    draw: Draw, policy: Policy, *, levels: int, processes: int, count: int = NIGHTS, history: int = 0, seed: int = 0
+) -> Nights:
+    """Null nights; `history` earlier ones with the same baseline widen the limit as accepted nights do."""
+    rng = np.random.default_rng(seed)
+    base = draw(rng, 0, count, levels, BASELINE_PROCESSES)
+    expected = base.mean(axis=-1)
+    earlier = [draw(rng, 2 + date, count, levels, processes).mean(axis=-1) - expected for date in range(history)]
+    return Nights(
+        base=base,
+        run=draw(rng, 1, count, levels, processes),
+        confirmation=draw(rng, 1, count, levels, policy.confirmation_processes),
+        history=np.stack(earlier, axis=-1) if earlier else np.zeros((count, levels, 0)),
+    )
+
+
+def decide(night: Nights, policy: Policy) -> Decisions:
+    """`gate.judge_latency` for all nights at once."""
+    ids = list(policy.parents)
+    at = {id: number for number, id in enumerate(ids)}
+    absolute_over = {at[id]: None if (d := policy.divisor(id)) is None else at[d] for id in ids}
+    ladder_over = {at[id]: at[up] for id, up in policy.parents.items() if up is not None}
+    looks = []
+    for tonight in (night.run, night.confirmation):
+        absolute, visible = _look(night, tonight, absolute_over, None, policy)
+        limits = {level: found.limit for level, found in absolute.items()}
+        of_steps = {level: np.maximum(limits[level], limits[parent]) for level, parent in ladder_over.items()}
+        looks.append((absolute, _look(night, tonight, ladder_over, of_steps, policy)[0], visible))
+    (absolute, ladder, visible), (again, ladder_again, _) = looks
+    moved = np.stack([absolute[level].ratio for level in range(len(ids))], axis=-1)
+    shape = moved.shape
+    interval_1, interval, ladder_1, ladder_2, improved = (np.zeros(shape, bool) for _ in range(5))
+    for level in range(len(ids)):
+        interval_1[:, level] = absolute[level].slower
+        interval[:, level] = absolute[level].slower & again[level].slower
+        improved[:, level] = absolute[level].faster
+        if level in ladder:
+            drift = np.median(np.delete(moved, level, axis=-1), axis=-1)
+            behind = absolute[level].slower | (moved[:, level] - drift > absolute[level].limit)
+            ladder_1[:, level] = ladder[level].slower & behind
+            ladder_2[:, level] = ladder_1[:, level] & ladder_again[level].slower
+    return Decisions(
+        first=interval_1 | ladder_1, interval=interval, ladder=ladder_2, improved=improved & ~ladder_1, visible=visible
+    )
+
+
+def _look(
+    night: Nights, tonight: Array, over: Mapping[int, int | None], limits: Mapping[int, Any] | None, policy: Policy
+) -> tuple[dict[int, Comparison], Array]:
+    """Each level's comparison and smallest visible change; without `limits` they come from the history."""
+
+    def series(logs: Array, level: int) -> Array:
+        divisor = over[level]
+        return logs[:, level] if divisor is None else logs[:, level] - logs[:, divisor]
+
+    squares = {}
+    for level in over:
+        (a, n), (b, m) = noise.squares(series(night.base, level)), noise.squares(series(tonight, level))
+        squares[level] = a + b, n + m
+    found, visible = {}, np.full(night.base.shape[:2], np.nan)
+    processes = tonight.shape[-1]
+    for level in over:
+        others = [squares[other] for other in over if other not in (level, over[level])]
+        spread = noise.spread(squares[level], (sum(s for s, _ in others), sum(n for _, n in others)), policy)
+        error = noise.error(night.base.shape[-1], night.run.shape[-1], spread)
+        limit = noise.limit(night.history[:, level], error, policy) if limits is None else limits[level]
+        own = series(night.base, level)
+        found[level] = noise.compare(own, series(tonight, level), spread, limit, policy)
+        visible[:, level] = noise.visible(own, processes, spread, limit, policy)
+    return found, visible
+
+
+# What nights may look like
+
+
+def gaussian(sd: float) -> Draw:
+    return lambda rng, date, *shape: rng.normal(0, sd, shape)
+
+
+def heavy_tailed(sd: float) -> Draw:
+    """Student's t with three degrees of freedom: now and then a process far out."""
+    return lambda rng, date, *shape: sd * rng.standard_t(3, shape) / np.sqrt(3)
+
+
+def bimodal(slow: float, levels: int | None = None, within: float = 0.002, gap: float = 0.13) -> Draw:
+    """Each process falls into a mode of its own (newton#2534: 22.5 or 25.5 ms), on the first so many levels."""
+
+    def draw(rng: np.random.Generator, date: int, *shape: int) -> Array:
+        mode = (rng.random(shape) < slow) * np.log1p(gap)
+        if levels is not None:
+            mode[:, levels:] = 0
+        return rng.normal(0, within, shape) + mode
+
+    return draw
+
+
+def mixed(rng: np.random.Generator, date: int, *shape: int) -> Array:
+    """Every night has bimodal and tight levels, and every bimodal level its own share of slow processes.
+
+    The draw is by position, so that baseline, run and confirmation of a night agree on who is what.
+    """
+    nights, levels, _ = shape
+    kind = np.random.default_rng(nights * 1000 + levels)
+    share = kind.random((nights, levels, 1)) * (kind.random((nights, levels, 1)) < 0.5)
+    return rng.normal(0, 0.002, shape) + (rng.random(shape) < share) * np.log1p(0.13)
+
+
+def uneven(rng: np.random.Generator, date: int, *shape: int) -> Array:
+    """Levels of very different spread: 0.1 % to 2 %, evenly spaced in the logarithm."""
+    return rng.normal(0, 1, shape) * np.geomspace(0.001, 0.02, shape[1])[:, None]
+
+
+def drifting(machine: float, level: float, sd: float = GPU_SPREAD) -> Draw:
+    """Nights that move as a whole, and each level for itself; run and confirmation share a date."""
+
+    def draw(rng: np.random.Generator, date: int, *shape: int) -> Array:
+        nights, levels, _ = shape
+        night = np.random.default_rng((nights, levels, date))
+        shift = night.normal(0, machine, (nights, 1, 1)) + night.normal(0, level, (nights, levels, 1))
+        return rng.normal(0, sd, shape) + shift
+
+    return draw
+
+
+def recorded(medians: Mapping[str, Sequence[float]]) -> Draw:
+    """Process medians of a real run, drawn with replacement; levels are repeated to fill the ladder."""
+    pools = [np.log(values) for values in medians.values()]
+
+    def draw(rng: np.random.Generator, date: int, *shape: int) -> Array:
+        nights, levels, processes = shape
+        columns = [rng.choice(pools[level % len(pools)], (nights, processes)) for level in range(levels)]
+        return np.stack(columns, axis=1)
+
+    return draw
+
+
+def null_models() -> dict[str, tuple[Draw, Policy, int]]:
+    """Name -> (draw, policy, nights of history), at the default settings of GPU and CPU."""
+    models: dict[str, tuple[Draw, Policy, int]] = {
+        "tight, 0.3 %": (gaussian(GPU_SPREAD), GPU, 0),
+        "heavy-tailed, 0.3 %": (heavy_tailed(GPU_SPREAD), GPU, 0),
+        "uneven, 0.1 to 2 %": (uneven, GPU, 0),
+        "bimodal, half slow": (bimodal(0.5), GPU, 0),
+        "bimodal, 20 % slow": (bimodal(0.2), GPU, 0),
+        "bimodal, 80 % slow": (bimodal(0.8), GPU, 0),
+        "one level bimodal, 30 % fast": (bimodal(0.7, levels=1), GPU, 0),
+        "three levels bimodal, 70 % slow": (bimodal(0.7, levels=3), GPU, 0),
+        WORST: (bimodal(0.7, levels=6), GPU, 0),
+        "mixed bimodal and tight": (mixed, GPU, 0),
+        DRIFT: (drifting(0.002, 0.001), GPU, 0),
+        f"{DRIFT}, 10 nights of history": (drifting(0.002, 0.001), GPU, 10),
+        "CPU, 2 %, one process": (gaussian(CPU_SPREAD), CPU, 0),
+        "CPU, heavy-tailed 2 %, one process": (heavy_tailed(CPU_SPREAD), CPU, 0),
+        "CPU, mixed bimodal, one process": (mixed, CPU, 0),
+        "CPU, three levels bimodal, one process": (bimodal(0.6, levels=3), CPU, 0),
+    }
+    if RECORDED.exists():
+        for slug, medians in json.loads(RECORDED.read_text()).items():
+            policy = policy_for(slug)
+            models[f"recorded, {slug}"] = (recorded(medians), policy, 0)
+    return models
+
+
+def upper_bound(events: int, trials: int, confidence: float = 0.95) -> float:
+    """The one-sided Clopper-Pearson bound on a rate."""
+    return float(stats.beta.ppf(confidence, events + 1, trials - events)) if events < trials else 1.0
+
+
+def false_alarms(name: str, levels: int, count: int = NIGHTS) -> tuple[int, int]:
+    """Null nights, of `count`, of which any level of the ladder is red: before confirmation, and after it."""
+    draw, policy, history = null_models()[name]
+    policy = chain(policy, levels)
+    first = red = 0
+    for seed in range(count // NIGHTS):
+        null = nights(draw, policy, levels=levels, processes=default_processes(policy), history=history, seed=seed)
+        decisions = decide(null, policy)
+        first += int(decisions.first.any(axis=1).sum())
+        red += int(decisions.red.any(axis=1).sum())
+    return first, red
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Power:
+    """Shares of nights."""
+
+    found: float
+    in_ladder_terms: float
+    elsewhere: float
+    smallest_visible: float
+    """Median over the nights, 0.02 is +2 %."""
+
+
+def power(effect: float | str, policy: Policy, sd: float, count: int = NIGHTS, history: int = 0) -> Power:
+    """One level of nine slowed by `effect` (0.02 is +2 %), or by "visible" or "twice": that many smallest visibles."""
+    policy = chain(policy, len(LADDER))
+    processes = default_processes(policy)
+    null = nights(gaussian(sd), policy, levels=len(LADDER), processes=processes, count=count, history=history, seed=1)
+    visible = decide(null, policy).visible[:, SLOWED]
+    scale = {"visible": 1.0, "twice": 2.0}
+    shift = np.log1p(effect) if isinstance(effect, float) else np.log1p(scale[effect] * np.expm1(visible))
+    decisions = decide(null.slowed(SLOWED, shift), policy)
+    return Power(
+        found=float(decisions.red[:, SLOWED].mean()),
+        in_ladder_terms=float(decisions.ladder[:, SLOWED].mean()),
+        elsewhere=float(np.delete(decisions.red, SLOWED, axis=1).any(axis=1).mean()),
+        smallest_visible=float(np.expm1(np.median(visible))),
+    )
+
+
+def main() -> None:
+    started = time.perf_counter()
+    print("| null nights | levels | red before confirmation, per 1,000 | false alarms | per 1,000 | 95 % bound |")
+    print("|---|---|---|---|---|---|")
+    for name in null_models():
+        for levels in (9, 16):
+            count = MANY_NIGHTS if name == WORST else NIGHTS
+            first, red = false_alarms(name, levels, count)
+            bound = 1000 * upper_bound(red, count)
+            rate = f"{1000 * first / count:.2f} | {red} of {count} | {1000 * red / count:.2f} | {bound:.2f}"
+            print(f"| {name} | {levels} | {rate} |")
+    print("\n| machine | slowed by | found | also in ladder terms | red elsewhere | smallest visible (median) |")
+    print("|---|---|---|---|---|---|")
+    gpu: tuple[float | str, ...] = (0.005, 0.01, 0.015, 0.02, 0.03, 0.05, "visible", "twice")
+    cpu: tuple[float | str, ...] = (0.05, 0.1, 0.15, 0.2, 0.3, "visible", "twice")
+    machines = (
+        ("GPU, 0.3 %, 3 processes", GPU, GPU_SPREAD, gpu, 0),
+        ("the same, 10 nights of history", GPU, GPU_SPREAD, (0.02, 0.05, "visible"), 10),
+        ("CPU, 2 %, 1 process", CPU, CPU_SPREAD, cpu, 0),
+    )
+    for machine, policy, sd, effects, history in machines:
+        for effect in effects:
+            found = power(effect, policy, sd, history=history)
+            label = f"+{100 * effect:g} %" if isinstance(effect, float) else NAMES[effect]
+            print(
+                f"| {machine} | {label} | {100 * found.found:.2f} % | {100 * found.in_ladder_terms:.2f} % "
+                f"| {100 * found.elsewhere:.3f} % | +{100 * found.smallest_visible:.1f} % |"
+            )
+    print(f"\n{time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
