@@ -77,7 +77,7 @@ def baseline_from_results(
     """
     if odd := set(results) ^ set(levels):
         raise BaselineError(f"levels missing or not expected: {', '.join(sorted(odd))}; {UNACCEPTABLE}")
-    first = next(iter(results.values()), [None])[0] if levels else None
+    first = next((result for own in results.values() for result in own), None)
     if first is None:
         raise BaselineError(f"the run holds no result; {UNACCEPTABLE}")
     for level, own in results.items():
@@ -103,7 +103,7 @@ def baseline_from_results(
             workload_digest=first.workload_digest,
             environment=first.environment,
             levels={
-                level: _level_baseline(results[level], fidelity.get(level, {}), step_errors.get(level, ()))
+                level: _level_baseline(level, results[level], fidelity.get(level, {}), step_errors.get(level, ()))
                 for level in levels
             },
             reference_image=name,
@@ -111,9 +111,7 @@ def baseline_from_results(
             fidelity_method=dict(fidelity_method),
         )
     except ValidationError as bad:
-        first_error = bad.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first_error["loc"])
-        raise BaselineError(f"{where} is {first_error['input']!r}: {first_error['msg']}; measure again") from bad
+        raise _invalid(bad, "the baseline") from bad
 
 
 def machine_info(slug: str, environment: Environment | None) -> dict[str, Any]:
@@ -199,20 +197,29 @@ def _measured(result: Result) -> Measurement:
     return result.measurement
 
 
+def _invalid(bad: ValidationError, what: str) -> BaselineError:
+    first = bad.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return BaselineError(f"{what}: {where} is {first['input']!r}: {first['msg']}; measure again")
+
+
 def _level_baseline(
-    results: Sequence[Result], fidelity: Mapping[str, Sequence[float]], step_error: Sequence[float]
+    level: str, results: Sequence[Result], fidelity: Mapping[str, Sequence[float]], step_error: Sequence[float]
 ) -> LevelBaseline:
     measured = [_measured(result) for result in results]
-    return LevelBaseline(
-        fields=results[0].fields,
-        unavailable=results[0].unavailable,
-        processes=[
-            ProcessSamples(samples_s=m.samples_s, wall_s=m.wall_s, counters=result.counters)
-            for m, result in zip(measured, results, strict=True)
-        ],
-        proofs=measured[0].proofs,
-        peak_memory_bytes=[m.peak_memory_bytes for m in measured],
-        transformer_weight_bytes=measured[0].transformer_weight_bytes,
-        fidelity={metric: list(values) for metric, values in fidelity.items()},
-        step_error=list(step_error),
-    )
+    try:
+        return LevelBaseline(
+            fields=results[0].fields,
+            unavailable=results[0].unavailable,
+            processes=[
+                ProcessSamples(samples_s=m.samples_s, wall_s=m.wall_s, counters=result.counters)
+                for m, result in zip(measured, results, strict=True)
+            ],
+            proofs=measured[0].proofs,
+            peak_memory_bytes=[m.peak_memory_bytes for m in measured],
+            transformer_weight_bytes=measured[0].transformer_weight_bytes,
+            fidelity={metric: list(values) for metric, values in fidelity.items()},
+            step_error=list(step_error),
+        )
+    except ValidationError as bad:
+        raise _invalid(bad, f"level {level!r}") from bad

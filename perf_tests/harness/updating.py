@@ -28,10 +28,10 @@ def update_baseline(
 
     Args:
         old, new: of the same machine, workload and method; `new` from `baseline_from_results`.
-        limits: level id -> latency limit, in natural log of the ratio of medians (0.05 is about 5 %).
+        limits: level id -> latency limit as the gate has it, the natural log of a ratio (0.02 is about +2 %).
         reason: why slower is accepted; needed too if a level's effective fields or proofs changed.
-        relative_to: level by whose median all others are divided first (`bf16` on slug `cpu`). Then one level that
-            moved replaces all: times of two runs do not mix where only ratios within a run count.
+        relative_to: the policy's: level by whose median all others are divided first (`bf16` on slug `cpu`). Then one
+            level that moved replaces all: times of two runs do not mix where only ratios within a run count.
         today: date of the annotation; default: now, UTC.
 
     Returns:
@@ -95,7 +95,7 @@ def _identity(baseline: Baseline, level: str) -> tuple[Any, ...]:
 
 
 def _merge(old: LevelBaseline, new: LevelBaseline, with_reason: bool) -> LevelBaseline:
-    # Nights stay: they tell how much this level moves when nothing changed, whatever it was compared with.
+    # Nights stay as they are: each tells how far this level moved from its baseline of then when nothing had changed.
     kept = ("nights",) if with_reason else ("nights", "fidelity", "step_error", "peak_memory_bytes")
     return new.model_copy(update={field: getattr(old, field) for field in kept})
 
