@@ -83,6 +83,7 @@ class ErrorKind(enum.StrEnum):
     IMPORT = "import"
     STEP_NOT_APPLIED = "step_not_applied"
     BAD_INPUT = "bad_input"
+    NON_FINITE = "non_finite"
     EXCEPTION = "exception"
     INTERRUPTED = "interrupted"
 

@@ -1,0 +1,53 @@
+"""What a number was measured on. Used by the worker alone; imports torch."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from perf_tests.harness import gpu
+from perf_tests.harness.schema import Environment
+
+
+def _version(*names: str) -> str | None:
+    for name in names:
+        try:
+            return f"{name} {version(name)}" if len(names) > 1 else version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def cpu_name() -> str:
+    """The processor's model name where Linux tells, else its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def read_environment() -> Environment:
+    """Of this process."""
+    facts = gpu.gpu_facts() if torch.cuda.is_available() else {}
+    return Environment(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        triton=_version("triton"),
+        torchao=version("torchao"),
+        diffusers=version("diffusers"),
+        transformers=version("transformers"),
+        fa3=_version("flash-attn-3", "fa3-fwd"),
+        cuda=torch.version.cuda,
+        driver=facts.get("driver"),
+        device_name=facts.get("name", "cpu"),
+        capability=facts.get("capability"),
+        power_limit_w=facts.get("power_limit_w"),
+        cpu_name=cpu_name(),
+        cpu_threads=torch.get_num_threads(),
+        platform=platform.platform(),
+    )

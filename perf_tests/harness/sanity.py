@@ -1,0 +1,37 @@
+"""Times that this chip cannot reach: a measurement below them is wrong, whatever it says. No torch."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from fluxfast.workloads import Workload
+
+STEP_TFLOP: Final = {"schnell": 69.47, "dev": 74.38}
+"""Multiply-adds of one transformer step at 1024x1024 with 256 and 512 text tokens, counted from the configuration."""
+CEILING_TFLOPS: Final = {"bfloat16": 1069.0, "float8": 2171.0}
+"""Hopper's dense datasheet rates (989, 1979 TFLOP/s at 1.83 GHz) at the highest clock it boosts to, 1.98 GHz.
+
+They make 65 ms a bf16 step and 32 ms a float8 step.
+"""
+
+
+def require_possible_steps(
+    workload: Workload, fields: Mapping[str, Any], is_gpu: bool, stages_s: Mapping[str, Sequence[float]]
+) -> None:
+    """Raise if the median step of a full-size workload beats the chip.
+
+    Raises:
+        ArithmeticError: with both times.
+    """
+    if not is_gpu or workload.id not in STEP_TFLOP:
+        return
+    dtype = "bfloat16" if fields["quantization"] == "none" else "float8"
+    floor_s = STEP_TFLOP[workload.id] / CEILING_TFLOPS[dtype]
+    step_s = statistics.median(s for name, samples in stages_s.items() if name.startswith("step_") for s in samples)
+    if step_s < floor_s:
+        raise ArithmeticError(
+            f"a step took {step_s * 1e3:.1f} ms and its arithmetic alone takes {floor_s * 1e3:.1f} ms in {dtype} on "
+            "this chip: the clock, a cached output or a skipped block is to be found, not celebrated"
+        )

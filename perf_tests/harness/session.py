@@ -1,0 +1,261 @@
+"""One run of the suite: which levels, measured or replayed, and the verdict on each. No torch, no pytest.
+
+Everything that needs a machine happens in `measure` and `confirm`; everything else reads results, so that a stored run
+gives the same verdicts again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fluxfast.levels import LADDER, get_level
+from fluxfast.workloads import Workload
+from perf_tests.harness import fidelity, gate, store
+from perf_tests.harness.files import write_over
+from perf_tests.harness.obstacles import obstacle
+from perf_tests.harness.schema import Baseline, Outcome, Result, Verdict
+
+RUN_FILE = "run.json"
+REFERENCE_LEVEL = "bf16"
+EXACT_LEVEL = "fp32"
+CONFIRM = "confirm"
+RERUN = "rerun"
+
+Measure = Callable[[Sequence[str], int, Path], dict[str, list[Result]]]
+"""(levels, processes, folder) -> level -> one result a process."""
+
+
+@dataclasses.dataclass
+class Session:
+    """What the tests ask.
+
+    Args:
+        folder: of this run, or of the stored one.
+        workload: what is generated.
+        levels: to measure, in ladder order; the references they need are added by `with_references`.
+        unavailable: level -> why this machine cannot run it.
+        processes: fresh processes a level.
+        slug: of the machine.
+        baseline: None if there is none or it was not asked for.
+        is_compared: whether a missing baseline is a failure.
+        measure: runs workers; None replays what is in `folder`.
+    """
+
+    folder: Path
+    workload: Workload
+    levels: Sequence[str]
+    unavailable: Mapping[str, str]
+    processes: int
+    slug: str
+    baseline: Baseline | None
+    baseline_folder: Path
+    is_compared: bool
+    measure: Measure | None
+    _results: dict[str, list[Result]] = dataclasses.field(default_factory=dict)
+    _latency: dict[str, Verdict] = dataclasses.field(default_factory=dict)
+
+    @property
+    def policy(self) -> gate.Policy:
+        """How this machine is judged."""
+        return gate.policy_for(self.slug)
+
+    @property
+    def results(self) -> dict[str, list[Result]]:
+        """Level -> one result a process; measured on first use, disturbed ones once more."""
+        if not self._results:
+            levels = with_references(self.levels, self.unavailable)
+            if self.measure is None:
+                self._results = read_run(self.folder, levels)
+                for level, again in read_run(self.folder / RERUN, levels, is_optional=True).items():
+                    self._results[level] = again
+            else:
+                self.describe()
+                self._results = self.measure(levels, self.processes, self.folder)
+                disturbed = [level for level in levels if self._is_void(level)]
+                if disturbed:
+                    self._results |= self.measure(disturbed, self.processes, self.folder / RERUN)
+        return self._results
+
+    def _is_void(self, level: str) -> bool:
+        found = obstacle(level, self._results[level], self.baseline, clocked=True)
+        return found is not None and found.outcome is Outcome.VOID
+
+    def describe(self) -> None:
+        """Write what a replay needs to know beside the results."""
+        facts = {
+            "slug": self.slug,
+            "workload": self.workload.id,
+            "workload_digest": self.workload.digest,
+            "levels": list(self.levels),
+            "unavailable": dict(self.unavailable),
+            "processes": self.processes,
+        }
+        write_over(self.folder / RUN_FILE, json.dumps(facts, indent=1).encode())
+
+    def latency(self, level: str) -> Verdict:
+        """Against the baseline, confirmed in fresh processes if it looks red."""
+        if level not in self._latency:
+            verdict = gate.judge_latency(level, self.results, self.baseline, self.policy)
+            if verdict.rule == "unconfirmed":
+                verdict = gate.judge_latency(level, self.results, self.baseline, self.policy, self.confirm(level))
+            self._latency[level] = self._unless_not_compared(verdict)
+        return self._latency[level]
+
+    def confirm(self, level: str) -> dict[str, list[Result]]:
+        """Fresh processes of a level that looks red, its parent and the level that divides it."""
+        needed = [level, get_level(level).parent, self.policy.divisor(level)]
+        levels = [known.id for known in LADDER if known.id in needed and known.id in self.results]
+        folder = self.folder / CONFIRM / level
+        if self.measure is None:
+            return read_run(folder, levels)
+        return self.measure(levels, self.policy.confirmation_processes, folder)
+
+    def structure(self, level: str) -> Verdict:
+        """The proofs; exact, with or without a baseline."""
+        return self._unless_not_compared(gate.judge_structure(level, self.results[level], self.baseline))
+
+    def memory(self, level: str) -> Verdict:
+        """Weight bytes and peak memory."""
+        return self._unless_not_compared(
+            gate.judge_memory(level, self.results[level], self.baseline, self.policy)
+        )
+
+    def fidelity(self, level: str) -> Verdict:
+        """The image against the same run's bf16 image and the stored one."""
+        if broken := self._broken(level, REFERENCE_LEVEL):
+            return broken
+        values = worst(self.image_scores(level))
+        known = self.baseline.levels.get(level) if self.baseline else None
+        verdict = self._unless_not_compared(gate.judge_fidelity(level, values, known, self.policy))
+        if verdict.ok:
+            return verdict
+        return verdict.model_copy(update={"message": f"{verdict.message} {self.show_difference(level)}"})
+
+    def step_error(self, level: str) -> Verdict:
+        """The first step's output against float32, bounded by bf16's own error."""
+        if broken := self._broken(level, REFERENCE_LEVEL, EXACT_LEVEL):
+            return broken
+        known = self.baseline.levels.get(level) if self.baseline else None
+        error, own = max(self.step_errors(level)), max(self.step_errors(REFERENCE_LEVEL))
+        return self._unless_not_compared(gate.judge_step_error(level, error, own, known, self.policy))
+
+    def image_scores(self, level: str) -> list[dict[str, float]]:
+        """One a process: metrics against this run's bf16 image, and as `<metric>_stored` against the stored one.
+
+        bf16 has no metrics against itself.
+        """
+        stored = self.stored_reference()
+        scores = []
+        for index in range(len(self.results[level])):
+            image, own = self.image(level, index), self.image(REFERENCE_LEVEL, index)
+            pairs = {} if level == REFERENCE_LEVEL else {"": own}
+            if stored is not None:
+                pairs["_stored"] = stored
+            elif level == REFERENCE_LEVEL or not self.is_compared:
+                pairs["_stored"] = self.image(REFERENCE_LEVEL, 0)
+            scores.append(
+                {
+                    f"{metric}{suffix}": value
+                    for suffix, reference in pairs.items()
+                    for metric, value in fidelity.compare(image, reference).as_dict().items()
+                    if value is not None
+                }
+            )
+        return scores
+
+    def step_errors(self, level: str) -> list[float]:
+        """One a process: relative L2 of the first step's output against float32."""
+        exact = self.step_output(EXACT_LEVEL, 0)
+        return [
+            fidelity.relative_l2(self.step_output(level, index), exact) for index in range(len(self.results[level]))
+        ]
+
+    def image(self, level: str, index: int) -> Any:
+        """Of one process: uint8, (height, width, 3)."""
+        return store.result_image(self._place(level, index) / "result.json", self.results[level][index])
+
+    def step_output(self, level: str, index: int) -> Any:
+        """Of one process: float32, (batch, image tokens, channels)."""
+        measurement = self.results[level][index].measurement
+        assert measurement is not None
+        return np.load(self._place(level, index) / measurement.step_output, allow_pickle=False)
+
+    def stored_reference(self) -> Any:
+        """The baseline's bf16 image, None without a baseline."""
+        if self.baseline is None or self.baseline.reference_image is None or self.baseline.reference_sha256 is None:
+            return None
+        path = self.baseline_folder / self.baseline.reference_image
+        return store.read_png(path, self.baseline.reference_sha256, store.BaselineError)
+
+    def show_difference(self, level: str) -> str:
+        """Write the difference maps of a level beside its image; a sentence that names the files."""
+        place = self._place(level, 0)
+        references = {"this_run": self.image(REFERENCE_LEVEL, 0), "stored": self.stored_reference()}
+        paths = []
+        for name, reference in references.items():
+            if reference is not None:
+                path = place / f"difference_from_{name}.png"
+                path.write_bytes(fidelity.difference_map(self.image(level, 0), reference))
+                paths.append(str(path))
+        return f"Look at {place / 'image.png'} and at {' and '.join(paths)}."
+
+    def measured(self) -> set[str]:
+        """Levels that gave a measurement in every process."""
+        return {level for level, own in self._results.items() if own and all(r.measurement for r in own)}
+
+    def _place(self, level: str, index: int) -> Path:
+        process = str(self.results[level][index].process)
+        rerun = self.folder / RERUN / level / process
+        return rerun if rerun.is_dir() else self.folder / level / process
+
+    def _broken(self, level: str, *references: str) -> Verdict | None:
+        """The verdict on a level that has no measurement, or no reference to be compared with."""
+        for needed in (level, *references):
+            verdict = gate.judge_structure(needed, self.results[needed], None)
+            if verdict.outcome is Outcome.ERROR:
+                return verdict.model_copy(update={"level": level})
+        return None
+
+    def _unless_not_compared(self, verdict: Verdict) -> Verdict:
+        if verdict.outcome is not Outcome.NO_BASELINE or self.is_compared:
+            return verdict
+        message = f"level {verdict.level!r} was measured and proven; add --benchmark-compare for a verdict"
+        return verdict.model_copy(update={"outcome": Outcome.PASS, "rule": "not_compared", "message": message})
+
+
+def with_references(levels: Sequence[str], unavailable: Mapping[str, str]) -> list[str]:
+    """`levels`, their parents, bf16 and fp32, in ladder order, less what this machine cannot run."""
+    needed = {*levels, EXACT_LEVEL, REFERENCE_LEVEL, *(get_level(level).parent for level in levels)}
+    return [level.id for level in LADDER if level.id in needed and level.id not in unavailable]
+
+
+def worst(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Metric -> the worst of the processes' values."""
+    return {
+        metric: (max if gate.direction(metric) == "higher_is_worse" else min)(own[metric] for own in scores)
+        for metric in scores[0]
+    }
+
+
+def read_run(folder: Path, levels: Sequence[str], is_optional: bool = False) -> dict[str, list[Result]]:
+    """The results of a stored run.
+
+    Raises:
+        ResultError: if one is missing or cannot be read.
+    """
+    results = {}
+    for level in levels:
+        paths = sorted((folder / level).glob("*/result.json"), key=lambda path: int(path.parent.name))
+        if not paths and not is_optional:
+            raise store.ResultError(
+                f"run {folder} holds no result of level {level!r}: it is partial; measure again, or narrow --levels"
+            )
+        if paths:
+            results[level] = [store.read_result(path) for path in paths]
+    return results
