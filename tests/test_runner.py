@@ -121,10 +121,10 @@ def test_rejected_result_is_kept(tmp_path: pathlib.Path) -> None:
 def test_command_reproduces(tmp_path: pathlib.Path) -> None:
     """The command of a failure, given to a shell, fails the same way and leaves the run folder alone."""
     failure = failure_of(tmp_path, run(tmp_path, "bad-input"))
-    before = sorted(tmp_path.rglob("*"))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
     again = subprocess.run(failure.command, shell=True, capture_output=True, text=True, check=False)
     assert again.returncode == 12 and "vae/config.json" in again.stderr
-    assert sorted(tmp_path.rglob("*")) == before
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
 
 
 def test_ignored_fault(tmp_path: pathlib.Path) -> None:

@@ -15,13 +15,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, TextIO, get_args
 
+from perf_tests.harness.files import write_over
 from perf_tests.harness.schema import Result
 
 Stage = Literal["load", "apply", "warmup", "measure", "finish"]
@@ -79,12 +79,7 @@ def leave(out: Path, status: int, sentence: str) -> NoReturn:
 
 def write_result(out: Path, result: Result) -> None:
     """Put `result.json` there whole or not at all, however the process or the machine ends."""
-    temporary = out / f".{RESULT_FILE}.{os.getpid()}"
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(result.model_dump_json(indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, out / RESULT_FILE)
+    write_over(out / RESULT_FILE, result.model_dump_json(indent=2).encode() + b"\n")
 
 
 def _append(out: Path, entry: dict[str, object]) -> None:
