@@ -16,15 +16,15 @@ from fluxfast.kernels.rowwise import cast_e4m3, quantize_rowwise
 Quantized = tuple[torch.Tensor, torch.Tensor]
 
 
-def per_row(vector: torch.Tensor, rows: int) -> torch.Tensor:
-    """(B, D) -> float32 (rows, D), each sample's vector repeated for its rows.
+def per_sample(x: torch.Tensor, vector: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (M, D) and vectors (B, D) as float32 (B, M // B, D) and (B, 1, D), so that they broadcast.
 
     Raises:
-        ValueError: if `rows` is not a multiple of B.
+        ValueError: if M is not a multiple of B.
     """
-    if rows % vector.shape[0]:
-        raise ValueError(f"{rows} rows cannot be shared evenly by {vector.shape[0]} samples")
-    return vector.float().repeat_interleave(rows // vector.shape[0], dim=0)
+    if len(x) % len(vector):
+        raise ValueError(f"{len(x)} rows cannot be shared evenly by {len(vector)} samples: M must be a multiple of B")
+    return x.float().unflatten(0, (len(vector), len(x) // len(vector))), vector.float()[:, None]
 
 
 def gelu_concat(attn_out: torch.Tensor, mlp: torch.Tensor) -> torch.Tensor:
@@ -34,13 +34,14 @@ def gelu_concat(attn_out: torch.Tensor, mlp: torch.Tensor) -> torch.Tensor:
 
 def layernorm_modulate_value(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
     """layer_norm(x) * (1 + scale) + shift, without affine weights: (M, D), (B, D), (B, D) -> float32 (M, D)."""
-    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
-    return normed * (1 + per_row(scale, len(x))) + per_row(shift, len(x))
+    normed, scale = per_sample(F.layer_norm(x.float(), x.shape[-1:], eps=eps), scale)
+    return (normed * (1 + scale) + shift.float()[:, None]).flatten(0, 1)
 
 
 def gated_residual(residual: torch.Tensor, y: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """residual + gate * y, rounded once to the type of `residual`: (M, D), (M, D), (B, D) -> (M, D)."""
-    return (residual.float() + per_row(gate, len(y)) * y.float()).to(residual.dtype)
+    value, gate = per_sample(y, gate)
+    return (residual.float() + (gate * value).flatten(0, 1)).to(residual.dtype)
 
 
 def norm_rope(x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, eps: float) -> torch.Tensor:

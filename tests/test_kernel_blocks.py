@@ -1,0 +1,210 @@
+"""The fused FLUX blocks against diffusers', unquantised and in float8, on a small transformer with random weights."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fluxfast.kernels.blocks import FusedFluxSingleTransformerBlock
+from fluxfast.kernels.fuse import fuse_blocks
+from fluxfast.kernels.linear import DenseLinear, RowwiseFloat8Linear
+from fluxfast.kernels.modulation import PrecomputedModulation
+from fluxfast.kernels.ops import EXACT, REFERENCE
+from fluxfast.kernels.rowwise import dequantize_rowwise, quantize_rowwise
+
+diffusers = pytest.importorskip("diffusers")
+transformer_flux = pytest.importorskip("diffusers.models.transformers.transformer_flux")
+
+WIDTH, TEXT, GRID = 256, 6, 4
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention on (B, S, H, Dh) in float32, whatever the type of its inputs."""
+    q, k, v = (t.float().transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def attention_bf16(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return attention(q, k, v).bfloat16()
+
+
+@pytest.fixture
+def transformer() -> nn.Module:
+    """FLUX's shape with head dimension 128, 2 heads, 2 + 2 blocks, every parameter random, norm weights around 1."""
+    model = diffusers.FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=128,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=24,
+    ).eval()
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            if "norm_" in name and name.endswith("weight") and parameter.dim() == 1:
+                parameter.normal_(1.0, 0.2)
+            elif parameter.dim() == 1:
+                # Gates of magnitude one, or the residual stream would hide what the blocks compute.
+                parameter.normal_(0.0, 1.0 if ".linear." in name else 0.1)
+    return model.requires_grad_(False)
+
+
+def run(model: nn.Module, batch: int = 1, seed: int = 0) -> torch.Tensor:
+    """One forward pass with inputs that depend on `batch` and `seed` only."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype = next(model.parameters()).dtype
+    ids = torch.zeros(GRID * GRID, 3)
+    ids[:, 1:] = torch.cartesian_prod(torch.arange(GRID), torch.arange(GRID))
+    with torch.no_grad():
+        return model(
+            hidden_states=torch.randn(batch, GRID * GRID, 16, generator=generator).to(dtype),
+            encoder_hidden_states=torch.randn(batch, TEXT, 32, generator=generator).to(dtype),
+            pooled_projections=torch.randn(batch, 24, generator=generator).to(dtype),
+            timestep=torch.rand(batch, generator=generator).to(dtype),
+            img_ids=ids,
+            txt_ids=torch.zeros(TEXT, 3),
+            return_dict=False,
+        )[0].float()
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got - want).norm() / want.norm()).item()
+
+
+def fused(model: nn.Module, **options) -> nn.Module:
+    model = copy.deepcopy(model)
+    fuse_blocks(model, **options)
+    return model
+
+
+@pytest.mark.parametrize("chained", [False, True])
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_unquantised_blocks_equal_diffusers(transformer, batch, merged, chained):
+    """Without quantisation the fused blocks are diffusers' up to float32 rounding, in every arrangement."""
+    model = fused(transformer, attention=attention, ops=EXACT, merged_projections=merged, chained=chained)
+    assert relative_error(run(model, batch), run(transformer, batch)) < 1e-5
+
+
+def test_unquantised_bfloat16_blocks_round_no_worse_than_diffusers(transformer):
+    """In bfloat16 the unquantised blocks are as near to float32 as diffusers' own."""
+    want = run(transformer)
+    transformer.to(torch.bfloat16)
+    model = fused(transformer, attention=attention_bf16, ops=EXACT)
+    assert relative_error(run(model), want) < 1.5 * relative_error(run(transformer), want)
+
+
+def test_blocks_of_a_fused_transformer(transformer):
+    """Projections that diffusers fused before are taken as they are."""
+    want = run(transformer)
+    transformer.fuse_qkv_projections()
+    assert relative_error(run(fused(transformer, attention=attention, ops=EXACT)), want) < 1e-5
+
+
+class _FakeQuantized(nn.Module):
+    """The least a row-wise float8 Linear can lose: both operands quantised, product and bias in float32."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = dequantize_rowwise(*quantize_rowwise(linear.weight)), linear.bias.float()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(dequantize_rowwise(*quantize_rowwise(x)), self.weight, self.bias).to(x.dtype)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_float8_blocks_lose_what_float8_linears_and_attention_lose(transformer, merged, monkeypatch):
+    """The float8 blocks' error is that of diffusers' blocks with float8 Linears and q, k, v cast to e4m3."""
+    want = run(transformer)
+    transformer.to(torch.bfloat16)
+    model = fused(transformer, attention=attention_bf16, ops=REFERENCE, merged_projections=merged, chained=True)
+    assert sum(isinstance(m, RowwiseFloat8Linear) for m in model.modules()) == 2 * 8 + 2 * (2 if merged else 3)
+    for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
+        for name, linear in [(n, m) for n, m in block.named_modules() if isinstance(m, nn.Linear)]:
+            if ".linear" not in name:
+                parent, _, leaf = name.rpartition(".")
+                setattr(block.get_submodule(parent), leaf, _FakeQuantized(linear))
+    monkeypatch.setattr(
+        transformer_flux,
+        "dispatch_attention_fn",
+        lambda q, k, v, **_: attention_bf16(*(t.to(torch.float8_e4m3fn) for t in (q, k, v))),
+    )
+    assert 0.01 < relative_error(run(model), want) < 1.4 * relative_error(run(transformer), want)
+
+
+def test_linear_is_the_quantised_product():
+    """`_scaled_mm` with both scales and the bias equals the product of the dequantised operands, rounded to bfloat16."""
+    linear, x = nn.Linear(48, 32, dtype=torch.bfloat16), torch.randn(2, 5, 48).bfloat16()
+    exact = F.linear(
+        dequantize_rowwise(*quantize_rowwise(x)).double(),
+        dequantize_rowwise(*quantize_rowwise(linear.weight)).double(),
+        linear.bias.double(),
+    )
+    for split in (True, False):
+        got = RowwiseFloat8Linear.from_linears([linear], bias_in_gemm=split)(x)
+        torch.testing.assert_close(got.double(), exact, rtol=2**-7, atol=2**-7)
+
+
+def test_linears_refuse_what_they_cannot_convert():
+    """Odd sizes, Linears of other inputs, and weights that are no plain tensors raise instead of being skipped."""
+    with pytest.raises(ValueError, match="multiples of 16"):
+        RowwiseFloat8Linear.from_linears([nn.Linear(48, 30)])
+    with pytest.raises(ValueError, match="cannot be stacked"):
+        RowwiseFloat8Linear.from_linears([nn.Linear(48, 32), nn.Linear(32, 32)])
+    with pytest.raises(TypeError, match="plain weight"):
+        RowwiseFloat8Linear.from_linears([nn.Identity()])
+    with pytest.raises(ValueError, match="do not match"):
+        DenseLinear.from_linears([nn.Linear(16, 16)]).forward_quantized(torch.zeros(1, 16), torch.ones(1, 1))
+
+
+def test_precomputed_modulation_replaces_temb(transformer):
+    """With the table, each step's output is that of its own embedding, whatever `temb` says, at one static address."""
+    blocks = fuse_blocks(transformer, attention=attention, ops=EXACT)
+    inputs = torch.randn(2, 5, WIDTH), torch.randn(2, 3, WIDTH)
+    tembs, rotary = torch.randn(3, 2, WIDTH), (torch.rand(8, 128), torch.rand(8, 128))
+    single = FusedFluxSingleTransformerBlock
+    with torch.no_grad():
+        want = [[b(*inputs, temb, rotary)[1] for b in blocks] for temb in tembs]
+        modulation = PrecomputedModulation(blocks)
+        modulation.fill(tembs)
+        addresses = [block.modulation.data_ptr() for block in blocks]
+        for step in (0, 2, 1):
+            modulation.select(step)
+            for block, expected in zip(blocks, want[step], strict=True):
+                torch.testing.assert_close(block(*inputs, torch.full((2, WIDTH), float("nan")), rotary)[1], expected)
+        modulation.fill(tembs.flip(0))
+    assert addresses == [block.modulation.data_ptr() for block in blocks] and isinstance(blocks[-1], single)
+    assert modulation.current.shape == (2, (2 * 12 + 2 * 3) * WIDTH)
+    with pytest.raises(ValueError, match="outside the 3 steps"):
+        modulation.select(3)
+
+
+def test_blocks_refuse_attention_arguments(transformer):
+    """IP-adapter and other attention arguments raise: the fused blocks do not know them."""
+    block = fuse_blocks(transformer, attention=attention, ops=EXACT)[0]
+    with pytest.raises(ValueError, match="ip_hidden_states"):
+        block(*(torch.zeros(1, 2, WIDTH) for _ in range(2)), torch.zeros(1, WIDTH), None, {"ip_hidden_states": []})
+
+
+def test_blocks_compile_as_one_graph(transformer):
+    """Both float8 blocks trace without graph breaks, with `temb` and with precomputed modulation."""
+    transformer.to(torch.bfloat16)
+    blocks = fuse_blocks(transformer, attention=attention_bf16, ops=REFERENCE, merged_projections=True)
+    arguments = (
+        torch.randn(1, 5, WIDTH).bfloat16(),
+        torch.randn(1, 3, WIDTH).bfloat16(),
+        torch.randn(1, WIDTH).bfloat16(),
+        (torch.rand(8, 128), torch.rand(8, 128)),
+    )
+    with torch.no_grad():
+        for block in (blocks[0], blocks[-1]):
+            want = block(*arguments)
+            compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+            torch.testing.assert_close(compiled(*arguments), want, rtol=0.05, atol=0.05)
+            PrecomputedModulation([block]).fill(arguments[2][None])
+            torch.testing.assert_close(compiled(*arguments), want, rtol=0.05, atol=0.05)

@@ -1,0 +1,267 @@
+"""The fused kernels and their references against float64, and the fused blocks against diffusers.
+
+The Triton cases need CUDA, or Triton's interpreter, which has to be chosen before the kernels are imported: on a machine
+without CUDA `test_kernels_in_the_interpreter` runs them in a process of their own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fluxfast.kernels import reference
+from fluxfast.kernels.rowwise import E4M3, cast_e4m3, dequantize_rowwise, quantize_rowwise
+
+embeddings = pytest.importorskip("diffusers.models.embeddings")
+
+CUDA = torch.cuda.is_available()
+TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if CUDA else "cpu"
+IN_REACH = TRITON and (CUDA or INTERPRETER)
+
+OPERATIONS = sorted(name for name in dir(reference) if "quantize" in name and name != "quantize_rowwise")
+
+# NumPy, which runs the interpreter, warns of the overflows and NaNs that these tests feed it.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+needs_kernels = pytest.mark.skipif(
+    not IN_REACH, reason="no CUDA: run by test_kernels_in_the_interpreter (with Triton, from the extra 'dev')"
+)
+implementations = pytest.mark.parametrize("kind", ["reference", pytest.param("triton", marks=needs_kernels)])
+
+
+def test_kernels_in_the_interpreter():
+    """Without CUDA, the Triton cases of this file pass in Triton's interpreter."""
+    if not TRITON:
+        pytest.skip("Triton is not installed: pip install 'fluxfast[dev]'")
+    if IN_REACH:
+        pytest.skip("the Triton cases run in this process")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "triton", __file__]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-5000:] + result.stderr[-2000:]
+
+
+def operation(kind: str, name: str):
+    """The operation called `name`, from the reference or from the module of its kernel."""
+    if kind == "reference":
+        return getattr(reference, name)
+    from fluxfast.kernels import activations, norms, qkv
+
+    return next(getattr(module, name) for module in (activations, norms, qkv) if hasattr(module, name))
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """`torch.empty` returns NaN, so an element that a kernel forgets to write fails the comparison."""
+    torch.manual_seed(torch.seed() % 2**31)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.bfloat16, spread: float = 1.0) -> torch.Tensor:
+    return (torch.randn(*shape, device=DEVICE) * spread).to(dtype)
+
+
+def assert_quantized(q: torch.Tensor, scale: torch.Tensor, exact: torch.Tensor) -> None:
+    """Codes within half a step of the float64 value, and the scale of its row maximum."""
+    assert q.dtype == E4M3 and scale.dtype == torch.float32 and scale.shape == (*q.shape[:-1], 1)
+    expected = exact.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 448
+    torch.testing.assert_close(scale.double(), expected, rtol=2e-5, atol=0.0)
+    # Half of e4m3's step is 2^-4 of the value's power of two, or 2^-10 scales below the normal range.
+    bound = exact.abs() * (2**-4 + 1e-4) + expected * (2**-10 + 1e-4)
+    error = (dequantize_rowwise(q, scale).double() - exact).abs()
+    assert bool((error <= bound).all()), f"largest excess {(error - bound).max():.3g}"
+
+
+def layernorm64(x, shift, scale, eps=1e-6):
+    repeat = len(x) // len(shift)
+    shift, scale = (v.double().repeat_interleave(repeat, 0) for v in (shift, scale))
+    return F.layer_norm(x.double(), x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
+@implementations
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("rows", "d", "h"), [(3, 48, 192), (5, 7, 33), (1, 1, 1), (2, 3072, 12288), (4, 129, 511)])
+def test_gelu_concat(kind, rows, d, h, dtype):
+    """[attention, gelu(mlp)] is quantised with one scale a row, from strided rows too."""
+    merged = normal(rows, 2 + d + h, dtype=dtype, spread=3.0)
+    attn_out, mlp = merged[:, 2 : 2 + d], merged[:, 2 + d :]
+    exact = torch.cat([attn_out.double(), F.gelu(mlp.double(), approximate="tanh")], -1)
+    assert_quantized(*operation(kind, "gelu_concat_quantize")(attn_out, mlp), exact)
+    assert_quantized(*operation(kind, "gelu_quantize")(mlp), exact[:, d:])
+
+
+@implementations
+def test_every_column_decides_the_scale(kind):
+    """Wherever a row's largest element stands, first or last of a span or of the row, it makes the scale."""
+    columns = [0, 31, 32, 46, 47, 48, 111, 112, 146]
+    x = normal(len(columns), 147, dtype=torch.float32)
+    x[range(len(columns)), columns] = 100.0
+    expected = torch.full((len(columns), 1), 100.0 / 448, device=DEVICE)
+    torch.testing.assert_close(operation(kind, "gelu_concat_quantize")(x[:, :47], x[:, 47:])[1], expected)
+    torch.testing.assert_close(operation(kind, "gelu_quantize")(x)[1], expected)
+    shift, residual = x[:1] * 0, torch.zeros_like(x)
+    value = F.layer_norm(x.double(), (147,), eps=1e-6).amax(-1, keepdim=True) / 448
+    for got in (
+        operation(kind, "layernorm_modulate_quantize")(x, shift, shift)[1],
+        operation(kind, "residual_layernorm_modulate_quantize")(residual, x, shift + 1, shift, shift)[2],
+    ):
+        torch.testing.assert_close(got.double(), value, rtol=1e-5, atol=0.0)
+
+
+@implementations
+@pytest.mark.parametrize(("samples", "tokens", "d"), [(1, 5, 3072), (2, 3, 96), (3, 2, 100), (1, 1, 257)])
+def test_layernorm_modulate(kind, samples, tokens, d):
+    """LayerNorm, modulation by each sample's own vectors, and quantisation."""
+    x, (shift, scale) = normal(samples * tokens, d, spread=5.0) + 2, normal(samples, 2 * d).chunk(2, dim=-1)
+    exact = layernorm64(x, shift, scale)
+    assert_quantized(*operation(kind, "layernorm_modulate_quantize")(x, shift, scale), exact)
+    *quantized, value = operation(kind, "layernorm_modulate_quantize_with_value")(x, shift, scale)
+    assert_quantized(*quantized, exact)
+    torch.testing.assert_close(value, exact.to(x.dtype), rtol=2**-7, atol=1e-4)
+
+
+@implementations
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("samples", "tokens", "d"), [(1, 3, 3072), (2, 3, 23)])
+def test_residual_layernorm_modulate(kind, samples, tokens, d, dtype):
+    """The gated residual is rounded once, and the norm sees the rounded value."""
+    x, y = normal(samples * tokens, d, dtype=dtype), normal(samples * tokens, d, dtype=dtype)
+    gate, shift, scale = normal(samples, 3 * d, dtype=dtype).chunk(3, dim=-1)
+    residual, q, q_scale = operation(kind, "residual_layernorm_modulate_quantize")(x, y, gate, shift, scale)
+    exact = x.double() + gate.double().repeat_interleave(tokens, 0) * y.double()
+    torch.testing.assert_close(residual.double(), exact, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    assert_quantized(q, q_scale, layernorm64(residual, shift, scale))
+
+
+@implementations
+@pytest.mark.parametrize(
+    ("batch", "text", "image", "heads", "dim"), [(1, 3, 5, 24, 128), (2, 0, 3, 3, 8), (2, 2, 1, 9, 32)]
+)
+def test_qk_norm_rope(kind, batch, text, image, heads, dim):
+    """QK RMSNorm and diffusers' RoPE, text first, cast without scales; v is only cast."""
+    streams = [normal(batch, tokens, 3 * heads * dim + 8, spread=300.0)[..., 8:] for tokens in (text, image)]
+    weights = [1 + normal(dim, dtype=torch.bfloat16) / 4 for _ in range(4)]
+    cos, sin = (t.repeat_interleave(2, -1) for t in torch.rand(text + image, dim, device=DEVICE).chunk(2, -1))
+    optional = () if text == 0 else (streams[0], *weights[2:])
+    parts = operation(kind, "qk_norm_rope_quantize")(streams[1], *weights[:2], cos, sin, 1e-6, *optional)
+
+    double = [s.double().unflatten(-1, (3, heads, dim)) for s in streams]
+    for index, (part, image_weight, text_weight) in enumerate(zip(parts[:2], weights[:2], weights[2:], strict=True)):
+        normed = [
+            F.rms_norm(s[:, :, index], (dim,), w.double(), 1e-6)
+            for s, w in zip(double, (text_weight, image_weight), strict=True)
+        ]
+        freqs = (cos.double(), sin.double())
+        x = torch.cat(normed, 1)
+        turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+        exact = x * freqs[0][:, None] + turned * freqs[1][:, None]
+        torch.testing.assert_close(exact.float(), embeddings.apply_rotary_emb(x.float(), (cos, sin), sequence_dim=1))
+        torch.testing.assert_close(part.double(), exact, rtol=2**-4 + 1e-4, atol=2**-10 + 1e-4)
+    v = torch.cat([s[:, :, 2] for s in double], 1)
+    assert torch.equal(parts[2].float(), cast_e4m3(v).float()) and parts[2].float().abs().max() <= 448
+
+
+@implementations
+def test_special_rows(kind):
+    """NaN makes a row NaN, an infinity an infinite scale and NaN; zeros stay zeros with a finite scale; 1e30 survives."""
+    x = normal(6, 40, dtype=torch.float32)
+    x[1, 3], x[2, 5], x[3], x[4, 7], x[5] = float("nan"), float("inf"), 0.0, 1e30, x[5] * 1e-14
+    attn_out, mlp = x, torch.zeros_like(x)
+    q, scale = operation(kind, "gelu_concat_quantize")(attn_out, mlp)
+    q = q.float()
+    assert q[1].isnan().all() and scale[1].isnan()
+    assert scale[2].isinf() and q[2, 5].isnan() and (q[2].nan_to_num() == 0).all()
+    assert (q[3] == 0).all() and scale[3].isfinite() and scale[3] > 0
+    assert q[4, 7] == 448 and (q[4].abs().sum() == 448)
+    assert scale[5].isfinite() and q[[0, 5]].isfinite().all()
+    assert operation(kind, "gelu_quantize")(x)[0][1].float().isnan().all()
+    vectors = torch.zeros(1, 40, device=DEVICE), torch.zeros(1, 40, device=DEVICE)
+    q, scale = operation(kind, "layernorm_modulate_quantize")(x, *vectors)
+    assert q.float()[1:3].isnan().all() and scale[1:3].isnan().all() and (q.float()[3] == 0).all()
+
+
+@implementations
+def test_casts(kind):
+    """The unscaled cast agrees with PyTorch's for every magnitude: ties, carries, subnormals, saturation, NaN."""
+    dim = 4096
+    v = torch.randn(dim, device=DEVICE) * torch.exp(4 * torch.randn(dim, device=DEVICE))
+    v[:9] = torch.tensor([448.0, 464.0, 465.0, 1e9, float("inf"), float("-inf"), float("nan"), -0.0, 2**-10])
+    v[9:1025] = torch.arange(1016, device=DEVICE).float() * 2**-10
+    qkv, ones = torch.cat([v, v, v])[None, None], torch.ones(dim, device=DEVICE)
+    cast = operation(kind, "qk_norm_rope_quantize")(qkv, ones, ones, *(2 * [torch.zeros(1, dim, device=DEVICE)]))[2]
+    expected = v.clamp(-448, 448).to(E4M3)
+    assert torch.equal(cast.flatten().view(torch.uint8)[~v.isnan()], expected.view(torch.uint8)[~v.isnan()])
+    assert torch.equal(cast.flatten().float().isnan(), v.isnan())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rowwise_is_torchaos(dtype):
+    """Codes and scales equal torchao's per-row ones bit for bit on float32, and within its rounded scale on bfloat16."""
+    primitives = pytest.importorskip("torchao.quantization.quant_primitives")
+    x = normal(64, 96, dtype=dtype)
+    q, scale = quantize_rowwise(x)
+    theirs = primitives._choose_scale_float8(x, block_size=[1, 96])
+    codes = primitives._quantize_affine_float8(x, theirs)
+    if dtype == torch.float32:
+        assert torch.equal(scale, theirs) and torch.equal(q.view(torch.uint8), codes.view(torch.uint8))
+    torch.testing.assert_close(scale, theirs, rtol=2**-8, atol=0.0)
+
+
+def example_arguments(name: str) -> tuple:
+    rows, vectors = normal(4, 64), [normal(2, 64) for _ in range(3)]
+    return {
+        "gelu_concat_quantize": (rows, normal(4, 96)),
+        "gelu_quantize": (rows,),
+        "layernorm_modulate_quantize": (rows, *vectors[:2]),
+        "layernorm_modulate_quantize_with_value": (rows, *vectors[:2]),
+        "residual_layernorm_modulate_quantize": (rows, normal(4, 64), *vectors),
+        "qk_norm_rope_quantize": (
+            normal(1, 4, 192),
+            *(normal(32) for _ in range(2)),
+            *(normal(4, 32) for _ in range(2)),
+        ),
+    }[name]
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_triton_op_traces(name):
+    """Each operation passes opcheck, compiles as one graph and exports, with the same codes as eagerly."""
+    op, arguments = operation("triton", name), example_arguments(name)
+    checks = ["test_schema", "test_faketensor"] + (["test_aot_dispatch_dynamic"] if CUDA else [])
+    torch.library.opcheck(op, arguments, test_utils=checks)
+    expected = [t.float() for t in op(*arguments)]
+
+    class Calls(torch.nn.Module):
+        def forward(self, *args):
+            return op(*args)
+
+    compiled = torch.compile(Calls(), fullgraph=True, backend="inductor" if CUDA else "eager")
+    exported = torch.export.export(Calls(), arguments).module()
+    for call in (compiled, exported):
+        assert all(torch.equal(a.float(), b) for a, b in zip(call(*arguments), expected, strict=True))
+
+
+@implementations
+def test_rows_that_samples_cannot_share(kind):
+    """Rows that do not divide among the samples raise instead of being modulated by someone else's vectors."""
+    with pytest.raises(ValueError, match="multiple of B"):
+        operation(kind, "layernorm_modulate_quantize")(normal(5, 8), normal(2, 8), normal(2, 8))
+
+
+@needs_kernels
+def test_triton_ops_refuse_what_does_not_fit():
+    """Shapes and strides that a kernel cannot take raise before anything is launched."""
+    with pytest.raises(ValueError, match="expected"):
+        operation("triton", "gelu_concat_quantize")(normal(2, 4), normal(3, 4))
+    with pytest.raises(ValueError, match="contiguous"):
+        operation("triton", "gelu_quantize")(normal(4, 6).t())
