@@ -32,13 +32,14 @@ def path(tmp_path: Path) -> Path:
     return write_sample(tmp_path / "cpu")
 
 
-def assert_refused(path: Path, raw: bytes) -> str:
-    """The file with this content is a BaselineError of one sentence, for the reader and for the search; the message."""
+def assert_refused(path: Path, raw: bytes, *, search: bool = True) -> str:
+    """The message: this content is a BaselineError of one sentence, for the reader and, if asked, for the search."""
     path.write_bytes(raw)
     with pytest.raises(BaselineError) as raised:
         read_baseline(path)
-    with pytest.raises(BaselineError):
-        find_baseline(path.parent, "tiny")
+    if search:
+        with pytest.raises(BaselineError):
+            find_baseline(path.parent, "tiny")
     assert str(path) in str(raised.value)
     assert "\n" not in str(raised.value)
     return str(raised.value)
@@ -63,7 +64,7 @@ def test_every_truncation_is_refused(path: Path) -> None:
     path.unlink()
     raw = write_sample(path.parent, "tiny", small).read_bytes()
     for cut in range(len(raw)):
-        assert_refused(path, raw[:cut])
+        assert_refused(path, raw[:cut], search=False)
 
 
 @pytest.mark.parametrize("kind", DIGITS)
@@ -82,7 +83,9 @@ def test_every_flipped_bit_is_refused(path: Path) -> None:
     raw, draw = path.read_bytes(), random.Random(0)
     for _ in range(1500):
         place = draw.randrange(len(raw))
-        assert_refused(path, raw[:place] + bytes([raw[place] ^ 1 << draw.randrange(8)]) + raw[place + 1 :])
+        assert_refused(
+            path, raw[:place] + bytes([raw[place] ^ 1 << draw.randrange(8)]) + raw[place + 1 :], search=False
+        )
 
 
 @pytest.mark.parametrize("value", ["NaN", "0", "0.0", "-0.1", "Infinity", "-Infinity", "1e999", "null", '"0.1"', "true",
@@ -183,7 +186,7 @@ def test_eight_writers_with_murders(tmp_path: Path) -> None:
         started.set()
         victims = draw.sample(workers, 2) if round_ % 2 else []
         for victim in victims:
-            time.sleep(draw.uniform(0, 0.02))
+            time.sleep(draw.uniform(0, 0.05))
             os.kill(victim.pid or 0, signal.SIGKILL)
         for worker in workers:
             worker.join(30)
