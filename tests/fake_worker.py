@@ -99,6 +99,8 @@ def act(arguments: argparse.Namespace, behave: str | None, out: pathlib.Path) ->
             leave(out, exit_status.BAD_INPUT, "the checkpoint has no file vae/config.json")
         case "import":
             leave(out, exit_status.IMPORT, "No module named 'torch'")
+        case "non-finite":
+            leave(out, exit_status.NON_FINITE, "the decoded image has 192 NaN")
         case "segv":
             faults.segv()
         case "killed":

@@ -88,6 +88,7 @@ def test_environment(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) ->
         ("step-not-applied", ErrorKind.STEP_NOT_APPLIED, 11, "0 of 57 blocks"),
         ("bad-input", ErrorKind.BAD_INPUT, 12, "no file vae/config.json"),
         ("import", ErrorKind.IMPORT, 13, "No module named 'torch'"),
+        ("non-finite", ErrorKind.NON_FINITE, 14, "192 NaN"),
         ("segv", ErrorKind.CRASH, -11, "killed by SIGSEGV in stage 'measure'"),
         ("killed", ErrorKind.CRASH, -9, "SIGKILL"),
         ("silent", ErrorKind.CRASH, 0, "wrote no result.json"),
