@@ -290,4 +290,4 @@ class _Look:
 
 
 def _percent(log_ratio: float) -> str:
-    return f"{100 * math.expm1(log_ratio):+.2f} %"
+    return f"{100 * math.expm1(log_ratio):+z.2f} %"
