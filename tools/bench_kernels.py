@@ -178,11 +178,11 @@ def tune(case: Case, sets: list[Arguments]) -> dict[str, float]:
     """Microseconds for other warp counts and, for QK, heads a program."""
     if case.name.startswith("qk"):
         settings = [
-            (qkv, {"HEADS_PER_PROGRAM": g, "NUM_WARPS": w}) for g, w in ((4, 2), (4, 4), (8, 2), (8, 8), (32, 8))
+            (qkv, {"HEADS_PER_PROGRAM": g, "NUM_WARPS": w}) for g, w in ((4, 1), (4, 2), (8, 2), (8, 4), (32, 8))
         ]
     else:
         module = activations if case.name.startswith("gelu") else norms
-        settings = [(module, {"NUM_WARPS": w}) for w in (2, 4, 8, 16) if w != module.NUM_WARPS]
+        settings = [(module, {"NUM_WARPS": w}) for w in ((4, 8, 16) if module is activations else (1, 2, 4))]
     found = {}
     for module, values in settings:
         before = {name: getattr(module, name) for name in values}

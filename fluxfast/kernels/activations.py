@@ -12,7 +12,15 @@ import triton
 import triton.language as tl
 from torch.library import triton_op, wrap_triton
 
-from fluxfast.kernels.device import load_span, magnitude_bits, require_runnable, row_scale, split_row, store_span
+from fluxfast.kernels.device import (
+    inverse_of_one_plus_exp2,
+    load_span,
+    magnitude_bits,
+    require_runnable,
+    row_scale,
+    split_row,
+    store_span,
+)
 from fluxfast.kernels.rowwise import E4M3
 
 NUM_WARPS = 8
@@ -20,9 +28,9 @@ NUM_WARPS = 8
 
 @triton.jit
 def gelu_tanh(x):
-    """x * sigmoid(2u) = x / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3): no cancellation for negative x."""
-    minus_two_u = x * (-1.5957691216057308 - 0.07135481282956142 * x * x)
-    return x / (1.0 + tl.exp(minus_two_u))
+    """x * sigmoid(2u) with u = sqrt(2/pi) (x + 0.044715 x^3), which has no cancellation for negative x."""
+    # -2 log2(e) sqrt(2/pi), and the same times 0.044715
+    return x * inverse_of_one_plus_exp2(x * (-2.302208198144325 - 0.10294323957002359 * x * x))
 
 
 @triton.jit

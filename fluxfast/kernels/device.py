@@ -44,15 +44,20 @@ def split_row(length: int) -> tuple[int, int]:
 def load_span(row, START: tl.constexpr, LENGTH: tl.constexpr, SPAN: tl.constexpr):
     """Elements START .. START + SPAN of a row of LENGTH, as float32, zero past its end."""
     columns = START + tl.arange(0, SPAN)
-    return tl.load(row + columns, mask=columns < LENGTH, other=0.0).to(tl.float32)
+    if START + SPAN <= LENGTH:
+        x = tl.load(row + columns)
+    else:
+        x = tl.load(row + columns, mask=columns < LENGTH, other=0.0)
+    return x.to(tl.float32)
 
 
 INTERPRETED = not isinstance(load_span, triton.JITFunction)
 """Whether Triton's interpreter runs the kernels (`TRITON_INTERPRET=1` when this module is imported): on CPU tensors."""
 
-# The interpreter (3.6 to 3.9) truncates to bfloat16, and its cast to e4m3 rounds ties up, loses carries and turns NaN
-# into 384. There, and only there, the casts below are done in integer arithmetic; on a GPU they are one instruction.
-SOFTWARE_CASTS = tl.constexpr(INTERPRETED)
+# The interpreter (3.6 to 3.9) truncates to bfloat16, its cast to e4m3 rounds ties up, loses carries and turns NaN into
+# 384, and it has no inline PTX. There, and only there, the functions below compute in software what a GPU does in one or
+# two instructions.
+SOFTWARE = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
@@ -74,7 +79,7 @@ def row_scale(max_bits):
 @triton.jit
 def to_e4m3(x):
     """float32 -> e4m3, to nearest even, saturating at 448 (infinities too), NaN kept."""
-    if SOFTWARE_CASTS:
+    if SOFTWARE:
         bits = magnitude_bits(x)
         normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
         # Below 2^-6 the codes are multiples of 2^-9; adding 1.5 * 2^23 leaves that multiple in the low mantissa bits.
@@ -84,14 +89,35 @@ def to_e4m3(x):
         code = tl.where(bits > 0x7F800000, 0x7F, code) | ((x.to(tl.int32, bitcast=True) >> 24) & 0x80)
         return code.to(tl.uint8).to(tl.float8e4nv, bitcast=True)
     else:
-        x = tl.minimum(tl.maximum(x, -MAX, tl.PropagateNan.ALL), MAX, tl.PropagateNan.ALL)
+        # cvt.rn.satfinite.e4m3x2.f32: a clamp in front of it would be two more instructions an element.
         return x.to(tl.float8e4nv)
+
+
+@triton.jit
+def inverse_of_one_plus_exp2(x):
+    """1 / (1 + 2^x), within 4 float32 roundings; 0 where 2^x overflows.
+
+    On a GPU two instructions of the special-function unit, without the handling of denormals that `tl.exp` and `/` bring
+    along: in the GELU kernel, with the clamp that `to_e4m3` does without, 880 SASS instructions a warp instead of 1336,
+    of which about 1250 would fit under the memory floor (Triton 3.6, sm_90, counted).
+    """
+    if SOFTWARE:
+        return 1.0 / (1.0 + tl.exp2(x))
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .f32 e; ex2.approx.ftz.f32 e, $1; add.f32 e, e, 0f3F800000; rcp.approx.ftz.f32 $0, e; }",
+            "=f,f",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
 
 
 @triton.jit
 def to_bfloat16(x):
     """float32 -> bfloat16, to nearest even, NaN kept."""
-    if SOFTWARE_CASTS:
+    if SOFTWARE:
         bits = x.to(tl.int32, bitcast=True)
         code = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         code = tl.where(magnitude_bits(x) > 0x7F800000, 0x7FC0, code)
@@ -101,7 +127,16 @@ def to_bfloat16(x):
 
 
 @triton.jit
+def store_columns(row, x, START: tl.constexpr, LENGTH: tl.constexpr, SPAN: tl.constexpr):
+    """Store a span of a row of LENGTH, nothing past its end."""
+    columns = START + tl.arange(0, SPAN)
+    if START + SPAN <= LENGTH:
+        tl.store(row + columns, x)
+    else:
+        tl.store(row + columns, x, mask=columns < LENGTH)
+
+
+@triton.jit
 def store_span(row, x, inverse_scale, START: tl.constexpr, LENGTH: tl.constexpr, SPAN: tl.constexpr):
     """Quantise a span with the inverse of its row's scale and store it."""
-    columns = START + tl.arange(0, SPAN)
-    tl.store(row + columns, to_e4m3(x * inverse_scale), mask=columns < LENGTH)
+    store_columns(row, to_e4m3(x * inverse_scale), START, LENGTH, SPAN)

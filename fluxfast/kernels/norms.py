@@ -17,29 +17,33 @@ from fluxfast.kernels.device import (
     require_runnable,
     row_scale,
     split_row,
+    store_columns,
     store_span,
     to_bfloat16,
 )
 from fluxfast.kernels.rowwise import E4M3
 
-NUM_WARPS = 4
+NUM_WARPS = 2
 
 
 @triton.jit
 def _store_value(row, x, START: tl.constexpr, LENGTH: tl.constexpr, SPAN: tl.constexpr):
     """Store a span in the type of its pointer and return what was stored, as float32."""
-    columns = START + tl.arange(0, SPAN)
     if row.dtype.element_ty == tl.bfloat16:
         rounded = to_bfloat16(x)
     else:
         rounded = x
-    tl.store(row + columns, rounded, mask=columns < LENGTH)
+    store_columns(row, rounded, START, LENGTH, SPAN)
     return rounded.to(tl.float32)
 
 
 @triton.jit
 def _centred(x, mean, START: tl.constexpr, LENGTH: tl.constexpr, SPAN: tl.constexpr):
-    return tl.where(START + tl.arange(0, SPAN) < LENGTH, x - mean, 0.0)
+    if START + SPAN <= LENGTH:
+        x = x - mean
+    else:
+        x = tl.where(START + tl.arange(0, SPAN) < LENGTH, x - mean, 0.0)
+    return x
 
 
 @triton.jit
@@ -94,7 +98,7 @@ def _layernorm_kernel(
     if TAIL > 0:
         tail = _centred(tail, mean, HEAD, D, TAIL)
         squares += tl.sum(tail * tail, axis=0)
-    inverse_std = 1.0 / tl.sqrt(squares / D + eps)
+    inverse_std = tl.rsqrt(squares / D + eps)
 
     head = head * inverse_std * (1.0 + load_span(scale, 0, D, HEAD)) + load_span(shift, 0, D, HEAD)
     max_bits = tl.max(magnitude_bits(head), axis=0)

@@ -20,8 +20,8 @@ NUM_WARPS = 4
 
 @triton.jit
 def _norm_rope(x, weight, cos, sin, eps, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """RMSNorm and rotation of interleaved pairs for (GROUP, HEAD_DIM) in float32; weight, cos and sin are (1, HEAD_DIM)."""
-    x = x * (1.0 / tl.sqrt(tl.sum(x * x, axis=1, keep_dims=True) / HEAD_DIM + eps)) * weight
+    """RMSNorm and rotation of interleaved pairs of (GROUP, HEAD_DIM) in float32, as all arguments are."""
+    x = x * tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / HEAD_DIM + eps) * weight
     even, odd = tl.split(tl.reshape(x, [GROUP, HEAD_DIM // 2, 2]))
     turned = tl.reshape(tl.join(-odd, even), [GROUP, HEAD_DIM])
     return x * cos + turned * sin
@@ -36,8 +36,8 @@ def _one_stream(
     value_q = tl.load(qkv + offsets, mask=mask, other=0.0).to(tl.float32)
     value_k = tl.load(qkv + WIDTH + offsets, mask=mask, other=0.0).to(tl.float32)
     value_v = tl.load(qkv + 2 * WIDTH + offsets, mask=mask, other=0.0).to(tl.float32)
-    weight_q = tl.load(weight_q_ptr + dims)[None, :].to(tl.float32)
-    weight_k = tl.load(weight_k_ptr + dims)[None, :].to(tl.float32)
+    weight_q = tl.load(weight_q_ptr + dims).to(tl.float32)
+    weight_k = tl.load(weight_k_ptr + dims).to(tl.float32)
     tl.store(q + offsets, to_e4m3(_norm_rope(value_q, weight_q, cos, sin, eps, GROUP, HEAD_DIM)), mask=mask)
     tl.store(k + offsets, to_e4m3(_norm_rope(value_k, weight_k, cos, sin, eps, GROUP, HEAD_DIM)), mask=mask)
     tl.store(v + offsets, to_e4m3(value_v), mask=mask)
@@ -73,11 +73,12 @@ def _qk_norm_rope_kernel(
     sample = program // tokens
     token = program % tokens
     heads = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
-    dims = tl.arange(0, HEAD_DIM)
-    offsets = heads[:, None] * HEAD_DIM + dims[None, :]
-    mask = (heads < HEADS)[:, None] & (dims >= 0)[None, :]
-    cos = tl.load(cos_ptr + token * cos_stride + dims)[None, :].to(tl.float32)
-    sin = tl.load(sin_ptr + token * sin_stride + dims)[None, :].to(tl.float32)
+    # Weights, cos and sin are read once a head, in the layout of q: as (HEAD_DIM,) they would go through shared memory.
+    dims = tl.broadcast_to(tl.arange(0, HEAD_DIM)[None, :], [GROUP, HEAD_DIM])
+    offsets = heads[:, None] * HEAD_DIM + dims
+    mask = (heads < HEADS)[:, None]
+    cos = tl.load(cos_ptr + token * cos_stride + dims).to(tl.float32)
+    sin = tl.load(sin_ptr + token * sin_stride + dims).to(tl.float32)
 
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     q = q_ptr + program * WIDTH
