@@ -29,7 +29,7 @@ DIGEST = "0123456789abcdef"
 
 BASE = (-0.003, -0.0015, 0.0, 0.0015, 0.003)
 RUN = (-0.002, 0.0, 0.002)
-CONFIRMATION = (-0.003, -0.002, -0.001, 0.0, 0.0, 0.001, 0.002, 0.003)
+CONFIRMATION = (-0.003, -0.002, -0.001, -0.001, 0.0, 0.0, 0.001, 0.001, 0.002, 0.003)
 """Log medians of quiet processes: a spread of a quarter of a per cent."""
 
 

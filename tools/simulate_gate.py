@@ -8,10 +8,8 @@ verdicts. All values are logarithms of process medians.
 from __future__ import annotations
 
 import dataclasses
-import json
-import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -20,29 +18,14 @@ from scipy import stats  # type: ignore[import-untyped]
 from fluxfast.levels import LADDER
 from perf_tests.harness import noise
 from perf_tests.harness.noise import Array, Comparison
-from perf_tests.harness.policy import Policy, policy_for
+from perf_tests.harness.policy import Policy
+from tools.night_models import CPU, CPU_SPREAD, GPU, GPU_SPREAD, NIGHTS, Draw, Model, gaussian, null_models
 
-RECORDED = pathlib.Path(__file__).parents[1] / "tests" / "data" / "process_medians.json"
-"""{slug: {level: [process median in seconds, ...]}} of real runs; the tables gain a row a slug once it exists."""
-
-NIGHTS = 20_000
-MANY_NIGHTS = 100_000
-"""For the model with the highest rate: it is below 1 in 1,000, but 20,000 nights do not bound it there."""
-WORST = "six levels bimodal, 70 % slow"
 BASELINE_PROCESSES = 5
-GPU, CPU = policy_for("h200-700w"), policy_for("cpu")
-GPU_SPREAD, CPU_SPREAD = 0.003, 0.02
-DRIFT = "nights drift by 0.2 %, levels by 0.1 %"
 SLOWED = 4
 """Position of the level that the power simulations slow down: in the middle, with a parent and a child."""
 
 NAMES = {"visible": "the smallest visible", "twice": "twice the smallest visible"}
-
-Draw = Callable[[np.random.Generator, int, int, int, int], Array]
-"""(generator, date, nights, levels, processes) -> log medians of shape (nights, levels, processes).
-
-Date 0 is the baseline's, 1 tonight's, others belong to the history; only a drift tells them apart.
-"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,11 +75,9 @@ def chain(policy: Policy, levels: int) -> Policy:
     return dataclasses.replace(policy, parents=dict(zip(ids, [None, *ids[:-1]], strict=True)))
 
 
-def nights(
-    draw: Draw, policy: Policy, *, levels: int, processes: int, count: int = NIGHTS, history: int = 0, seed: int = 0
-) -> Nights:
+def nights(draw: Draw, policy: Policy, *, levels: int, count: int = NIGHTS, history: int = 0, seed: int = 0) -> Nights:
     """Null nights; `history` earlier ones with the same baseline widen the limit as accepted nights do."""
-    rng = np.random.default_rng(seed)
+    rng, processes = np.random.default_rng(seed), default_processes(policy)
     base = draw(rng, 0, count, levels, BASELINE_PROCESSES)
     expected = base.mean(axis=-1)
     earlier = [draw(rng, 2 + date, count, levels, processes).mean(axis=-1) - expected for date in range(history)]
@@ -164,109 +145,17 @@ def _look(
     return found, visible
 
 
-# What nights may look like
-
-
-def gaussian(sd: float) -> Draw:
-    return lambda rng, date, *shape: rng.normal(0, sd, shape)
-
-
-def heavy_tailed(sd: float) -> Draw:
-    """Student's t with three degrees of freedom: now and then a process far out."""
-    return lambda rng, date, *shape: sd * rng.standard_t(3, shape) / np.sqrt(3)
-
-
-def bimodal(slow: float, levels: int | None = None, within: float = 0.002, gap: float = 0.13) -> Draw:
-    """Each process falls into a mode of its own (newton#2534: 22.5 or 25.5 ms), on the first so many levels."""
-
-    def draw(rng: np.random.Generator, date: int, *shape: int) -> Array:
-        mode = (rng.random(shape) < slow) * np.log1p(gap)
-        if levels is not None:
-            mode[:, levels:] = 0
-        return rng.normal(0, within, shape) + mode
-
-    return draw
-
-
-def mixed(rng: np.random.Generator, date: int, *shape: int) -> Array:
-    """Every night has bimodal and tight levels, and every bimodal level its own share of slow processes.
-
-    The draw is by position, so that baseline, run and confirmation of a night agree on who is what.
-    """
-    nights, levels, _ = shape
-    kind = np.random.default_rng(nights * 1000 + levels)
-    share = kind.random((nights, levels, 1)) * (kind.random((nights, levels, 1)) < 0.5)
-    return rng.normal(0, 0.002, shape) + (rng.random(shape) < share) * np.log1p(0.13)
-
-
-def uneven(rng: np.random.Generator, date: int, *shape: int) -> Array:
-    """Levels of very different spread: 0.1 % to 2 %, evenly spaced in the logarithm."""
-    return rng.normal(0, 1, shape) * np.geomspace(0.001, 0.02, shape[1])[:, None]
-
-
-def drifting(machine: float, level: float, sd: float = GPU_SPREAD) -> Draw:
-    """Nights that move as a whole, and each level for itself; run and confirmation share a date."""
-
-    def draw(rng: np.random.Generator, date: int, *shape: int) -> Array:
-        nights, levels, _ = shape
-        night = np.random.default_rng((nights, levels, date))
-        shift = night.normal(0, machine, (nights, 1, 1)) + night.normal(0, level, (nights, levels, 1))
-        return rng.normal(0, sd, shape) + shift
-
-    return draw
-
-
-def recorded(medians: Mapping[str, Sequence[float]]) -> Draw:
-    """Process medians of a real run, drawn with replacement; levels are repeated to fill the ladder."""
-    pools = [np.log(values) for values in medians.values()]
-
-    def draw(rng: np.random.Generator, date: int, *shape: int) -> Array:
-        nights, levels, processes = shape
-        columns = [rng.choice(pools[level % len(pools)], (nights, processes)) for level in range(levels)]
-        return np.stack(columns, axis=1)
-
-    return draw
-
-
-def null_models() -> dict[str, tuple[Draw, Policy, int]]:
-    """Name -> (draw, policy, nights of history), at the default settings of GPU and CPU."""
-    models: dict[str, tuple[Draw, Policy, int]] = {
-        "tight, 0.3 %": (gaussian(GPU_SPREAD), GPU, 0),
-        "heavy-tailed, 0.3 %": (heavy_tailed(GPU_SPREAD), GPU, 0),
-        "uneven, 0.1 to 2 %": (uneven, GPU, 0),
-        "bimodal, half slow": (bimodal(0.5), GPU, 0),
-        "bimodal, 20 % slow": (bimodal(0.2), GPU, 0),
-        "bimodal, 80 % slow": (bimodal(0.8), GPU, 0),
-        "one level bimodal, 30 % fast": (bimodal(0.7, levels=1), GPU, 0),
-        "three levels bimodal, 70 % slow": (bimodal(0.7, levels=3), GPU, 0),
-        WORST: (bimodal(0.7, levels=6), GPU, 0),
-        "mixed bimodal and tight": (mixed, GPU, 0),
-        DRIFT: (drifting(0.002, 0.001), GPU, 0),
-        f"{DRIFT}, 10 nights of history": (drifting(0.002, 0.001), GPU, 10),
-        "CPU, 2 %, one process": (gaussian(CPU_SPREAD), CPU, 0),
-        "CPU, heavy-tailed 2 %, one process": (heavy_tailed(CPU_SPREAD), CPU, 0),
-        "CPU, mixed bimodal, one process": (mixed, CPU, 0),
-        "CPU, three levels bimodal, one process": (bimodal(0.6, levels=3), CPU, 0),
-    }
-    if RECORDED.exists():
-        for slug, medians in json.loads(RECORDED.read_text()).items():
-            policy = policy_for(slug)
-            models[f"recorded, {slug}"] = (recorded(medians), policy, 0)
-    return models
-
-
 def upper_bound(events: int, trials: int, confidence: float = 0.95) -> float:
     """The one-sided Clopper-Pearson bound on a rate."""
     return float(stats.beta.ppf(confidence, events + 1, trials - events)) if events < trials else 1.0
 
 
-def false_alarms(name: str, levels: int, count: int = NIGHTS) -> tuple[int, int]:
-    """Null nights, of `count`, of which any level of the ladder is red: before confirmation, and after it."""
-    draw, policy, history = null_models()[name]
-    policy = chain(policy, levels)
+def false_alarms(model: Model, levels: int) -> tuple[int, int]:
+    """Of the model's nights, how many have any level red: before confirmation, and after it."""
+    policy = chain(model.policy, levels)
     first = red = 0
-    for seed in range(count // NIGHTS):
-        null = nights(draw, policy, levels=levels, processes=default_processes(policy), history=history, seed=seed)
+    for seed in range(model.nights // NIGHTS):
+        null = nights(model.draw, policy, levels=levels, history=model.history, seed=seed)
         decisions = decide(null, policy)
         first += int(decisions.first.any(axis=1).sum())
         red += int(decisions.red.any(axis=1).sum())
@@ -287,8 +176,7 @@ class Power:
 def power(effect: float | str, policy: Policy, sd: float, count: int = NIGHTS, history: int = 0) -> Power:
     """One level of nine slowed by `effect` (0.02 is +2 %), or by "visible" or "twice": that many smallest visibles."""
     policy = chain(policy, len(LADDER))
-    processes = default_processes(policy)
-    null = nights(gaussian(sd), policy, levels=len(LADDER), processes=processes, count=count, history=history, seed=1)
+    null = nights(gaussian(sd), policy, levels=len(LADDER), count=count, history=history, seed=1)
     visible = decide(null, policy).visible[:, SLOWED]
     scale = {"visible": 1.0, "twice": 2.0}
     shift = np.log1p(effect) if isinstance(effect, float) else np.log1p(scale[effect] * np.expm1(visible))
@@ -305,13 +193,20 @@ def main() -> None:
     started = time.perf_counter()
     print("| null nights | levels | red before confirmation, per 1,000 | false alarms | per 1,000 | 95 % bound |")
     print("|---|---|---|---|---|---|")
-    for name in null_models():
+    for name, model in null_models().items():
         for levels in (9, 16):
-            count = MANY_NIGHTS if name == WORST else NIGHTS
-            first, red = false_alarms(name, levels, count)
+            count = model.nights
+            first, red = false_alarms(model, levels)
             bound = 1000 * upper_bound(red, count)
             rate = f"{1000 * first / count:.2f} | {red} of {count} | {1000 * red / count:.2f} | {bound:.2f}"
             print(f"| {name} | {levels} | {rate} |")
+    print(
+        "\n| share of slow processes | baselines that saw only the fast mode | red nights per 1,000 over such a one |"
+    )
+    print("|---|---|---|")
+    for slow in (0.3, 0.5, 0.65, 0.8):
+        drawn = default_processes(GPU) + GPU.confirmation_processes
+        print(f"| {100 * slow:.0f} % | {100 * (1 - slow) ** BASELINE_PROCESSES:.2f} % | {1000 * slow**drawn:.2f} |")
     print("\n| machine | slowed by | found | also in ladder terms | red elsewhere | smallest visible (median) |")
     print("|---|---|---|---|---|---|")
     gpu: tuple[float | str, ...] = (0.005, 0.01, 0.015, 0.02, 0.03, 0.05, "visible", "twice")

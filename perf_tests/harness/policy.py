@@ -53,7 +53,7 @@ class Policy:
     alpha: float = 1e-3
     prior_df: float = 2.0
     pool_df: float = 16.0
-    confirmation_processes: int = 8
+    confirmation_processes: int = 10
     min_processes: int = 5
     published_margin: float = 0.05
     exact_alpha: float = 3e-5
