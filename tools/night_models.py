@@ -40,7 +40,7 @@ def bimodal(slow: float, levels: int | None = None, within: float = 0.002, gap: 
     """Each process falls into a mode of its own (newton#2534: 22.5 or 25.5 ms), on the first so many levels."""
 
     def draw(rng: np.random.Generator, date: int, *shape: int) -> Array:
-        mode = (rng.random(shape) < slow) * np.log1p(gap)
+        mode: Array = (rng.random(shape) < slow) * np.log1p(gap)
         if levels is not None:
             mode[:, levels:] = 0
         return rng.normal(0, within, shape) + mode
@@ -54,7 +54,8 @@ def mixed(rng: np.random.Generator, date: int, *shape: int) -> Array:
     # Seeded by the shape, so that baseline, run and confirmation of a night agree on who is what.
     kind = np.random.default_rng(nights * 1000 + levels)
     share = kind.random((nights, levels, 1)) * (kind.random((nights, levels, 1)) < 0.5)
-    return rng.normal(0, 0.002, shape) + (rng.random(shape) < share) * np.log1p(0.13)
+    mode: Array = (rng.random(shape) < share) * np.log1p(0.13)
+    return rng.normal(0, 0.002, shape) + mode
 
 
 def uneven(rng: np.random.Generator, date: int, *shape: int) -> Array:
