@@ -208,6 +208,13 @@ def test_cpu_latency_is_a_ratio_to_bf16_of_the_same_run():
     assert "of bf16" in latency("aoti", run(), policy=CPU).message
 
 
+def test_a_faster_divisor_is_named_and_no_optimisation_blamed():
+    """bf16 alone got faster on the CPU: the other ratios rise, and the message says why."""
+    found = reds({"bf16": -0.3}, CPU)
+    assert found.keys() == set(IDS) - {"bf16"}
+    assert "'bf16' itself got faster" in found["compile"].message and "stopped paying" not in found["compile"].message
+
+
 def test_cpu_latency_without_its_divisor_is_incomparable():
     """Left out, failed or disturbed bf16: the level says why it has no ratio."""
     left_out = latency("aoti", run(levels=["fp32", "aoti"]), policy=CPU)

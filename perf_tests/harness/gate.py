@@ -208,13 +208,16 @@ class _Look:
         ]
 
     def blame(self, level: str) -> str:
-        """Where to look: the optimisation that stopped paying, a level below, or the machine."""
+        """Where to look: the divisor, the optimisation that stopped paying, a level below, or the machine."""
+        divisor = self.policy.divisor(level)
+        if divisor and self.policy.divisor(divisor) in {*self.tonight} - {level} and self.absolute(divisor).faster:
+            return (
+                f"{divisor!r} itself got faster, which raises every ratio to it: if that is meant, update the baseline."
+            )
         at: str | None = level
         while at is not None and at in self.tonight and not self.looks_red(at, "ladder"):
             at = self.policy.parents.get(at)
         if at is not None and at in self.tonight:
-            step = self.ladder(at)
-            assert step is not None
             parent = self.policy.parents[at]
             was = float(np.exp(-_series(self.base, at, parent).mean()))
             now = float(np.exp(-_series(self.tonight, at, parent).mean()))
