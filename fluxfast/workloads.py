@@ -60,7 +60,10 @@ class Workload:
 TINY = Workload(
     id="tiny",
     checkpoint="tiny",
-    prompt="a large red circle on the left and a small blue square on the right, on a green checkered background",
+    prompt=(
+        "a large matte green triangle at the left, a large glossy orange circle at the right and a medium flat purple "
+        "square at the bottom on a horizontally striped mint background"
+    ),
     height=256,
     width=256,
     num_inference_steps=4,

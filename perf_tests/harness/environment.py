@@ -31,9 +31,15 @@ def cpu_name() -> str:
     return platform.machine()
 
 
+def device_uuid() -> str | None:
+    """NVML's name of the GPU that torch calls 0, whatever CUDA_VISIBLE_DEVICES says; None without one."""
+    return f"GPU-{torch.cuda.get_device_properties(0).uuid}" if torch.cuda.is_available() else None
+
+
 def read_environment() -> Environment:
     """Of this process."""
-    facts = gpu.gpu_facts() if torch.cuda.is_available() else {}
+    device = device_uuid()
+    facts = gpu.gpu_facts(device) if device else {}
     return Environment(
         python=platform.python_version(),
         torch=torch.__version__,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from perf_tests.harness.policy import Policy
-from perf_tests.harness.schema import Baseline, Measurement, Outcome, Result, Verdict
+from perf_tests.harness.schema import Baseline, Counters, Measurement, Outcome, Result, Verdict
 
 RECORD = "record one on a quiet machine with `pytest perf_tests --record-baseline`"
 
@@ -79,17 +79,24 @@ def _failed(level: str, results: Sequence[Result]) -> Verdict | None:
     return None
 
 
+def disturbances(counters: Counters | None) -> list[str]:
+    """What the counters say against a timing. A GPU at its software power cap is normal at full load and is nothing."""
+    if counters is None:
+        return []
+    why = [
+        f"{name} rose by {nanoseconds} during the timed rounds"
+        for name in ("thermal_violation_ns", "hw_slowdown_ns", "power_brake_ns")
+        if (nanoseconds := getattr(counters, name))
+    ]
+    if counters.foreign_pids:
+        why.append(f"another process used the same GPU (pid {', '.join(map(str, counters.foreign_pids))})")
+    return why
+
+
 def _disturbed(level: str, results: Sequence[Result], baseline: Baseline | None) -> Verdict | None:
     expected = baseline.environment.power_limit_w if baseline and baseline.environment else None
     for result in results:
-        why, counters = [], result.counters
-        if counters:
-            # Not power_violation_ns: a GPU at its software power cap is normal at full load.
-            for name in ("thermal_violation_ns", "hw_slowdown_ns", "power_brake_ns"):
-                if nanoseconds := getattr(counters, name):
-                    why.append(f"{name} rose by {nanoseconds} during the timed rounds")
-            if counters.foreign_pids:
-                why.append(f"another process used the same GPU (pid {', '.join(map(str, counters.foreign_pids))})")
+        why = disturbances(result.counters)
         observed = result.environment.power_limit_w if result.environment else None
         if expected is not None and observed != expected:
             why.append(f"the power limit is {observed} W, but {expected} W when the baseline was recorded")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -105,7 +106,8 @@ class Suite:
         available = [level for level in (run["levels"] if run else LEVELS) if level not in unavailable]
         self.expected = _chosen_levels(option.levels, available, unavailable)
         self.injections = _injections(option.inject, self.expected)
-        slug = run["slug"] if run else gpu.slug()
+        visible = gpu.first_visible(os.environ.get("CUDA_VISIBLE_DEVICES")) if is_gpu else 0
+        slug = run["slug"] if run else gpu.slug(visible)
         is_recording = option.record_baseline or option.update_baseline
         processes = option.processes or (5 if is_recording else 3 if is_gpu else 1)
         if processes < 1:
@@ -127,7 +129,7 @@ class Suite:
             measure=None if option.replay else self._measure,
         )
         self._deadlines = GPU_DEADLINES if is_gpu else CPU_DEADLINES
-        self._is_gpu = is_gpu
+        self._gpu = str(visible) if is_gpu else None
 
     def start(self) -> None:
         """Make the run's folder; nothing is written before the first test needs it."""
@@ -173,6 +175,8 @@ class Suite:
         self.verdicts[request.node.nodeid] = verdict
         request.node.user_properties += [("verdict", verdict.outcome.value), ("rule", verdict.rule)]
         request.node.user_properties += [(name, value) for name, value in verdict.numbers.items()]
+        if verdict.rule == "step_not_applied" and request.node.name.partition("[")[0] != "test_structure":
+            pytest.skip(f"not judged: a step had no effect, and test_structure is red for it. {verdict.message[:300]}")
         if verdict.outcome is Outcome.VOID:
             self.voids.append(verdict)
             pytest.skip(verdict.explain())
@@ -190,22 +194,24 @@ class Suite:
         folder.mkdir(parents=True, exist_ok=True)
         capture = self.config.pluginmanager.getplugin("capturemanager")
         results: dict[str, list[Result]] = {level: [] for level in levels}
-        with capture.global_and_fixture_disabled(), lease.gpu_lease("gpu-0" if self._is_gpu else None):
+        with capture.global_and_fixture_disabled(), lease.gpu_lease(self._gpu):
             print(f"\nmeasuring {', '.join(levels)} in {processes} process(es) each, into {folder}", file=sys.stderr)
             printer = ProgressPrinter(self._deadlines, len(levels) * processes)
-            for level, process in runner.schedule(levels, processes):
-                result = runner.run_level(
-                    level,
-                    self.session.workload.id,
-                    process,
-                    folder,
-                    deadlines=self._deadlines,
-                    cache=self.config.option.cache,
-                    inject=self.injections.get(level),
-                    on_progress=printer,
-                )
-                results[level].append(result)
-            printer.close()
+            try:
+                for level, process in runner.schedule(levels, processes):
+                    result = runner.run_level(
+                        level,
+                        self.session.workload.id,
+                        process,
+                        folder,
+                        deadlines=self._deadlines,
+                        cache=self.config.option.cache,
+                        inject=self.injections.get(level),
+                        on_progress=printer,
+                    )
+                    results[level].append(result)
+            finally:
+                printer.close()
         return results
 
     def _point_benchmark_at(self, path: Path | None, folder: Path) -> None:

@@ -23,6 +23,7 @@ from perf_tests.harness.schema import (
     ProcessSamples,
     Result,
 )
+from perf_tests.harness.obstacles import disturbances
 from perf_tests.harness.store import BaselineError, level_samples
 
 MIN_PROCESSES = 5
@@ -32,18 +33,8 @@ UNACCEPTABLE = "a run with a failed, void, injected or partial result can never 
 
 
 def void_reason(counters: Counters | None) -> str | None:
-    """Why a number measured under these counters is neither good nor bad; None if it stands.
-
-    A power cap in software is normal on a loaded H100 or H200 and is no reason.
-    """
-    if counters is None:
-        return None
-    if counters.foreign_pids:
-        return f"other processes used the GPU: {', '.join(map(str, counters.foreign_pids))}"
-    for field in ("thermal_violation_ns", "hw_slowdown_ns", "power_brake_ns"):
-        if nanoseconds := getattr(counters, field):
-            return f"the GPU was throttled: {field} is {nanoseconds}, expected 0"
-    return None
+    """Why a number measured under these counters is neither good nor bad; None if it stands."""
+    return "; ".join(disturbances(counters)) or None
 
 
 def baseline_from_results(

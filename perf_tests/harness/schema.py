@@ -7,11 +7,11 @@ when one is written.
 from __future__ import annotations
 
 import enum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA = 1
+SCHEMA: Final = 1
 """Raised when a stored file can no longer be read as before; `store` refuses other numbers with the action to take."""
 
 METHOD = "whole-call/process-median/1"

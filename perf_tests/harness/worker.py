@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from fluxfast.levels import get_level
 from fluxfast.workloads import Workload, get_workload
 from perf_tests.harness import exit_status, faults, gpu, sanity
-from perf_tests.harness.environment import read_environment
+from perf_tests.harness.environment import device_uuid, read_environment
 from perf_tests.harness.progress import leave, report_stage, write_result
 from perf_tests.harness.schema import Measurement, Proof, Result
 
@@ -98,7 +98,8 @@ def run(arguments: argparse.Namespace, out: Path) -> Result:
     )
     applied = time.perf_counter()
     _strike(fault)
-    before = gpu.read_counters(own_pids=[os.getpid()]) if built.device == "cuda" else None
+    device = device_uuid()
+    before = gpu.read_counters(device, [os.getpid()]) if device else None
     measurement = measure(built, workload, fault, out, moments["apply"] - started, applied - moments["apply"])
     report_stage(out, "finish")
     sanity.require_possible_steps(workload, built.level.fields(), torch.cuda.is_available(), measurement.stages_s)
@@ -111,7 +112,7 @@ def run(arguments: argparse.Namespace, out: Path) -> Result:
         unavailable=built.unavailable,
         injection=fault.spec if fault else None,
         environment=read_environment(),
-        counters=gpu.difference(before, gpu.read_counters(own_pids=[os.getpid()])) if before else None,
+        counters=gpu.difference(before, gpu.read_counters(device, [os.getpid()])) if before and device else None,
         measurement=measurement,
     )
 
