@@ -71,7 +71,7 @@ def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tens
 
 @torch.library.custom_op("fluxfast::fa3_fp8_cast_inside", mutates_args=(), device_types="cuda")
 def fa3_fp8_cast_inside(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """flux-fast's op: bfloat16 (batch, sequence, heads, 128) in and out, cast to e4m3 within, neither scaled nor fused."""
+    """flux-fast's op: bfloat16 (batch, sequence, heads, 128) in and out, cast to e4m3 within, unscaled and unfused."""
     return _launch(query.to(E4M3), key.to(E4M3), value.to(E4M3))
 
 

@@ -1,0 +1,1 @@
+"""The performance suite: `pytest perf_tests --benchmark-compare`."""

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from pytest_benchmark.stats import Stats
 from pytest_benchmark.utils import get_commit_info
 
+from perf_tests.harness.obstacles import disturbances
 from perf_tests.harness.schema import (
     METHOD,
     Baseline,
@@ -23,7 +24,6 @@ from perf_tests.harness.schema import (
     ProcessSamples,
     Result,
 )
-from perf_tests.harness.obstacles import disturbances
 from perf_tests.harness.store import BaselineError, level_samples
 
 MIN_PROCESSES = 5

@@ -73,10 +73,13 @@ class Proof(Strict):
 
     @property
     def holds(self) -> bool:
+        """Whether the count is exact."""
         return self.observed == self.expected
 
 
 class ErrorKind(enum.StrEnum):
+    """Why a worker gave no measurement, in a word."""
+
     OOM = "oom"
     HANG = "hang"
     CRASH = "crash"
@@ -203,6 +206,8 @@ class Baseline(Strict):
 
 
 class Outcome(enum.StrEnum):
+    """What a verdict says."""
+
     PASS = "pass"
     REGRESSED = "regressed"
     IMPROVED = "improved"
@@ -226,6 +231,7 @@ class Verdict(Strict):
 
     @property
     def ok(self) -> bool:
+        """Whether a test passes on it; an improvement does, unless the run is strict."""
         return self.outcome in (Outcome.PASS, Outcome.IMPROVED)
 
     def explain(self) -> str:

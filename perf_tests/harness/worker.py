@@ -86,6 +86,8 @@ def run(arguments: argparse.Namespace, out: Path) -> Result:
     moments: dict[str, float] = {}
 
     def on_stage(stage: str) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # weights are made and copied asynchronously: count them as load
         moments[stage] = time.perf_counter()
         report_stage(out, "load" if stage == "load" else "apply")
 
