@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import os
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from fluxfast.kernels.blocks import FusedFluxSingleTransformerBlock
 from fluxfast.kernels.fuse import fuse_blocks
 from fluxfast.kernels.linear import DenseLinear, RowwiseFloat8Linear
 from fluxfast.kernels.modulation import PrecomputedModulation
-from fluxfast.kernels.ops import EXACT, REFERENCE
+from fluxfast.kernels.ops import EXACT, REFERENCE, triton_ops
 from fluxfast.kernels.rowwise import dequantize_rowwise, quantize_rowwise
 
 diffusers = pytest.importorskip("diffusers")
@@ -137,8 +139,22 @@ def test_float8_blocks_lose_what_float8_linears_and_attention_lose(transformer, 
     assert 0.01 < relative_error(run(model), want) < 1.4 * relative_error(run(transformer), want)
 
 
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None,
+    reason="run by test_kernels.py in Triton's interpreter",
+)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_triton_blocks_equal_reference_blocks(transformer):
+    """Given strided views, two streams and a batch, the Triton kernels give the blocks what the reference gives."""
+    transformer.to(torch.bfloat16)
+    options = {"attention": attention_bf16, "merged_projections": True, "chained": True}
+    want = run(fused(transformer, ops=REFERENCE, **options), batch=2)
+    for operations in (triton_ops(), triton_ops(qk_rope=False), triton_ops(quantize=False)):
+        assert relative_error(run(fused(transformer, ops=operations, **options), batch=2), want) < 0.01
+
+
 def test_linear_is_the_quantised_product():
-    """`_scaled_mm` with both scales and the bias equals the product of the dequantised operands, rounded to bfloat16."""
+    """`_scaled_mm` with both scales and the bias equals the product of the dequantised operands, in bfloat16."""
     linear, x = nn.Linear(48, 32, dtype=torch.bfloat16), torch.randn(2, 5, 48).bfloat16()
     exact = F.linear(
         dequantize_rowwise(*quantize_rowwise(x)).double(),

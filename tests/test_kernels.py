@@ -1,7 +1,7 @@
-"""The fused kernels and their references against float64, and the fused blocks against diffusers.
+"""The fused kernels and their references against float64.
 
-The Triton cases need CUDA, or Triton's interpreter, which has to be chosen before the kernels are imported: on a machine
-without CUDA `test_kernels_in_the_interpreter` runs them in a process of their own.
+The Triton cases need CUDA, or Triton's interpreter, which has to be chosen before the kernels are imported: where there
+is no CUDA, `test_kernels_in_the_interpreter` runs them in a process of their own.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ implementations = pytest.mark.parametrize("kind", ["reference", pytest.param("tr
 def test_kernels_in_the_interpreter():
     """Without CUDA, the Triton cases of this file pass in Triton's interpreter."""
     if not TRITON:
-        pytest.skip("Triton is not installed: pip install 'fluxfast[dev]'")
+        pytest.skip("Triton is not installed: pip install 'fluxfast-perf[dev]'")
     if IN_REACH:
         pytest.skip("the Triton cases run in this process")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "triton", __file__]
+    files = [__file__, os.path.join(os.path.dirname(__file__), "test_kernel_blocks.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "triton", *files]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0 and " passed" in result.stdout, result.stdout[-5000:] + result.stderr[-2000:]
@@ -187,7 +188,7 @@ def test_qk_norm_rope(kind, batch, text, image, heads, dim):
 
 @implementations
 def test_special_rows(kind):
-    """NaN makes a row NaN, an infinity an infinite scale and NaN; zeros stay zeros with a finite scale; 1e30 survives."""
+    """NaN makes a row NaN, an infinity an infinite scale and NaN; zeros stay zeros; 1e30 survives."""
     x = normal(6, 40, dtype=torch.float32)
     x[1, 3], x[2, 5], x[3], x[4, 7], x[5] = float("nan"), float("inf"), 0.0, 1e30, x[5] * 1e-14
     attn_out, mlp = x, torch.zeros_like(x)
@@ -220,7 +221,7 @@ def test_casts(kind):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rowwise_is_torchaos(dtype):
-    """Codes and scales equal torchao's per-row ones bit for bit on float32, and within its rounded scale on bfloat16."""
+    """Codes and scales equal torchao's per-row ones bit for bit on float32, up to its rounded scale on bfloat16."""
     primitives = pytest.importorskip("torchao.quantization.quant_primitives")
     x = normal(64, 96, dtype=dtype)
     q, scale = quantize_rowwise(x)

@@ -3,8 +3,8 @@
     python tools/bench_kernels.py --out results/kernels [--tune] [--blocks] [--mode max-autotune-no-cudagraphs]
 
 Every figure is the median over replays of a CUDA graph that runs the operation on as many input sets as exceed the L2
-cache several times, each with outputs of its own, divided by their number. The floor is the bytes an operation must move
-over the bandwidth of a device-to-device copy measured in the same run.
+cache several times, each with outputs of its own, divided by their number. The floor is the bytes an operation must
+move over the bandwidth of a device-to-device copy measured in the same run.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Arguments = tuple[Any, ...]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """One operation: its arguments, the bytes it must move, and its float64 value (q first, row scale or None second)."""
+    """One operation: how to make its arguments, the bytes it must move, and its value in float64."""
 
     name: str
     moved: int
@@ -93,12 +93,13 @@ def cases() -> list[Case]:
     def residual64(r: torch.Tensor, y: torch.Tensor, gate: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
         return layernorm64((r.double() + gate.double() * y.double()).bfloat16(), *rest)
 
-    gelu_concat, residual = "gelu_concat_quantize", "residual_layernorm_modulate_quantize"
+    gelu_concat, wide = "gelu_concat_quantize", M * (D + H) * 3
+    layernorm, residual = "layernorm_modulate_quantize", "residual_layernorm_modulate_quantize"
     return [
-        case("gelu_concat", M * (D + H) * 3, lambda: (randn(M, D), randn(M, H, spread=2.0)), concat64, activations, gelu_concat),
-        case("gelu_concat_merged", M * (D + H) * 3, merged_arguments, concat64, activations, gelu_concat),
+        case("gelu_concat", wide, lambda: (randn(M, D), randn(M, H, spread=2.0)), concat64, activations, gelu_concat),
+        case("gelu_concat_merged", wide, merged_arguments, concat64, activations, gelu_concat),
         case("gelu", IMAGE * H * 3, lambda: (randn(IMAGE, H, spread=2.0),), gelu64, activations, "gelu_quantize"),
-        case("layernorm", M * D * 3, lambda: (randn(M, D), *vectors()), layernorm64, norms, "layernorm_modulate_quantize"),
+        case("layernorm", M * D * 3, lambda: (randn(M, D), *vectors()), layernorm64, norms, layernorm),
         case(
             "residual_layernorm",
             IMAGE * D * 7,
@@ -204,14 +205,16 @@ def bench_blocks(mode: str | None) -> list[dict[str, Any]]:
     fa3 = any(importlib.util.find_spec(name) for name in ("flash_attn_interface", "fa3_fwd_interface"))
     attention = importlib.import_module("fluxfast.attention").fa3_fp8 if fa3 else cast_v
     quantizing, everything = ops.triton_ops(qk_rope=False), ops.triton_ops()
+    single, double = FluxSingleTransformerBlock, FluxTransformerBlock
+    merged = {"merged_projections": True}
     arrangements = [
-        ("single", FluxSingleTransformerBlock, FusedFluxSingleTransformerBlock, ops.REFERENCE, {}),
-        ("single fused_quantize", FluxSingleTransformerBlock, FusedFluxSingleTransformerBlock, quantizing, {}),
-        ("single fused_qk_rope", FluxSingleTransformerBlock, FusedFluxSingleTransformerBlock, everything, {}),
-        ("single merged", FluxSingleTransformerBlock, FusedFluxSingleTransformerBlock, everything, {"merged_projections": True}),
-        ("double", FluxTransformerBlock, FusedFluxTransformerBlock, ops.REFERENCE, {}),
-        ("double fused_quantize", FluxTransformerBlock, FusedFluxTransformerBlock, quantizing, {}),
-        ("double fused_qk_rope", FluxTransformerBlock, FusedFluxTransformerBlock, everything, {}),
+        ("single", single, FusedFluxSingleTransformerBlock, ops.REFERENCE, {}),
+        ("single fused_quantize", single, FusedFluxSingleTransformerBlock, quantizing, {}),
+        ("single fused_qk_rope", single, FusedFluxSingleTransformerBlock, everything, {}),
+        ("single merged", single, FusedFluxSingleTransformerBlock, everything, merged),
+        ("double", double, FusedFluxTransformerBlock, ops.REFERENCE, {}),
+        ("double fused_quantize", double, FusedFluxTransformerBlock, quantizing, {}),
+        ("double fused_qk_rope", double, FusedFluxTransformerBlock, everything, {}),
     ]  # fmt: skip
     image, text = randn(1, IMAGE, D), randn(1, TEXT, D)
     rotary = tuple(torch.rand(M, HEAD_DIM, device=DEVICE) for _ in range(2))
@@ -220,7 +223,7 @@ def bench_blocks(mode: str | None) -> list[dict[str, Any]]:
         torch._dynamo.reset()
         sets = []
         for _ in range(4):
-            with torch.device("cuda"):
+            with torch.device(DEVICE):
                 source = original(D, HEADS, HEAD_DIM).to(torch.bfloat16).requires_grad_(False)
             block = fused(source, attention=attention, ops=operations, **options)
             block.modulation = randn(1, block.modulation_width)
@@ -262,8 +265,9 @@ def main() -> None:
         row["inductor_us"] = graph_us(torch.compile(case.plain, fullgraph=True, dynamic=False), sets)
         row["gb_s"] = case.moved / row["kernel_us"] / 1e3
         print(
-            f"{case.name:20s} {case.moved / 1e6:6.0f} {row['floor_us']:7.1f} {row['kernel_us']:7.1f} {row['gb_s']:6.0f} "
-            f"{row['inductor_us']:8.1f}       {row['error_over_allowed']:.3f} {row['codes_differing']:.1e}",
+            f"{case.name:20s} {case.moved / 1e6:6.0f} {row['floor_us']:7.1f} {row['kernel_us']:7.1f} "
+            f"{row['gb_s']:6.0f} {row['inductor_us']:8.1f}       {row['error_over_allowed']:.3f} "
+            f"{row['codes_differing']:.1e}",
             flush=True,
         )
         if options.tune:

@@ -36,9 +36,9 @@ class _ModulatedBlock(nn.Module):
     """What both blocks share: AdaLN Linears and the modulation made from them or set from outside.
 
     Attributes:
-        modulation: None, or (B, `modulation_width`): every shift, scale and gate of this block for the current step. While
-            it is set, `temb` is not looked at. It is a plain attribute, not a buffer, because it is a view into one
-            static tensor for all blocks that is refreshed between steps, under a captured CUDA graph too.
+        modulation: None, or (B, `modulation_width`): every shift, scale and gate of this block for the current step.
+            While it is set, `temb` is not looked at. It is a plain attribute, not a buffer, because it is a view into
+            one static tensor for all blocks that is refreshed between steps, under a captured CUDA graph too.
     """
 
     def __init__(self, adaln: Sequence[nn.Module], attention: Attention, ops: BlockOps) -> None:

@@ -20,8 +20,9 @@ def require_runnable(*tensors: torch.Tensor) -> None:
     for tensor in tensors:
         if not INTERPRETED and tensor.device.type != "cuda":
             raise ValueError(
-                f"a Triton kernel got a tensor on {tensor.device}; it runs on CUDA, or on the CPU when TRITON_INTERPRET=1 "
-                "is set before the first import. The reference operations run anywhere: fluxfast.kernels.reference."
+                f"a Triton kernel got a tensor on {tensor.device}; it runs on CUDA, or on the CPU when "
+                "TRITON_INTERPRET=1 is set before the first import. The reference operations run anywhere: "
+                "fluxfast.kernels.reference."
             )
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             raise ValueError(
@@ -44,7 +45,7 @@ def split_row(length: int) -> tuple[int, int]:
 def load_span(row, START: tl.constexpr, LENGTH: tl.constexpr, SPAN: tl.constexpr):
     """Elements START .. START + SPAN of a row of LENGTH, as float32, zero past its end."""
     columns = START + tl.arange(0, SPAN)
-    if START + SPAN <= LENGTH:
+    if START + SPAN <= LENGTH:  # noqa: SIM108 - decided when the kernel is compiled
         x = tl.load(row + columns)
     else:
         x = tl.load(row + columns, mask=columns < LENGTH, other=0.0)
@@ -55,8 +56,8 @@ INTERPRETED = not isinstance(load_span, triton.JITFunction)
 """Whether Triton's interpreter runs the kernels (`TRITON_INTERPRET=1` when this module is imported): on CPU tensors."""
 
 # The interpreter (3.6 to 3.9) truncates to bfloat16, its cast to e4m3 rounds ties up, loses carries and turns NaN into
-# 384, and it has no inline PTX. There, and only there, the functions below compute in software what a GPU does in one or
-# two instructions.
+# 384, and it has no inline PTX. There, and only there, the functions below compute in software what a GPU does in one
+# or two instructions.
 SOFTWARE = tl.constexpr(INTERPRETED)
 
 
@@ -97,9 +98,9 @@ def to_e4m3(x):
 def inverse_of_one_plus_exp2(x):
     """1 / (1 + 2^x), within 4 float32 roundings; 0 where 2^x overflows.
 
-    On a GPU two instructions of the special-function unit, without the handling of denormals that `tl.exp` and `/` bring
-    along: in the GELU kernel, with the clamp that `to_e4m3` does without, 880 SASS instructions a warp instead of 1336,
-    of which about 1250 would fit under the memory floor (Triton 3.6, sm_90, counted).
+    On a GPU two instructions of the special-function unit, without the handling of denormals that `tl.exp` and `/`
+    bring along: with that and a clamp in `to_e4m3` the GELU kernel has 1336 SASS instructions a warp instead of 880;
+    about 1250 can be issued in the time of its memory traffic (counted with Triton 3.6 for sm_90, not timed).
     """
     if SOFTWARE:
         return 1.0 / (1.0 + tl.exp2(x))

@@ -1,4 +1,4 @@
-"""Linear layers with e4m3 weights and one scale a row, as plain buffers: what `torch._scaled_mm` takes, and no subclass.
+"""Linear layers with e4m3 weights and one scale a row, as plain buffers that `torch._scaled_mm` takes.
 
 Plain tensors export, package and load everywhere that tensor subclasses do not (AOTI's constants among them).
 """
@@ -60,7 +60,7 @@ class RowwiseFloat8Linear(nn.Module):
         return cls(*stack_linears(linears), bias_in_gemm=bias_in_gemm)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., K) of any floating type -> (..., N) bfloat16; the quantisation is plain PyTorch, for Inductor to fuse."""
+        """(..., K) of any floating type -> (..., N) bfloat16, quantised in plain PyTorch, for Inductor to fuse."""
         q, scale = quantize_rowwise(x.reshape(-1, self.in_features))
         return self.forward_quantized(q, scale).unflatten(0, x.shape[:-1])
 
@@ -78,6 +78,7 @@ class RowwiseFloat8Linear(nn.Module):
         return y if self.bias is None or self.bias_in_gemm else y + self.bias
 
     def extra_repr(self) -> str:
+        """The sizes, for `print`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias_in_gemm={self.bias_in_gemm}"
 
 
@@ -91,12 +92,15 @@ class DenseLinear(nn.Module):
 
     @classmethod
     def from_linears(cls, linears: Sequence[nn.Linear]) -> DenseLinear:
+        """One GEMM for one or several Linears over the same input, outputs side by side."""
         return cls(*stack_linears(linears))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., K) -> (..., N) in the type of the weight."""
         return F.linear(x, self.weight, self.bias)
 
     def forward_quantized(self, x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        """As `forward`; `scale` is None, or this raises ValueError."""
         if scale is not None:
             raise ValueError("an unquantised Linear got a scale: the block's operations and its Linears do not match")
         return self.forward(x)

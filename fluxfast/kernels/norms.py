@@ -29,7 +29,7 @@ NUM_WARPS = 2
 @triton.jit
 def _store_value(row, x, START: tl.constexpr, LENGTH: tl.constexpr, SPAN: tl.constexpr):
     """Store a span in the type of its pointer and return what was stored, as float32."""
-    if row.dtype.element_ty == tl.bfloat16:
+    if row.dtype.element_ty == tl.bfloat16:  # noqa: SIM108 - decided when the kernel is compiled
         rounded = to_bfloat16(x)
     else:
         rounded = x
@@ -39,7 +39,7 @@ def _store_value(row, x, START: tl.constexpr, LENGTH: tl.constexpr, SPAN: tl.con
 
 @triton.jit
 def _centred(x, mean, START: tl.constexpr, LENGTH: tl.constexpr, SPAN: tl.constexpr):
-    if START + SPAN <= LENGTH:
+    if START + SPAN <= LENGTH:  # noqa: SIM108 - decided when the kernel is compiled
         x = x - mean
     else:
         x = tl.where(START + tl.arange(0, SPAN) < LENGTH, x - mean, 0.0)
@@ -138,7 +138,7 @@ def _launch(
     residual: torch.Tensor | None = None,
     value: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch with or without each optional tensor; an absent one is stood in for by `x`, which is then never touched."""
+    """Launch with or without each optional tensor; `x` stands in for an absent one and is then not touched there."""
     rows, d = x.shape
     q = torch.empty((rows, d), dtype=E4M3, device=x.device)
     q_scale = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
@@ -179,8 +179,8 @@ def layernorm_modulate_quantize(
         x: (M, D) bfloat16 or float32. shift, scale: (B, D), M a multiple of B. All may have strided rows.
 
     Returns:
-        q (M, D) float8_e4m3fn and row scale (M, 1) float32; see `activations.gelu_concat_quantize` for their rounding. A
-        NaN or an infinity in a row makes the whole row and its scale NaN, because the mean is.
+        q (M, D) float8_e4m3fn and row scale (M, 1) float32; see `activations.gelu_concat_quantize` for their rounding.
+        A NaN or an infinity in a row makes the whole row and its scale NaN, because the mean is.
 
     Raises:
         ValueError: for shapes that do not fit and tensors that Triton cannot reach.
@@ -193,7 +193,7 @@ def layernorm_modulate_quantize(
 def layernorm_modulate_quantize_with_value(
     x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float = 1e-6
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `layernorm_modulate_quantize`, and the modulated value in the type of `x` (M, D), for a consumer in bfloat16."""
+    """As `layernorm_modulate_quantize`, and the modulated value (M, D) in the type of `x`, for other consumers."""
     _check(x, shift, scale)
     value = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return *_launch(x, shift, scale, eps, value=value), value

@@ -1,4 +1,4 @@
-"""Which implementation a fused block uses for each of its operations: chosen by name, never by what happens to be there.
+"""Which implementation a fused block uses for each operation: chosen by name, never by what happens to be there.
 
 `REFERENCE` quantises in plain PyTorch for Inductor to fuse; `triton_ops()` swaps in the kernels; `EXACT` does not
 quantise at all and exists to test the blocks' wiring against diffusers.

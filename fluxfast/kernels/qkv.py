@@ -101,8 +101,8 @@ def _check(
     tokens = qkv.shape[1] + (0 if text[0] is None else text[0].shape[1])
     if cos.shape != (tokens, head_dim) or sin.shape != (tokens, head_dim):
         raise ValueError(
-            f"cos and sin must be ({tokens}, {head_dim}) for text and image tokens together, got {tuple(cos.shape)} and "
-            f"{tuple(sin.shape)}"
+            f"cos and sin must be ({tokens}, {head_dim}) for text and image tokens together, got {tuple(cos.shape)} "
+            f"and {tuple(sin.shape)}"
         )
     if qkv.shape[2] % (3 * head_dim) or (head_dim & (head_dim - 1)) or head_dim < 2:
         raise ValueError(
@@ -133,8 +133,8 @@ def qk_norm_rope_quantize(
         cos, sin: (S_txt + S, Dh) as `FluxPosEmbed` returns them: each angle twice in a row, text tokens first.
 
     Returns:
-        q, k, v (B, S_txt + S, H, Dh) float8_e4m3fn, unscaled: magnitudes past 448 and infinities in v saturate at 448, NaN
-        stays NaN; an infinity in q or k makes its head NaN, because RMSNorm divides it by itself.
+        q, k, v (B, S_txt + S, H, Dh) float8_e4m3fn, unscaled: magnitudes past 448 and infinities in v saturate at 448,
+        NaN stays NaN; an infinity in q or k makes its head NaN, because RMSNorm divides it by itself.
 
     Raises:
         ValueError: for shapes that do not fit and tensors that Triton cannot reach.
@@ -179,7 +179,7 @@ def qk_norm_rope_quantize(
 
 
 @qk_norm_rope_quantize.register_fake
-def _(qkv, norm_q, norm_k, cos, sin, eps=1e-6, text_qkv=None, text_norm_q=None, text_norm_k=None):  # type: ignore[no-untyped-def]
+def _(qkv, norm_q, norm_k, cos, sin, eps=1e-6, text_qkv=None, text_norm_q=None, text_norm_k=None):
     head_dim = norm_q.shape[0]
     shape = (qkv.shape[0], cos.shape[0], qkv.shape[2] // (3 * head_dim), head_dim)
     return tuple(qkv.new_empty(shape, dtype=E4M3) for _ in range(3))

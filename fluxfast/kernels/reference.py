@@ -70,7 +70,7 @@ def qk_norm_rope(
     text_norm_q: torch.Tensor | None = None,
     text_norm_k: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Normalised, rotated q and k and plain v of one or two streams, text first, in float32 (B, S_txt + S_img, H, Dh)."""
+    """Normalised, rotated q and k and plain v of one or two streams, text first: float32 (B, S_txt + S_img, H, Dh)."""
     head_dim = norm_q.shape[0]
     text_tokens = 0 if text_qkv is None else text_qkv.shape[1]
     streams = [(qkv, norm_q, norm_k, slice(text_tokens, None))]
@@ -85,22 +85,26 @@ def qk_norm_rope(
 
 
 def gelu_quantize(x: torch.Tensor) -> Quantized:
+    """Reference of `activations.gelu_quantize`."""
     return quantize_rowwise(F.gelu(x.float(), approximate="tanh"))
 
 
 def gelu_concat_quantize(attn_out: torch.Tensor, mlp: torch.Tensor) -> Quantized:
+    """Reference of `activations.gelu_concat_quantize`."""
     return quantize_rowwise(gelu_concat(attn_out, mlp))
 
 
 def layernorm_modulate_quantize(
     x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float = 1e-6
 ) -> Quantized:
+    """Reference of `norms.layernorm_modulate_quantize`."""
     return quantize_rowwise(layernorm_modulate_value(x, shift, scale, eps))
 
 
 def layernorm_modulate_quantize_with_value(
     x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float = 1e-6
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Reference of `norms.layernorm_modulate_quantize_with_value`."""
     value = layernorm_modulate_value(x, shift, scale, eps)
     return *quantize_rowwise(value), value.to(x.dtype)
 
@@ -113,6 +117,7 @@ def residual_layernorm_modulate_quantize(
     scale: torch.Tensor,
     eps: float = 1e-6,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Reference of `norms.residual_layernorm_modulate_quantize`."""
     residual = gated_residual(residual, y, gate)
     return residual, *layernorm_modulate_quantize(residual, shift, scale, eps)
 
@@ -128,5 +133,6 @@ def qk_norm_rope_quantize(
     text_norm_q: torch.Tensor | None = None,
     text_norm_k: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Reference of `qkv.qk_norm_rope_quantize`."""
     parts = qk_norm_rope(qkv, norm_q, norm_k, cos, sin, eps, text_qkv, text_norm_q, text_norm_k)
     return tuple(cast_e4m3(part) for part in parts)
