@@ -32,6 +32,14 @@ from fluxfast.levels import Level
 PACKAGES = ("torch", "triton", "torchao", "diffusers", "fa3-fwd", "flash-attn-3")
 """Distributions whose version a compiled package depends on."""
 
+WEIGHTS_OUTSIDE = {
+    "aot_inductor.package_constants_in_so": False,
+    # Inductor writes tensors of up to eight elements into the code, and folds uniform ones, float8 scales among them:
+    # one block's package would run every block with the scales of the block that was exported.
+    "always_keep_tensor_constants": True,
+    "joint_graph_constant_folding": False,
+}
+
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -56,14 +64,17 @@ class Package:
         """Run `module.forward` through this package, on the module's own weights.
 
         Raises:
-            PackageError: if the package asks for a weight that the module does not have.
+            PackageError: if the package's weights are not exactly the module's.
         """
         unwrap_tensor_subclass_parameters(module)
         runner = torch._inductor.aoti_load_package(str(self.path), run_single_threaded=True)
         weights = dict(module.named_parameters()) | dict(module.named_buffers())
         names = runner.get_constant_fqns()
-        if missing := sorted(set(names) - set(weights)):
-            raise PackageError(f"package {self.path} needs weights {missing}, which {type(module).__name__} lacks")
+        if odd := sorted(set(names) ^ set(weights)):
+            raise PackageError(
+                f"package {self.path} and {type(module).__name__} differ in weights {odd}: one that the package lacks "
+                "is baked into its code with the value of another block"
+            )
         runner.load_constants({name: weights[name] for name in names}, check_full_update=True, user_managed=True)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -118,7 +129,7 @@ def make_package(name: str, module: nn.Module, example: Example, options: dict[s
     if not reused:
         manifest.unlink(missing_ok=True)
         exported = torch.export.export(module, *example, strict=False)
-        configs = options | {"aot_inductor.package_constants_in_so": False}
+        configs = options | WEIGHTS_OUTSIDE
         torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=configs)
         _write_atomically(manifest, identity | {"sha256": _sha256(path), "size": path.stat().st_size})
     return Package(name, path, options, reused)
