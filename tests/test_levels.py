@@ -1,0 +1,109 @@
+"""The ladder and the workloads as data, and what a machine can run of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+
+import pytest
+
+from fluxfast.levels import DEFAULTS, FIELDS, FLUX_FAST, FP32, LADDER, LEVELS, Level, get_level
+from fluxfast.machine import FA3_MODULES, Machine, effective, unavailable, why_not
+from fluxfast.workloads import TINY, WORKLOADS, Workload, get_workload
+
+CPU = Machine(device="cpu", capability=None, fa3_module=None)
+ADA_WITH_FA3 = Machine(device="cuda", capability=(8, 9), fa3_module="fa3_fwd_interface")
+AMPERE = Machine(device="cuda", capability=(8, 0), fa3_module=None)
+HOPPER = Machine(device="cuda", capability=(9, 0), fa3_module="flash_attn_interface")
+HOPPER_WITHOUT_FA3 = Machine(device="cuda", capability=(9, 0), fa3_module=None)
+OTHER_VALUE = {int: 7, float: 1.25, str: "other"}
+
+
+def test_ids_are_frozen() -> None:
+    """Baselines, file names and test ids are made of these."""
+    ids = "fp32 bf16 compile fused_qkv channels_last fa3_fp8 float8 inductor_flags aoti"
+    assert " ".join(level.id for level in LADDER) == ids
+
+
+@pytest.mark.parametrize("level", LEVELS.values(), ids=LEVELS.keys())
+def test_level_differs_from_its_parent_in_one_field(level: Level) -> None:
+    """A red level names the optimisation that broke."""
+    parent = get_level(level.parent) if level.parent else level
+    different = [name for name in FIELDS if getattr(level, name) != getattr(parent, name)]
+    assert different == ([level.own_field] if level.parent else [])
+
+
+def test_ladder_is_a_chain() -> None:
+    """Each rung stands on the one before, and the first on nothing."""
+    assert [level.parent for level in LADDER] == [None, *(level.id for level in LADDER[:-1])]
+    assert LADDER[0].fields() == DEFAULTS and FLUX_FAST not in LADDER
+
+
+@pytest.mark.parametrize("change", [{}, {"dtype": "bfloat16", "packaging": "aoti"}, {"dtype": "float32"}])
+def test_rung_of_not_exactly_one_change_is_refused(change: dict[str, str]) -> None:
+    """None, two, and one that changes nothing."""
+    with pytest.raises(ValueError, match="level 'next': a rung changes exactly one field of its parent 'fp32'"):
+        FP32.then("next", **change)
+
+
+def test_rung_of_an_unknown_field_is_refused() -> None:
+    """A misspelt field is an error at import."""
+    with pytest.raises((TypeError, AttributeError), match="dtpye"):
+        FP32.then("next", dtpye="bfloat16")
+
+
+@pytest.mark.parametrize(("get", "known"), [(get_level, LEVELS), (get_workload, WORKLOADS)])
+def test_unknown_name_lists_the_known_ones(get, known) -> None:
+    """The error is the help."""
+    with pytest.raises(ValueError, match=rf"unknown \w+ 'fp23'; known \w+: {', '.join(known)}"):
+        get("fp23")
+
+
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(Workload)])
+def test_digest_changes_with_any_field(name: str) -> None:
+    """Two results compare only if they are of exactly the same workload."""
+    other = dataclasses.replace(TINY, **{name: OTHER_VALUE[type(getattr(TINY, name))]})
+    assert other.digest != TINY.digest
+
+
+def test_digest_is_of_the_values() -> None:
+    """An equal workload made elsewhere has the same digest, and no two that ship have."""
+    assert dataclasses.replace(TINY).digest == TINY.digest
+    assert all(a.digest != b.digest for a, b in itertools.combinations(WORKLOADS.values(), 2))
+
+
+@pytest.mark.parametrize(
+    ("machine", "words"),
+    [
+        (CPU, {"attention": "fa3_fp8: needs compute capability 9.0 and one of .*; found cpu and neither module"}),
+        (ADA_WITH_FA3, {"attention": "needs compute capability 9.0 .*; found 8.9 and fa3_fwd_interface"}),
+        (HOPPER_WITHOUT_FA3, {"attention": f"one of {', '.join(FA3_MODULES)}; found 9.0 and neither module"}),
+        (
+            AMPERE,
+            {
+                "attention": "found 8.0 and neither module",
+                "quantization": "float8_tensorwise: needs compute capability 8.9 .*; found 8.0",
+            },
+        ),
+        (HOPPER, {}),
+    ],
+)
+def test_unavailable_fields_say_what_is_missing(machine: Machine, words: dict[str, str]) -> None:
+    """Each reason names what is needed and what was found; what is left runs here."""
+    rest, reasons = effective(LADDER[-1], machine)
+    assert reasons.keys() == words.keys() and unavailable(rest, machine) == {}
+    assert all(re.search(words[field], reason) for field, reason in reasons.items())
+
+
+def test_level_is_left_out_only_for_its_own_field() -> None:
+    """A CPU skips fa3_fp8 and still measures the rungs above it, without that field."""
+    assert [level.id for level in LADDER if why_not(level, CPU)] == ["fa3_fp8"]
+    assert [level.id for level in LADDER if why_not(level, AMPERE)] == ["fa3_fp8", "float8"]
+    assert not any(why_not(level, HOPPER) for level in LEVELS.values())
+
+
+def test_effective_level_keeps_its_other_fields() -> None:
+    """Only what cannot run is put back to its default."""
+    rest, _ = effective(LADDER[-1], CPU)
+    assert rest.fields() == LADDER[-1].fields() | {"attention": "sdpa"} and rest.id == "aoti"
