@@ -16,6 +16,17 @@ from fluxfast.errors import CheckpointError
 from fluxfast.synthetic import SYNTHETIC, make_synthetic
 
 TINY = Path(__file__).parent / "assets" / "tiny_flux"
+CONFIGS = {
+    "transformer": "config.json",
+    "vae": "config.json",
+    "text_encoder": "config.json",
+    "text_encoder_2": "config.json",
+    "tokenizer": "tokenizer_config.json",
+    "tokenizer_2": "tokenizer_config.json",
+    "scheduler": "scheduler_config.json",
+}
+"""The parts of a FluxPipeline. Without its config.json transformers loads a text encoder with random weights."""
+
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})")
 
 
@@ -81,15 +92,17 @@ def check_folder(folder: Path) -> None:
         CheckpointError: naming the first file that is missing, truncated or not safetensors.
     """
     index = folder / "model_index.json"
-    for name, entry in _read_json(index).items():
-        if name.startswith("_") or not isinstance(entry, list) or entry[0] is None:
-            continue
+    entries = _read_json(index)
+    if entries.get("_class_name") != "FluxPipeline":
+        raise CheckpointError(f"checkpoint file {index} does not describe a FluxPipeline: fetch the checkpoint again")
+    for name, config in CONFIGS.items():
         part = folder / name
-        if not part.is_dir():
-            raise CheckpointError(f"checkpoint folder {folder}: {name}/ is missing, and {index.name} lists it")
-        for path in sorted(part.glob("*.json")):
+        if name not in entries or not part.is_dir():
+            listed = "lists it" if name in entries else "does not list it"
+            raise CheckpointError(f"checkpoint folder {folder}: {name}/ is missing, and {index.name} {listed}")
+        for path in sorted({part / config, *part.glob("*.json")}):
             _read_json(path)
-        if entry[1].endswith(("Model", "ModelWithProjection", "KL", "2DModel")):
+        if config == "config.json":
             for path in _weight_files(part):
                 _check_safetensors(path)
 
@@ -98,7 +111,10 @@ def _weight_files(part: Path) -> Iterator[Path]:
     """The safetensors files that the part's index or convention asks for; existence is checked by the reader."""
     indices = sorted(part.glob("*.safetensors.index.json"))
     if indices:
-        yield from (part / name for name in sorted(set(_read_json(indices[0])["weight_map"].values())))
+        shards = _read_json(indices[0]).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            raise CheckpointError(f"checkpoint file {indices[0]} maps no weights: fetch the checkpoint again")
+        yield from (part / name for name in sorted(set(shards.values())))
         return
     files = sorted(part.glob("*.safetensors"))
     if not files:
@@ -114,12 +130,12 @@ def _check_safetensors(path: Path) -> None:
             if length > min(size, 100_000_000):
                 raise ValueError("header longer than the file")
             header = json.loads(file.read(length))
+        ends = [int(tensor["data_offsets"][1]) for name, tensor in header.items() if name != "__metadata__"]
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint file {path} is missing: fetch the checkpoint again") from None
-    except (ValueError, struct.error) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError, struct.error) as error:
         raise CheckpointError(f"checkpoint file {path} is damaged ({error}): fetch the checkpoint again") from None
-    header.pop("__metadata__", None)
-    expected = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+    expected = 8 + length + max(ends, default=0)
     if size != expected:
         raise CheckpointError(
             f"checkpoint file {path} has {size} bytes, its header says {expected}: fetch the checkpoint again"
@@ -131,7 +147,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint file {path} is missing: fetch the checkpoint again") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"checkpoint file {path} is not valid JSON ({error}): fetch it again") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"checkpoint file {path} holds no JSON object: fetch the checkpoint again")
