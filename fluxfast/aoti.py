@@ -155,7 +155,9 @@ def belongs(path: Path, manifest: Path, identity: dict[str, Any]) -> bool:
     try:
         stored = json.loads(manifest.read_text(encoding="utf-8"))
         size = path.stat().st_size
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
+        return False
+    if not isinstance(stored, dict):
         return False
     expected = identity | {"sha256": stored.get("sha256"), "size": size}
     return stored == expected and stored["sha256"] == _sha256(path)
