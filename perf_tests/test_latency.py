@@ -2,7 +2,7 @@
 
 import pytest
 
-from perf_tests.harness.plugin import LEVELS
+from perf_tests.harness.suite import LEVELS
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
+from typing import Any
 
 from perf_tests.harness import fidelity, recording, store, updating
 from perf_tests.harness.schema import Baseline
 from perf_tests.harness.session import EXACT_LEVEL, REFERENCE_LEVEL, Session
 
 
-def baseline_of(session: Session) -> tuple[Baseline, bytes]:
+def baseline_of(session: Session, stored: Any) -> tuple[Baseline, bytes]:
     """The baseline that this run would be, and its reference image.
 
+    Args:
+        stored: the image that later runs will find stored: uint8, (height, width, 3).
+
     Raises:
-        BaselineError: if a result is failed, void, injected, or missing.
+        StoreError: if a result is failed, void, injected, or missing.
     """
+    if broken := session.unmeasured():
+        raise store.BaselineError(f"level {broken[0]!r} was not measured; {recording.UNACCEPTABLE}")
     results = session.results
-    png = (session.folder / REFERENCE_LEVEL / "0" / "image.png").read_bytes()
-    scores = {level: session.image_scores(level) for level in results}
+    png = session.image_path(REFERENCE_LEVEL, 0).read_bytes()
+    scores = {level: session.image_scores(level, stored) for level in results}
     baseline = recording.baseline_from_results(
         results,
         levels=list(results),
@@ -35,25 +42,39 @@ def baseline_of(session: Session) -> tuple[Baseline, bytes]:
     return baseline, png
 
 
-def store_run(session: Session, *, update: bool, reason: str | None) -> list[str]:
+def store_run(session: Session, *, update: bool, reason: str | None, is_accepting: bool = False) -> list[str]:
     """Write a new baseline file, or one with what moved; lines for the terminal.
 
+    Args:
+        is_accepting: whether a red verdict was let pass for `reason`, so that an unchanged baseline is no answer.
+
     Raises:
-        BaselineError: saying why the run cannot be a baseline.
+        StoreError: saying why the run cannot be a baseline.
     """
-    new, png = baseline_of(session)
-    lines = []
-    if update:
-        if session.baseline is None:
-            raise store.BaselineError("there is no baseline to update; record one with --record-baseline")
-        limits = {level: session.latency(level).numbers.get("limit") or math.inf for level in session.results}
-        new, lines = updating.update_baseline(
-            session.baseline, new, limits, reason, relative_to=session.policy.relative_to
-        )
-        if not lines:
-            return ["baseline unchanged: nothing moved beyond a third of its limit"]
-    assert new.reference_image is not None
-    path = store.write_baseline(
-        session.baseline_folder, session.workload.id, new, recording.stock_json(new), {new.reference_image: png}
+    if not update:
+        new, png = baseline_of(session, session.image(REFERENCE_LEVEL, 0))
+        assert new.reference_image is not None
+        return [f"baseline written: {_write(session, new, {new.reference_image: png})}"]
+    if session.baseline is None:
+        raise store.BaselineError("there is no baseline to update; record one with --record-baseline")
+    new, _ = baseline_of(session, session.stored_reference())
+    new, lines = updating.update_baseline(
+        session.baseline, new, _limits(session), reason, relative_to=session.policy.relative_to
     )
-    return [*lines, f"baseline written: {path}"]
+    if not lines and is_accepting:
+        raise store.BaselineError("no latency moved, and what is red is not updated by itself: use --record-baseline")
+    if not lines:
+        return ["baseline unchanged: nothing moved beyond a third of its limit"]
+    # The reference image stays the old one, which lies there already.
+    return [*lines, f"baseline written: {_write(session, new, {})}"]
+
+
+def _limits(session: Session) -> dict[str, float]:
+    """Level -> latency limit as a log ratio; a level without one (not judged) has not moved."""
+    limits = {level: session.latency(level).numbers.get("limit") for level in session.results}
+    return {level: math.inf if limit is None else math.log1p(limit) for level, limit in limits.items()}
+
+
+def _write(session: Session, baseline: Baseline, images: dict[str, bytes]) -> Path:
+    stock = recording.stock_json(baseline)
+    return store.write_baseline(session.baseline_folder, session.workload.id, baseline, stock, images)

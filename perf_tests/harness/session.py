@@ -7,7 +7,7 @@ gives the same verdicts again.
 from __future__ import annotations
 
 import dataclasses
-import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,14 @@ from fluxfast.workloads import Workload
 from perf_tests.harness import fidelity, gate, store
 from perf_tests.harness.files import write_over
 from perf_tests.harness.obstacles import obstacle
-from perf_tests.harness.schema import Baseline, Outcome, Result, Verdict
+from perf_tests.harness.schema import Baseline, Environment, Outcome, Result, Verdict
+from perf_tests.harness.stored_run import RUN_FILE, RunFacts, read_run
 
-RUN_FILE = "run.json"
 REFERENCE_LEVEL = "bf16"
 EXACT_LEVEL = "fp32"
 CONFIRM = "confirm"
 RERUN = "rerun"
+SUFFIXES = ("", "_stored")
 
 Measure = Callable[[Sequence[str], int, Path], dict[str, list[Result]]]
 """(levels, processes, folder) -> level -> one result a process."""
@@ -36,7 +37,7 @@ class Session:
     """What the tests ask.
 
     Args:
-        folder: of this run, or of the stored one.
+        folder: of this run, or of the stored one; `make_folder` gives it where it has to be made first.
         workload: what is generated.
         levels: to measure, in ladder order; the references they need are added by `with_references`.
         unavailable: level -> why this machine cannot run it.
@@ -57,6 +58,7 @@ class Session:
     baseline_folder: Path
     is_compared: bool
     measure: Measure | None
+    make_folder: Callable[[], Path] | None = None
     _results: dict[str, list[Result]] = dataclasses.field(default_factory=dict)
     _latency: dict[str, Verdict] = dataclasses.field(default_factory=dict)
 
@@ -71,10 +73,11 @@ class Session:
         if not self._results:
             levels = with_references(self.levels, self.unavailable)
             if self.measure is None:
-                self._results = read_run(self.folder, levels)
-                for level, again in read_run(self.folder / RERUN, levels, is_optional=True).items():
-                    self._results[level] = again
+                self._results = read_run(self.folder, levels, self.processes)
+                self._results |= read_run(self.folder / RERUN, levels, self.processes, is_optional=True)
             else:
+                if self.make_folder is not None:
+                    self.folder = self.make_folder()
                 self.describe()
                 self._results = self.measure(levels, self.processes, self.folder)
                 disturbed = [level for level in levels if self._is_void(level)]
@@ -86,34 +89,46 @@ class Session:
         found = obstacle(level, self._results[level], self.baseline, clocked=True)
         return found is not None and found.outcome is Outcome.VOID
 
+    @property
+    def environment(self) -> Environment | None:
+        """Of the first worker that told; None before anything is measured."""
+        known = (result.environment for own in self._results.values() for result in own if result.environment)
+        return next(known, None)
+
     def describe(self) -> None:
         """Write what a replay needs to know beside the results."""
-        facts = {
-            "slug": self.slug,
-            "workload": self.workload.id,
-            "workload_digest": self.workload.digest,
-            "levels": list(self.levels),
-            "unavailable": dict(self.unavailable),
-            "processes": self.processes,
-        }
-        write_over(self.folder / RUN_FILE, json.dumps(facts, indent=1).encode())
+        facts = RunFacts(
+            slug=self.slug,
+            workload=self.workload.id,
+            workload_digest=self.workload.digest,
+            levels=list(self.levels),
+            unavailable=dict(self.unavailable),
+            processes=self.processes,
+        )
+        write_over(self.folder / RUN_FILE, facts.model_dump_json(indent=1).encode())
 
     def latency(self, level: str) -> Verdict:
         """Against the baseline, confirmed in fresh processes if it looks red."""
+        divisor = self.policy.divisor(level)
+        if divisor in self.results and (broken := self._broken(level, divisor)) and broken.rule == "step_not_applied":
+            return broken
         if level not in self._latency:
             verdict = gate.judge_latency(level, self.results, self.baseline, self.policy)
-            if verdict.rule == "unconfirmed":
-                verdict = gate.judge_latency(level, self.results, self.baseline, self.policy, self.confirm(level))
+            if verdict.rule == "unconfirmed" and (again := self.confirm(level)):
+                verdict = gate.judge_latency(level, self.results, self.baseline, self.policy, again)
             self._latency[level] = self._unless_not_compared(verdict)
         return self._latency[level]
 
     def confirm(self, level: str) -> dict[str, list[Result]]:
-        """Fresh processes of a level that looks red, its parent and the level that divides it."""
+        """Fresh processes of a level that looks red, its parent and the level that divides it.
+
+        Empty if the stored run has none: it was measured against another baseline, or none.
+        """
         needed = [level, get_level(level).parent, self.policy.divisor(level)]
         levels = [known.id for known in LADDER if known.id in needed and known.id in self.results]
         folder = self.folder / CONFIRM / level
         if self.measure is None:
-            return read_run(folder, levels)
+            return read_run(folder, levels) if folder.is_dir() else {}
         return self.measure(levels, self.policy.confirmation_processes, folder)
 
     def structure(self, level: str) -> Verdict:
@@ -122,18 +137,16 @@ class Session:
 
     def memory(self, level: str) -> Verdict:
         """Weight bytes and peak memory."""
-        return self._unless_not_compared(
-            gate.judge_memory(level, self.results[level], self.baseline, self.policy)
-        )
+        return self._unless_not_compared(gate.judge_memory(level, self.results[level], self.baseline, self.policy))
 
     def fidelity(self, level: str) -> Verdict:
         """The image against the same run's bf16 image and the stored one."""
         if broken := self._broken(level, REFERENCE_LEVEL):
             return broken
-        values = worst(self.image_scores(level))
+        values = worst(self.image_scores(level, self.stored_reference()))
         known = self.baseline.levels.get(level) if self.baseline else None
         verdict = self._unless_not_compared(gate.judge_fidelity(level, values, known, self.policy))
-        if verdict.ok:
+        if verdict.outcome is not Outcome.REGRESSED:
             return verdict
         return verdict.model_copy(update={"message": f"{verdict.message} {self.show_difference(level)}"})
 
@@ -145,46 +158,62 @@ class Session:
         error, own = max(self.step_errors(level)), max(self.step_errors(REFERENCE_LEVEL))
         return self._unless_not_compared(gate.judge_step_error(level, error, own, known, self.policy))
 
-    def image_scores(self, level: str) -> list[dict[str, float]]:
-        """One a process: metrics against this run's bf16 image, and as `<metric>_stored` against the stored one.
+    def image_scores(self, level: str, stored: Any) -> list[dict[str, float]]:
+        """One a process: metrics against this run's bf16 image, and as `<metric>_stored` against `stored`, if given.
 
         bf16 has no metrics against itself.
         """
-        stored = self.stored_reference()
         scores = []
         for index in range(len(self.results[level])):
-            image, own = self.image(level, index), self.image(REFERENCE_LEVEL, index)
-            pairs = {} if level == REFERENCE_LEVEL else {"": own}
+            image = self.image(level, index)
+            pairs = {} if level == REFERENCE_LEVEL else {"": self.image(REFERENCE_LEVEL, index)}
             if stored is not None:
                 pairs["_stored"] = stored
-            elif level == REFERENCE_LEVEL or not self.is_compared:
-                pairs["_stored"] = self.image(REFERENCE_LEVEL, 0)
             scores.append(
                 {
                     f"{metric}{suffix}": value
                     for suffix, reference in pairs.items()
-                    for metric, value in fidelity.compare(image, reference).as_dict().items()
+                    for metric, value in self._compare(image, reference, level).items()
                     if value is not None
                 }
             )
         return scores
 
+    def _compare(self, image: Any, reference: Any, level: str) -> dict[str, float | None]:
+        try:
+            return fidelity.compare(image, reference).as_dict()
+        except ValueError as error:
+            raise store.ResultError(
+                f"the image of level {level!r} in {self.folder} cannot be judged: {error}"
+            ) from error
+
     def step_errors(self, level: str) -> list[float]:
-        """One a process: relative L2 of the first step's output against float32."""
+        """One a process: relative L2 of the first step's output against float32; infinite if not finite."""
         exact = self.step_output(EXACT_LEVEL, 0)
-        return [
-            fidelity.relative_l2(self.step_output(level, index), exact) for index in range(len(self.results[level]))
-        ]
+        outputs = [self.step_output(level, index) for index in range(len(self.results[level]))]
+        if not np.isfinite(exact).all():
+            return [math.inf] * len(outputs)
+        return [fidelity.relative_l2(own, exact) if np.isfinite(own).all() else math.inf for own in outputs]
 
     def image(self, level: str, index: int) -> Any:
         """Of one process: uint8, (height, width, 3)."""
         return store.result_image(self._place(level, index) / "result.json", self.results[level][index])
 
+    def image_path(self, level: str, index: int) -> Path:
+        """Of one process."""
+        measurement = self.results[level][index].measurement
+        assert measurement is not None
+        return self._place(level, index) / measurement.image
+
     def step_output(self, level: str, index: int) -> Any:
         """Of one process: float32, (batch, image tokens, channels)."""
         measurement = self.results[level][index].measurement
         assert measurement is not None
-        return np.load(self._place(level, index) / measurement.step_output, allow_pickle=False)
+        path = self._place(level, index) / measurement.step_output
+        try:
+            return np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise store.ResultError(f"{path}: the step's output cannot be read ({error}); measure again") from error
 
     def stored_reference(self) -> Any:
         """The baseline's bf16 image, None without a baseline."""
@@ -194,20 +223,29 @@ class Session:
         return store.read_png(path, self.baseline.reference_sha256, store.BaselineError)
 
     def show_difference(self, level: str) -> str:
-        """Write the difference maps of a level beside its image; a sentence that names the files."""
-        place = self._place(level, 0)
-        references = {"this_run": self.image(REFERENCE_LEVEL, 0), "stored": self.stored_reference()}
+        """Write the difference maps of a level's worst process beside its image; a sentence that names the files."""
+        stored = self.stored_reference()
+        scores = self.image_scores(level, stored)
+        index = max(
+            range(len(scores)), key=lambda at: max(scores[at].get(f"flip_worst_tile{s}", 0.0) for s in SUFFIXES)
+        )
+        path = self.image_path(level, index)
+        references = {"stored": stored}
+        if level != REFERENCE_LEVEL:
+            references["this_run"] = self.image(REFERENCE_LEVEL, index)
         paths = []
         for name, reference in references.items():
             if reference is not None:
-                path = place / f"difference_from_{name}.png"
-                path.write_bytes(fidelity.difference_map(self.image(level, 0), reference))
-                paths.append(str(path))
-        return f"Look at {place / 'image.png'} and at {' and '.join(paths)}."
+                paths.append(str(path.with_name(f"difference_from_{name}.png")))
+                Path(paths[-1]).write_bytes(fidelity.difference_map(self.image(level, index), reference))
+        return f"Look at {path} and at {' and '.join(paths)}."
 
-    def measured(self) -> set[str]:
-        """Levels that gave a measurement in every process."""
-        return {level for level, own in self._results.items() if own and all(r.measurement for r in own)}
+    def unmeasured(self) -> list[str]:
+        """Levels, references included, without a measurement in every process."""
+        needed = with_references(self.levels, self.unavailable)
+        return [
+            level for level in needed if not (own := self._results.get(level)) or not all(r.measurement for r in own)
+        ]
 
     def _place(self, level: str, index: int) -> Path:
         process = str(self.results[level][index].process)
@@ -215,11 +253,15 @@ class Session:
         return rerun if rerun.is_dir() else self.folder / level / process
 
     def _broken(self, level: str, *references: str) -> Verdict | None:
-        """The verdict on a level that has no measurement, or no reference to be compared with."""
-        for needed in (level, *references):
-            verdict = gate.judge_structure(needed, self.results[needed], None)
-            if verdict.outcome is Outcome.ERROR:
-                return verdict.model_copy(update={"level": level})
+        """The verdict on a level that has no measurement to compare, or no reference to compare it with."""
+        own = obstacle(level, self.results[level], self.baseline, clocked=False)
+        if own is not None:
+            return self._unless_not_compared(own)
+        for needed in references:
+            found = obstacle(needed, self.results[needed], None, clocked=False)
+            if found is not None and found.outcome is Outcome.ERROR:
+                message = f"{needed!r} of the same run, its reference, gave no measurement: {found.message}"
+                return found.model_copy(update={"level": level, "message": message})
         return None
 
     def _unless_not_compared(self, verdict: Verdict) -> Verdict:
@@ -241,21 +283,3 @@ def worst(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
         metric: (max if gate.direction(metric) == "higher_is_worse" else min)(own[metric] for own in scores)
         for metric in scores[0]
     }
-
-
-def read_run(folder: Path, levels: Sequence[str], is_optional: bool = False) -> dict[str, list[Result]]:
-    """The results of a stored run.
-
-    Raises:
-        ResultError: if one is missing or cannot be read.
-    """
-    results = {}
-    for level in levels:
-        paths = sorted((folder / level).glob("*/result.json"), key=lambda path: int(path.parent.name))
-        if not paths and not is_optional:
-            raise store.ResultError(
-                f"run {folder} holds no result of level {level!r}: it is partial; measure again, or narrow --levels"
-            )
-        if paths:
-            results[level] = [store.read_result(path) for path in paths]
-    return results

@@ -1,0 +1,74 @@
+"""The folder of one run, read strictly: `run.json` and one result a level and process. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, ValidationError
+
+from fluxfast.levels import LADDER
+from perf_tests.harness import store
+from perf_tests.harness.schema import Result, Strict
+
+RUN_FILE = "run.json"
+
+
+class RunFacts(Strict):
+    """What a replay needs to know beside the results: `run.json`."""
+
+    slug: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
+    workload: str
+    workload_digest: str
+    levels: list[str]
+    unavailable: dict[str, str]
+    processes: Annotated[int, Field(ge=1)]
+
+
+def read_facts(folder: Path) -> RunFacts:
+    """`run.json` of a stored run.
+
+    Raises:
+        ResultError: one sentence.
+    """
+    path = folder / RUN_FILE
+    try:
+        facts = RunFacts.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise store.ResultError(f"{path} cannot be read ({error.strerror}): name the folder of one run") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the top"
+        raise store.ResultError(f"{path} is damaged at {where}: {first['msg']}; measure again") from error
+    ladder = [level.id for level in LADDER]
+    if odd := [level for level in (*facts.levels, *facts.unavailable) if level not in ladder]:
+        raise store.ResultError(f"{path} holds levels {', '.join(odd)}, which this checkout's ladder does not have")
+    return facts
+
+
+def read_run(
+    folder: Path, levels: Sequence[str], processes: int | None = None, is_optional: bool = False
+) -> dict[str, list[Result]]:
+    """The results of a stored run, `processes` of each level.
+
+    Raises:
+        ResultError: if one is missing, lies in another's place or cannot be read.
+    """
+    results = {}
+    for level in levels:
+        paths = [path for path in (folder / level).glob("*/result.json") if path.parent.name.isdecimal()]
+        if is_optional and not paths:
+            continue
+        if not paths or (processes is not None and len(paths) != processes):
+            raise store.ResultError(
+                f"run {folder} holds {len(paths)} of {processes or 'at least 1'} results of level {level!r}: it is "
+                "partial; measure again, or narrow --levels"
+            )
+        results[level] = []
+        for path in sorted(paths, key=lambda path: int(path.parent.name)):
+            result = store.read_result(path)
+            if (result.level, str(result.process)) != (level, path.parent.name):
+                raise store.ResultError(f"{path} is of level {result.level!r}, process {result.process}; measure again")
+            results[level].append(result)
+    return results
