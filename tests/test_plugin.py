@@ -1,0 +1,437 @@
+"""Every verdict as pytest tells it: outcome, exit status, JUnit. Stored runs are made up, so nothing is measured."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from suite_samples import (
+    LEVELS,
+    changed,
+    failed,
+    picture,
+    put,
+    run_suite,
+    sample,
+    write_run,
+)
+
+from perf_tests.harness.faults import apply_image_fault, parse
+from perf_tests.harness.recording import stock_json
+from perf_tests.harness.schema import Counters, ErrorKind, Proof
+from perf_tests.harness.store import read_baseline, write_baseline
+from perf_tests.harness.stored_run import RunFacts
+
+LATENCY, FIDELITY, STRUCTURE, MEMORY = (
+    f"perf_tests/test_{name}.py" for name in ("latency", "fidelity", "structure", "memory")
+)
+INCONCLUSIVE = 9
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of five processes and the baseline that was recorded of it."""
+    folder = tmp_path_factory.mktemp("recorded")
+    ran = run_suite(folder, "--replay", write_run(folder / "run5", 5), "--record-baseline", paths=(STRUCTURE,))
+    assert ran.status == 0, ran.text
+    assert "baseline written" in ran.text
+    return folder
+
+
+@pytest.fixture
+def tmp(tmp_path: Path, recorded: Path) -> Path:
+    """A folder with that baseline and a run of one process to change."""
+    shutil.copytree(recorded / "baselines", tmp_path / "baselines")
+    write_run(tmp_path / "run")
+    return tmp_path
+
+
+def only_baseline(tmp: Path) -> Path:
+    (path,) = (tmp / "baselines" / "cpu").glob("*.json")
+    return path
+
+
+def test_quiet_run_is_green_and_stock_tools_read_it(tmp: Path) -> None:
+    """All tests pass against the newest baseline of the workload, and the stock JSON holds the samples."""
+    other = json.loads(only_baseline(tmp).read_text())
+    assert other["fluxfast"]["workload"]["id"] == "tiny"
+    ran = run_suite(tmp, "--replay", tmp / "run", "--benchmark-compare", f"--benchmark-json={tmp / 'b.json'}")
+    assert ran.status == 0, ran.text
+    assert ran.of("passed") == {name for name in ran.outcomes if "fa3_fp8" not in name}
+    assert len(ran.outcomes) == 5 * (len(LEVELS) + 1)
+    assert "needs compute capability 9.0" in ran.messages["test_latency[fa3_fp8]"]
+    assert ran.properties["test_latency[compile]"]["verdict"] == "pass"
+    assert float(ran.properties["test_latency[compile]"]["ratio"]) == pytest.approx(1, abs=0.01)
+    assert "(0001_tiny)" in ran.text, "the table compares with the baseline"
+    assert "machine_info is different" not in ran.text
+    stock = {entry["param"]: entry for entry in json.loads((tmp / "b.json").read_text())["benchmarks"]}
+    assert stock["compile"]["stats"]["data"] == sample("compile").measurement.samples_s
+    compared = subprocess.run(
+        [sys.executable, "-m", "pytest_benchmark", "compare", str(tmp / "b.json"), str(only_baseline(tmp))],
+        cwd=tmp, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert compared.returncode == 0
+    assert "test_latency[compile]" in compared.stdout + compared.stderr
+
+
+def test_histogram(tmp: Path) -> None:
+    """The stock histogram draws a chart."""
+    pytest.importorskip("pygal")
+    ran = run_suite(
+        tmp, "--replay", tmp / "run", "--benchmark-compare", f"--benchmark-histogram={tmp / 'h'}", paths=(LATENCY,)
+    )
+    assert ran.status == 0, ran.text
+    assert list(tmp.glob("h*.svg"))
+
+
+def test_recorded_baseline_reads_back(recorded: Path) -> None:
+    """Five processes a level, scores against the image that is stored with it."""
+    baseline = read_baseline(only_baseline(recorded))
+    assert only_baseline(recorded).name == "0001_tiny.json"
+    assert set(baseline.levels) == set(LEVELS)
+    assert {len(level.processes) for level in baseline.levels.values()} == {5}
+    assert baseline.levels["compile"].fidelity["ssim_stored"] == [1.0] * 5
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        (failed("compile"), "not green"),
+        (changed("compile", result={"injection": "latency=+30%"}), "injection"),
+        (sample("compile"), "holds 1 of"),
+    ],
+    ids=["failed", "injected", "too few processes"],
+)
+def test_unfit_run_is_not_recorded(tmp_path: Path, result: object, said: str) -> None:
+    """No file is written, and the exit status is red."""
+    processes = 1 if said == "holds 1 of" else 5
+    run = write_run(tmp_path / "run", processes)
+    put(run, result)
+    ran = run_suite(tmp_path, "--replay", run, "--record-baseline", paths=(STRUCTURE,))
+    assert ran.status == 1, ran.text
+    assert "no baseline was written" in ran.text
+    assert said in ran.text or "expected at least 5" in ran.text
+    assert not (tmp_path / "baselines").exists()
+
+
+def test_partial_ladder_is_not_recorded(tmp: Path) -> None:
+    """--levels and --record-baseline do not go together."""
+    ran = run_suite(tmp, "--replay", tmp / "run", "--levels=compile", "--record-baseline")
+    assert ran.status == 4
+    assert "whole ladder" in ran.text
+
+
+def test_update_needs_a_reason_to_accept_something_slower(tmp: Path) -> None:
+    """Without one the level is red and nothing is written; with one the next file holds the new times."""
+    run = write_run(tmp / "slow", 5)
+    for process in range(5):
+        put(run, sample("compile", process, 1.3))
+    options = ("--replay", run, "--update-baseline")
+    refused = run_suite(tmp, *options, paths=(LATENCY,))
+    assert refused.status == 1
+    assert "no baseline was written" in refused.text
+    ran = run_suite(tmp, *options, "--reason=the old kernel was wrong", paths=(LATENCY,))
+    assert ran.status == 0, ran.text
+    assert "x1.3" in ran.text
+    new = read_baseline(tmp / "baselines" / "cpu" / "0002_tiny.json")
+    assert [step.reason for step in new.steps if step.level == "compile"] == ["the old kernel was wrong"]
+
+
+def test_update_of_what_did_not_move(tmp: Path, recorded: Path) -> None:
+    """A run like the baseline leaves it alone."""
+    ran = run_suite(tmp, "--replay", recorded / "run5", "--update-baseline", paths=(LATENCY,))
+    assert ran.status == 0, ran.text
+    assert "baseline unchanged" in ran.text
+    assert only_baseline(tmp).name == "0001_tiny.json"
+
+
+@pytest.mark.parametrize(("again", "status"), [(1.3, 1), (1.0, 0), (None, 1)], ids=["agrees", "does not", "not there"])
+def test_slower_level(tmp: Path, again: float | None, status: int) -> None:
+    """30 % is red if fresh processes agree, or if the stored run has none."""
+    put(tmp / "run", sample("aoti", 0, 1.3))
+    for process in range(10 if again else 0):
+        for level in ("bf16", "inductor_flags", "aoti"):
+            put(tmp / "run" / "confirm" / "aoti", sample(level, process, again if level == "aoti" else 1.0))
+    ran = run_suite(tmp, "--replay", tmp / "run", "--benchmark-compare", paths=(LATENCY,))
+    assert ran.status == status, ran.text
+    assert ran.of("failure") == ({"test_latency[aoti]"} if status else set())
+    assert ran.properties["test_latency[aoti]"]["rule"] == (
+        "unconfirmed" if again is None else "interval" if status else "confirmation"
+    )
+    if status:
+        assert "regressed [aoti]" in ran.messages["test_latency[aoti]"]
+        assert "Traceback" not in ran.text
+
+
+def test_faster_level_warns_and_is_red_when_strict(tmp: Path) -> None:
+    """Improved is loud, and a failure under --strict."""
+    for process in range(3):
+        put(tmp / "run", sample("aoti", process, 0.7))
+    facts = json.loads((tmp / "run" / "run.json").read_text())
+    (tmp / "run" / "run.json").write_text(json.dumps({**facts, "processes": 3}))
+    for level in LEVELS:
+        for process in range(3):
+            put(tmp / "run", sample(level, process, 0.7 if level == "aoti" else 1.0))
+    options = ("--replay", tmp / "run", "--benchmark-compare")
+    ran = run_suite(tmp, *options, paths=(LATENCY,))
+    assert ran.status == 0, ran.text
+    assert "baseline is stale" in ran.text
+    strict = run_suite(tmp, *options, "--strict", paths=(LATENCY,))
+    assert strict.status == 1
+    assert strict.of("failure") == {"test_latency[aoti]"}
+    assert strict.messages["test_latency[aoti]"].startswith("improved") or "improved [aoti]" in strict.text
+
+
+def test_disturbed_level_is_neither_green_nor_red(tmp: Path) -> None:
+    """Void is skipped, and the run has an exit status of its own; the rerun counts where there is one."""
+    hot = changed("compile", result={"counters": Counters(thermal_violation_ns=5)})
+    put(tmp / "run", hot)
+    options = ("--replay", tmp / "run", "--benchmark-compare")
+    ran = run_suite(tmp, *options, paths=(LATENCY,))
+    assert ran.status == INCONCLUSIVE, ran.text
+    assert ran.of("skipped") == {"test_latency[compile]"}
+    assert "void [compile]" in ran.messages["test_latency[compile]"]
+    put(tmp / "run" / "rerun", sample("compile"))
+    assert run_suite(tmp, *options, paths=(LATENCY,)).status == 0
+
+
+def test_other_workload_does_not_compare(tmp: Path) -> None:
+    """A changed digest is red in every test of the level."""
+    put(tmp / "run", changed("aoti", result={"workload_digest": "0123456789abcdef"}))
+    ran = run_suite(tmp, "--replay", tmp / "run", "--benchmark-compare")
+    assert ran.status == 1
+    assert ran.of("failure") == {name for name in ran.outcomes if name.endswith("[aoti]")}
+    assert ran.properties["test_image[aoti]"]["verdict"] == "incomparable"
+
+
+def test_no_baseline(tmp_path: Path) -> None:
+    """Red under --benchmark-compare, naming the command; green without, saying that nothing was compared."""
+    run = write_run(tmp_path / "run")
+    ran = run_suite(tmp_path, "--replay", run, "--benchmark-compare")
+    assert ran.status == 1
+    assert len(ran.of("failure")) == 5 * len(LEVELS)
+    assert "pytest perf_tests --record-baseline" in ran.messages["test_latency[compile]"]
+    ran = run_suite(tmp_path, "--replay", run)
+    assert ran.status == 0, ran.text
+    assert {ran.properties[name]["rule"] for name in ran.of("passed")} == {"count", "not_compared"} - (
+        set() if ran.properties["test_structure[bf16]"]["rule"] == "count" else {"count"}
+    )
+    assert not (tmp_path / "baselines").exists()
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("kind", [ErrorKind.OOM, ErrorKind.HANG, ErrorKind.CRASH, ErrorKind.IMPORT])
+def test_failed_level(tmp: Path, kind: ErrorKind) -> None:
+    """Each failure is an error verdict with its kind, the log and the command; the rest of the ladder is judged."""
+    put(tmp / "run", failed("aoti", kind))
+    ran = run_suite(tmp, "--replay", tmp / "run", "--benchmark-compare", paths=(LATENCY, STRUCTURE))
+    assert ran.status == 1
+    assert ran.of("failure") == {"test_latency[aoti]", "test_structure[aoti]"}
+    message = ran.messages["test_latency[aoti]"]
+    assert f"error [aoti] ({kind.value})" in message
+    assert "the last line of its log" in message
+    assert "perf_tests.harness.worker" in message
+
+
+@pytest.mark.parametrize("level", ["bf16", "fused_qkv", "aoti"])
+def test_step_without_effect(tmp: Path, level: str) -> None:
+    """Exactly the structure test of the level is red, even of the level that all others are divided by."""
+    put(tmp / "run", failed(level, ErrorKind.STEP_NOT_APPLIED))
+    ran = run_suite(tmp, "--replay", tmp / "run", "--benchmark-compare")
+    assert ran.status == 1
+    assert ran.of("failure") == {f"test_structure[{level}]"}
+    assert f"test_latency[{level}]" in ran.of("skipped")
+    assert "a step had no effect" in ran.messages[f"test_image[{level}]"]
+
+
+def test_unmeasured_reference_is_not_green(tmp: Path) -> None:
+    """bf16 is not among --levels, yet nothing can be judged without it."""
+    put(tmp / "run", failed("bf16", ErrorKind.STEP_NOT_APPLIED))
+    ran = run_suite(tmp, "--replay", tmp / "run", "--levels=aoti", "--benchmark-compare")
+    assert ran.status == 1
+    assert "not green: levels bf16" in ran.text
+
+
+@pytest.mark.parametrize("fault", ["colour-cast", "hole", "wrong-seed"])
+def test_wrong_image(tmp: Path, fault: str) -> None:
+    """Red, with the maps written and named; SSIM's mean alone would have let the cast and the hole pass."""
+    image = picture(9) if fault == "wrong-seed" else apply_image_fault(parse(fault), picture())
+    put(tmp / "run", sample("aoti"), image)
+    ran = run_suite(tmp, "--replay", tmp / "run", "--benchmark-compare", paths=(FIDELITY,))
+    assert ran.status == 1
+    assert ran.of("failure") == {"test_image[aoti]"}
+    for name in ("stored", "this_run"):
+        path = tmp / "run" / "aoti" / "0" / f"difference_from_{name}.png"
+        assert path.exists()
+        assert str(path) in ran.messages["test_image[aoti]"]
+
+
+def test_changed_count_or_missing_proof(tmp: Path) -> None:
+    """A count that does not hold, and a fact that is no longer counted, are red in test_structure alone."""
+    put(tmp / "run", changed("aoti", proofs=[Proof(field="dtype", what="parameters", observed=376, expected=377)]))
+    put(tmp / "run", changed("float8", proofs=[]))
+    ran = run_suite(tmp, "--replay", tmp / "run", "--benchmark-compare")
+    assert ran.status == 1
+    assert ran.of("failure") == {"test_structure[aoti]", "test_structure[float8]"}
+    assert ran.properties["test_structure[aoti]"]["observed"] == "376.0"
+
+
+def test_other_weights(tmp: Path) -> None:
+    """One byte more of weights is red in test_memory alone."""
+    put(tmp / "run", changed("aoti", transformer_weight_bytes=18_000_001))
+    ran = run_suite(tmp, "--replay", tmp / "run", "--benchmark-compare")
+    assert ran.of("failure") == {"test_memory[aoti]"}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--levels=quick"], "unknown level 'quick'; known levels: fp32"),
+        (["--levels=fa3_fp8"], "needs compute capability 9.0"),
+        (["--workload=huge"], "--workload huge"),
+        (["--inject=compile:fire"], "known faults"),
+        (["--inject=fa3_fp8:oom"], "expected LEVEL:FAULT"),
+        (["--benchmark-disable"], "measure nothing"),
+        (["--benchmark-skip"], "measure nothing"),
+        (["-p", "no:benchmark"], "pytest-benchmark"),
+        (["-p", "fake_xdist", "--numprocesses=2"], "cannot run under xdist"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_usage_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: Path, options: list[str], said: str
+) -> None:
+    """One sentence, exit status 4, no traceback."""
+    (tmp_path / "fake_xdist.py").write_text(
+        "def pytest_addoption(parser):\n    parser.addoption('--numprocesses', type=int)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    ran = run_suite(tmp_path, "--replay", recorded / "run5", *options)
+    assert ran.status == 4, ran.text
+    assert said in ran.text
+    assert "Traceback" not in ran.text
+
+
+def damaged(tmp: Path, how: str) -> Path:
+    """A stored run with one defect."""
+    if how == "empty folder":
+        (tmp / "bad").mkdir()
+        return tmp / "bad"
+    run = write_run(tmp / "bad")
+    facts, result = run / "run.json", run / "aoti" / "0" / "result.json"
+    if how == "partial":
+        result.unlink()
+    elif how == "fewer processes than told":
+        facts.write_text(
+            RunFacts.model_validate_json(facts.read_bytes()).model_copy(update={"processes": 2}).model_dump_json()
+        )
+    elif how == "other schema":
+        result.write_text(result.read_text().replace('"result_schema": 1', '"result_schema": 2'))
+    elif how == "truncated result":
+        result.write_bytes(result.read_bytes()[:300])
+    elif how == "another level's result":
+        result.write_bytes((run / "float8" / "0" / "result.json").read_bytes())
+    elif how == "run.json is a list":
+        facts.write_text("[]")
+    else:
+        facts.write_text(facts.read_text().replace('"aoti"', '"other"'))
+    return run
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "empty folder", "partial", "fewer processes than told", "other schema", "truncated result",
+        "another level's result", "run.json is a list", "unknown level",
+    ],
+)  # fmt: skip
+def test_damaged_run(tmp_path: Path, how: str) -> None:
+    """One sentence before any test."""
+    ran = run_suite(tmp_path, "--replay", damaged(tmp_path, how))
+    assert ran.status == 4, ran.text
+    assert "Traceback" not in ran.text
+    assert ran.text.count("ERROR") == 1
+
+
+def test_damaged_artefacts_are_red_without_a_traceback(tmp: Path) -> None:
+    """An image that is not the one measured, a truncated step output, NaN in one, an image of another size."""
+    run = tmp / "run"
+    (run / "aoti" / "0" / "image.png").write_bytes((run / "aoti" / "0" / "image.png").read_bytes()[:-20])
+    put(run, sample("float8"), picture()[:96])
+    (run / "compile" / "0" / "step_output.npy").write_bytes(b"\x93NUMPY")
+    np.save(run / "fused_qkv" / "0" / "step_output.npy", np.full((1, 16, 16), np.nan, np.float32))
+    ran = run_suite(tmp, "--replay", run, "--benchmark-compare", paths=(FIDELITY,))
+    assert ran.status == 1
+    assert ran.of("failure") == {
+        "test_image[aoti]", "test_image[float8]", "test_step_error[compile]", "test_step_error[fused_qkv]",
+    }  # fmt: skip
+    assert "Traceback" not in ran.text
+    assert "raise " not in ran.text
+
+
+def test_deselection_is_not_green(tmp: Path) -> None:
+    """-k leaves levels unjudged; nothing collected is red too."""
+    ran = run_suite(tmp, "--replay", tmp / "run", "-k", "compile")
+    assert ran.status == 1
+    assert "not green" in ran.text
+    assert "narrow with --levels" in ran.text
+    assert run_suite(tmp, "--replay", tmp / "run", "-k", "nosuchtest").status == 5
+    assert run_suite(tmp, "--replay", tmp / "run", "--levels=compile").status == 0
+
+
+def quarantine(tmp: Path, added: datetime.date, expires: datetime.date) -> Path:
+    path = tmp / "quarantine.toml"
+    path.write_text(
+        f'[[quarantine]]\ntest = "{LATENCY}::test_latency[aoti]"\nissue = "https://example.org/1"\n'
+        f'owner = "someone"\nadded = {added}\nexpires = {expires}\n'
+    )
+    return path
+
+
+def test_quarantine(tmp: Path) -> None:
+    """A quarantined failure is excused with its reason but never recorded; an expired row is a usage error."""
+    today = datetime.datetime.now(datetime.UTC).date()
+    put(tmp / "run", sample("aoti", 0, 1.3))
+    options = ("--replay", tmp / "run", "--benchmark-compare")
+    row = quarantine(tmp, today, today + datetime.timedelta(days=7))
+    ran = run_suite(tmp, *options, f"--quarantine={row}", paths=(LATENCY,))
+    assert ran.status == 0, ran.text
+    assert "quarantined until" in ran.messages["test_latency[aoti]"]
+    ran = run_suite(tmp, *options, f"--quarantine={row}", "--record-baseline", paths=(LATENCY,))
+    assert ran.status == 1
+    assert "is quarantined and regressed" in ran.text
+    row = quarantine(tmp, today - datetime.timedelta(days=9), today - datetime.timedelta(days=2))
+    ran = run_suite(tmp, *options, f"--quarantine={row}", paths=(LATENCY,))
+    assert ran.status == 4
+    assert "in quarantine only until" in ran.text
+
+
+def test_other_tests_are_left_alone(tmp_path: Path) -> None:
+    """`pytest tests/...` asks no machine, makes no folder and takes no option of the suite's into account."""
+    ran = run_suite(tmp_path, "--replay", tmp_path / "nowhere", paths=("tests/test_quarantine.py",))
+    assert ran.status == 0, ran.text
+    assert "fluxfast verdicts" not in ran.text
+    assert [path.name for path in tmp_path.iterdir()] == ["junit.xml"]
+
+
+def test_run_of_a_baseline_folder_that_holds_two_workloads(tmp: Path) -> None:
+    """The newest file of this run's workload is compared with, not the newest file; another number is refused."""
+    own = read_baseline(only_baseline(tmp))
+    other = own.model_copy(
+        update={"workload": {**own.workload, "id": "dev"}, "reference_image": None, "reference_sha256": None}
+    )
+    path = write_baseline(tmp / "baselines" / "cpu", "dev", other, stock_json(other), {})
+    assert path.name == "0002_dev.json"
+    ran = run_suite(tmp, "--replay", tmp / "run", "--benchmark-compare", paths=(LATENCY,))
+    assert ran.status == 0, ran.text
+    assert "0001_tiny" in ran.text
+    assert "0002_dev" not in ran.text
+    ran = run_suite(tmp, "--replay", tmp / "run", "--benchmark-compare=0002", paths=(LATENCY,))
+    assert ran.status == 4
+    assert "only the newest baseline judges" in ran.text
