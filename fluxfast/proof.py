@@ -132,15 +132,16 @@ def run_facts(built: Built, calls: int, steps: int) -> list[Fact]:
     # Both ways of compiling leave the options that Inductor really had; a package's are in its manifest.
     configs = [*built.compiler.seen, *(package.options for package in built.packages)]
     facts = [
+        # Before compile_mode's: regions that were not packaged are compiled just in time, and packaging is at fault.
+        Fact("packaging", "AOTInductor packages loaded", len(built.packages), _all_if(packaged, classes)),
+        Fact("packaging", "calls of packages",
+             sum(package.calls for package in built.packages), _all_if(packaged, region_calls)),
         Fact("compile_mode", "compiled graphs, recompilations included", built.compiler.graphs, expected_graphs),
         Fact("compile_mode", "graphs or packages with max_autotune",
              sum(config.get("max_autotune") is True for config in configs), _all_if(compiled, classes)),
         Fact("compile_mode", "graph breaks", sum(torch._dynamo.utils.counters["graph_break"].values()), 0),
         Fact("compile_mode", "calls of compiled regions",
              built.compiler.calls, _all_if(compiled and not packaged, region_calls)),
-        Fact("packaging", "AOTInductor packages loaded", len(built.packages), _all_if(packaged, classes)),
-        Fact("packaging", "calls of packages",
-             sum(package.calls for package in built.packages), _all_if(packaged, region_calls)),
         Fact("inductor_flags", "graphs or packages compiled with flux-fast's flags",
              _flagged(configs), _all_if(compiled and level.inductor_flags, classes)),
         Fact("attention", "launches of the FA3 op",
