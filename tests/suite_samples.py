@@ -135,7 +135,7 @@ def run_suite(tmp: Path, *options: str | Path, paths: Sequence[str] = ("perf_tes
     junit = tmp / "junit.xml"
     junit.unlink(missing_ok=True)
     arguments = [
-        *paths, "-p", "no:cacheprovider", "-q", f"--junitxml={junit}",
+        *paths, "-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-p", "no:anyio", "-q", f"--junitxml={junit}",
         f"--baselines={tmp / 'baselines'}", f"--results={tmp / 'results'}", *map(str, options),
     ]  # fmt: skip
     return Ran(*server().run(arguments, tmp), junit)

@@ -260,7 +260,7 @@ def test_unmeasured_reference_is_not_green(tmp: Path) -> None:
 
 @pytest.mark.parametrize("fault", ["colour-cast", "hole", "wrong-seed"])
 def test_wrong_image(tmp: Path, fault: str) -> None:
-    """Red, with the maps written and named; SSIM's mean alone would have let the cast and the hole pass."""
+    """Red, with the difference maps written and named."""
     image = picture(9) if fault == "wrong-seed" else apply_image_fault(parse(fault), picture())
     put(tmp / "run", sample("aoti"), image)
     ran = run_suite(tmp, "--replay", tmp / "run", "--benchmark-compare", paths=(FIDELITY,))
