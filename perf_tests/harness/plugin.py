@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from perf_tests.harness import gpu, record, store
+from perf_tests.harness.files import StoreError
 from perf_tests.harness.recording import machine_info
 from perf_tests.harness.schema import Outcome, Verdict
 from perf_tests.harness.session import Session
@@ -52,7 +53,7 @@ def pytest_configure(config: pytest.Config) -> None:
     _refuse_what_disables_timing(config)
     try:
         config.stash[SUITE] = Suite(config)
-    except (ValueError, store.StoreError, gpu.GpuError) as error:
+    except (ValueError, StoreError, gpu.GpuError) as error:
         raise pytest.UsageError(str(error)) from None
 
 
@@ -156,7 +157,7 @@ def pytest_pyfunc_call() -> Generator[None, object, object]:
     """A damaged image or output of a stored run is a sentence, not a traceback."""
     try:
         return (yield)
-    except store.StoreError as error:
+    except StoreError as error:
         pytest.fail(str(error), pytrace=False)
 
 
@@ -183,7 +184,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
             own.session, update=option.update_baseline, reason=option.reason, is_accepting=bool(own.accepted)
         )
         reporter.write_line("\n" + "\n".join(lines))
-    except store.StoreError as error:
+    except StoreError as error:
         reporter.write_line(f"\nno baseline was written: {error}", red=True)
         session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
 

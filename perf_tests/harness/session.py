@@ -17,7 +17,7 @@ import numpy as np
 from fluxfast.levels import LADDER, get_level
 from fluxfast.workloads import Workload
 from perf_tests.harness import fidelity, gate, store
-from perf_tests.harness.files import write_over
+from perf_tests.harness.files import read_png, write_over
 from perf_tests.harness.obstacles import obstacle
 from perf_tests.harness.schema import Baseline, Environment, Outcome, Result, Verdict
 from perf_tests.harness.stored_run import RUN_FILE, RunFacts, read_run
@@ -220,7 +220,7 @@ class Session:
         if self.baseline is None or self.baseline.reference_image is None or self.baseline.reference_sha256 is None:
             return None
         path = self.baseline_folder / self.baseline.reference_image
-        return store.read_png(path, self.baseline.reference_sha256, store.BaselineError)
+        return read_png(path, self.baseline.reference_sha256, store.BaselineError)
 
     def show_difference(self, level: str) -> str:
         """Write the difference maps of a level's worst process beside its image; a sentence that names the files."""

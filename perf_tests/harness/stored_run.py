@@ -55,7 +55,7 @@ def read_run(
     Raises:
         ResultError: if one is missing, lies in another's place or cannot be read.
     """
-    results = {}
+    results: dict[str, list[Result]] = {}
     for level in levels:
         paths = [path for path in (folder / level).glob("*/result.json") if path.parent.name.isdecimal()]
         if is_optional and not paths:
