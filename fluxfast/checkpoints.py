@@ -47,7 +47,7 @@ def load(checkpoint: str, dtype: torch.dtype, device: str) -> FluxPipeline:
         folder = resolve(checkpoint)
         check_folder(folder)
         pipeline = FluxPipeline.from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True
         ).to(device)
     pipeline.set_progress_bar_config(disable=True)
     for model in (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
