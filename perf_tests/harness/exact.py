@@ -47,12 +47,21 @@ def judge_structure(level: str, results: Sequence[Result], baseline: Baseline | 
     return verdict(Outcome.PASS, level, "count", f"all {count} counted facts hold in every process.", results)
 
 
-def judge_fidelity(level: str, values: Mapping[str, float], baseline: LevelBaseline | None, policy: Policy) -> Verdict:
+def judge_fidelity(
+    level: str,
+    values: Mapping[str, float],
+    baseline: LevelBaseline | None,
+    policy: Policy,
+    rounding: LevelBaseline | None = None,
+) -> Verdict:
     """Is any metric of the image worse than the baseline's fresh runs allow?
 
     The limit is a Student prediction bound on one more run, at least `fidelity_floor` away from the baseline's mean.
     A sixth of the floor is the spread assumed before runs show their own: a baseline of one value gives a
     wide limit.
+
+    Args:
+        rounding: the baseline's `policy.rounding_level`; its distance from a perfect score is then the least floor.
     """
     if baseline is None or not baseline.fidelity:
         message = f"there is no fidelity of level {level!r} for {policy.slug!r} to compare with: {RECORD}."
@@ -73,7 +82,7 @@ def judge_fidelity(level: str, values: Mapping[str, float], baseline: LevelBasel
             message = f"the baseline of {policy.slug!r} has no {metric} of level {level!r}: {RECORD}."
             return verdict(Outcome.NO_BASELINE, level, "no_baseline", message, numbers=numbers)
         known = np.array(baseline.fidelity[metric])
-        margin = _prediction_margin(known, fidelity_floor(metric), policy)
+        margin = _prediction_margin(known, max(fidelity_floor(metric), _rounding(metric, rounding)), policy)
         sign = 1.0 if way == "higher_is_worse" else -1.0
         limit = float(known.mean()) + sign * margin
         numbers |= {metric: value, f"{metric}_limit": limit}
@@ -170,6 +179,14 @@ def judge_memory(level: str, results: Sequence[Result], baseline: Baseline | Non
 
 def _facts(proofs: Sequence[Proof]) -> set[tuple[str, str, int]]:
     return {(proof.field, proof.what, proof.expected) for proof in proofs}
+
+
+def _rounding(metric: str, level: LevelBaseline | None) -> float:
+    """How far a metric of `level` against bf16 is from that of two identical images."""
+    known = level.fidelity.get(metric.removesuffix("_stored")) if level else None
+    if not known:
+        return 0.0
+    return abs(float(np.mean(known)) - (0.0 if direction(metric) == "higher_is_worse" else 1.0))
 
 
 def _prediction_margin(known: noise.Array, floor: float, policy: Policy) -> float:

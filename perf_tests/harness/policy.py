@@ -41,6 +41,8 @@ class Policy:
         exact_alpha: one-sided error of one limit on fidelity or step error; these are never retried.
         memory_floor: relative rise of peak memory that is never red.
         step_error_floor: relative change of a step error that is never red.
+        rounding_level: level whose distance from bf16 in the baseline says how far rounding alone moves an image; no
+            image limit is tighter. None where the machine that recorded is the machine that is judged.
         parents, own_fields: the ladder as data: level -> level below, level -> the field that it changes.
     """
 
@@ -59,6 +61,7 @@ class Policy:
     exact_alpha: float = 3e-5
     memory_floor: float = 0.01
     step_error_floor: float = 0.05
+    rounding_level: str | None = None
     parents: Mapping[str, str | None] = dataclasses.field(default_factory=lambda: PARENTS)
     own_fields: Mapping[str, str | None] = dataclasses.field(default_factory=lambda: OWN_FIELDS)
 
@@ -71,10 +74,21 @@ def policy_for(slug: str) -> Policy:
     """The policy of a machine: `cpu` by ratio to the same run's bf16, anything else in seconds.
 
     GPU: the floor is a quarter of the 2 % that has to be found; the spread is that of an idle H100 between processes.
-    CPU: shared machines move by several per cent between processes, and seconds do not travel between them.
+    CPU: shared machines move by several per cent between processes, and seconds do not travel between them. Nor does
+    the last bit: other vector units add in another order, so images may differ as float32's does from bf16's, a step
+    error by a quarter. Resident memory depends on the C library and on what is compiled in the process.
     """
     if slug == "cpu" or slug.startswith("cpu-"):
-        return Policy(slug=slug, relative_to="bf16", floor=0.05, cap=0.25, prior_sd=0.03)
+        return Policy(
+            slug=slug,
+            relative_to="bf16",
+            floor=0.05,
+            cap=0.25,
+            prior_sd=0.03,
+            memory_floor=0.15,
+            step_error_floor=0.25,
+            rounding_level="fp32",
+        )
     return Policy(slug=slug, relative_to=None, floor=0.005, cap=0.03, prior_sd=0.003)
 
 

@@ -144,8 +144,10 @@ class Session:
         if broken := self._broken(level, REFERENCE_LEVEL):
             return broken
         values = worst(self.image_scores(level, self.stored_reference()))
-        known = self.baseline.levels.get(level) if self.baseline else None
-        verdict = self._unless_not_compared(gate.judge_fidelity(level, values, known, self.policy))
+        levels = self.baseline.levels if self.baseline else {}
+        rounding = levels.get(self.policy.rounding_level or "")
+        judged = gate.judge_fidelity(level, values, levels.get(level), self.policy, rounding)
+        verdict = self._unless_not_compared(judged)
         if verdict.outcome is not Outcome.REGRESSED:
             return verdict
         return verdict.model_copy(update={"message": f"{verdict.message} {self.show_difference(level)}"})

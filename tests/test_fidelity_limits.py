@@ -1,0 +1,56 @@
+"""The committed CPU baseline's image limits: what they catch, and what SSIM alone would have let through."""
+
+import functools
+from pathlib import Path
+
+import pytest
+
+from perf_tests.harness import faults, fidelity, gate, store
+from perf_tests.harness.files import read_png
+from perf_tests.harness.schema import Outcome
+
+FOLDER = Path(__file__).parents[1] / "baselines" / "cpu"
+
+
+@functools.cache
+def shipped():
+    """The newest baseline of the tiny workload, and its reference image."""
+    path = store.find_baseline(FOLDER, "tiny")
+    baseline = store.read_baseline(path)
+    return baseline, read_png(FOLDER / baseline.reference_image, baseline.reference_sha256)
+
+
+def judge(level, image):
+    """The verdict on `image` as this level's, where the level drew the reference exactly before the fault."""
+    baseline, reference = shipped()
+    own, policy = baseline.levels[level], gate.policy_for("cpu")
+    scores = fidelity.compare(image, reference).as_dict()
+    values = {f"{name}{suffix}": value for suffix in ("", "_stored") for name, value in scores.items()}
+    values = {name: value for name, value in values.items() if name in own.fidelity}
+    return gate.judge_fidelity(level, values, own, policy, baseline.levels[policy.rounding_level])
+
+
+@pytest.mark.parametrize("spec", ["colour-cast", "hole"])
+@pytest.mark.parametrize("level", ["compile", "fused_qkv", "channels_last", "float8", "inductor_flags", "aoti"])
+def test_a_cast_and_a_hole_are_red_though_ssim_is_not(level, spec):
+    """A 6 % red cast and a 32-px hole are beyond the limits at every level while SSIM's mean is within its own."""
+    _, reference = shipped()
+    verdict = judge(level, faults.apply_image_fault(faults.parse(spec), reference))
+    assert verdict.outcome is Outcome.REGRESSED and verdict.rule == "limit"
+    assert verdict.numbers["ssim"] > verdict.numbers["ssim_limit"]
+
+
+@pytest.mark.parametrize("level", ["bf16", "compile", "float8", "aoti"])
+def test_the_reference_itself_passes(level):
+    """The stored image is within the limits of every level."""
+    _, reference = shipped()
+    assert judge(level, reference).outcome is Outcome.PASS
+
+
+def test_every_level_of_a_cpu_is_there():
+    """The committed baseline holds at least five processes of every level that a CPU runs."""
+    baseline, _ = shipped()
+    assert list(baseline.levels) == [
+        "fp32", "bf16", "compile", "fused_qkv", "channels_last", "float8", "inductor_flags", "aoti"
+    ]  # fmt: skip
+    assert min(len(level.processes) for level in baseline.levels.values()) >= 5
