@@ -1,1 +1,1 @@
-"""What the tests of the suite are made of. Only `worker`, `clock` and `environment` import torch."""
+"""What the tests of the suite are made of. Only `worker`, `clock`, `environment` and `memory` import torch."""

@@ -76,7 +76,7 @@ def policy_for(slug: str) -> Policy:
     GPU: the floor is a quarter of the 2 % that has to be found; the spread is that of an idle H100 between processes.
     CPU: shared machines move by several per cent between processes, and seconds do not travel between them. Nor does
     the last bit: other vector units add in another order, so images may differ as float32's does from bf16's, a step
-    error by a quarter. Resident memory depends on the C library and on what is compiled in the process.
+    error by a quarter.
     """
     if slug == "cpu" or slug.startswith("cpu-"):
         return Policy(
@@ -85,7 +85,6 @@ def policy_for(slug: str) -> Policy:
             floor=0.05,
             cap=0.25,
             prior_sd=0.03,
-            memory_floor=0.15,
             step_error_floor=0.25,
             rounding_level="fp32",
         )

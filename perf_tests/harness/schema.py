@@ -116,7 +116,7 @@ class Measurement(Strict):
     """Steps applied, packages compiled ahead of time; just-in-time compilation falls into `warmup_s`."""
     warmup_s: Seconds
     peak_memory_bytes: Annotated[int, Field(gt=0)]
-    """CUDA: peak allocated. CPU: peak resident set."""
+    """CUDA: the allocator's peak. CPU: all weights and the peak of what one call allocates."""
     transformer_weight_bytes: Annotated[int, Field(gt=0)]
     proofs: list[Proof]
     inductor_config: dict[str, Any]

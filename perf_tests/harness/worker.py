@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import hashlib
 import os
-import resource
 import time
 import traceback
 from pathlib import Path
@@ -127,6 +126,7 @@ def measure(
 
     from fluxfast.build import generate
     from perf_tests.harness.clock import Clock, StageClock
+    from perf_tests.harness.memory import peak_bytes, weight_bytes
 
     def spoil(decoded: torch.Tensor) -> torch.Tensor:
         if fault is None or fault.kind != "nan-image":
@@ -153,8 +153,6 @@ def measure(
         output, timed = stages.round(lambda: generate(built, drawn), delay)
         rounds.append(timed)
     proofs = built.prove(workload.warmup_rounds + workload.rounds, workload.num_inference_steps)
-    peak = peak_memory_bytes(built.device)
-
     assert stages.decoded is not None and stages.first_step_output is not None
     faults.require_finite(stages.decoded.float().cpu().numpy(), f"level {built.level.id!r}: the decoded image")
     np.save(out / STEP_FILE, stages.first_step_output.float().cpu().numpy())
@@ -167,7 +165,7 @@ def measure(
         load_s=load_s,
         apply_s=apply_s,
         warmup_s=warmup_s,
-        peak_memory_bytes=peak,
+        peak_memory_bytes=peak_bytes(built.pipeline, built.device, lambda: generate(built, drawn)),
         transformer_weight_bytes=weight_bytes(built.pipeline.transformer),
         proofs=[Proof(**dataclasses.asdict(fact)) for fact in proofs],
         inductor_config=built.compiler.options,
@@ -183,27 +181,6 @@ def save_image(image: Any, path: Path) -> str:
 
     Image.fromarray(image).save(path, "PNG")
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def peak_memory_bytes(device: str) -> int:
-    """CUDA: most ever allocated by this process. CPU: its largest resident set."""
-    import torch
-
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def weight_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all parameters and buffers, the parts of quantised tensors included."""
-    return sum(_tensor_bytes(tensor) for tensor in (*model.parameters(), *model.buffers()))
-
-
-def _tensor_bytes(tensor: torch.Tensor) -> int:
-    if hasattr(tensor, "__tensor_flatten__"):
-        names, _ = tensor.__tensor_flatten__()
-        return sum(_tensor_bytes(getattr(tensor, name)) for name in names)
-    return tensor.numel() * tensor.element_size()
 
 
 def _strike(fault: faults.Fault | None) -> None:
