@@ -30,9 +30,10 @@ SABOTAGED = [(level.id, level.own_field) for level in LADDER if level.own_field 
 
 @pytest.fixture(scope="module", autouse=True)
 def inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One Inductor cache for the whole file: what two tests both compile is compiled once."""
+    """One Inductor cache for the whole run, xdist's workers included, and C++ without optimisation: counts need none."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.getbasetemp().parent / "inductor"))
+        patch.setenv("TORCHINDUCTOR_DEBUG_COMPILE", "1")
         yield
 
 

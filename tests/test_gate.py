@@ -401,6 +401,17 @@ def test_fidelity_limits_follow_the_spread_of_fresh_runs():
     assert gate.judge_fidelity("aoti", {"ssim": 0.955}, varied, GPU).ok
     assert not gate.judge_fidelity("aoti", {"ssim": 0.80}, varied, GPU).ok
     assert not gate.judge_fidelity("aoti", {"flip": 0.0}, varied, GPU).ok
+
+
+def test_no_image_limit_is_tighter_than_rounding():
+    """On a CPU other than the recording one an image may differ from the stored one as float32's does from bf16's."""
+    own = samples.level_baseline("aoti", fidelity={"ssim_stored": [1.0] * 5, "flip_stored": [0.0] * 5})
+    exact = samples.level_baseline("fp32", fidelity={"ssim": [0.98] * 5, "flip": [0.03] * 5})
+    for values, is_within in (({"ssim_stored": 0.981, "flip_stored": 0.029}, True),
+                              ({"ssim_stored": 0.979, "flip_stored": 0.029}, False),
+                              ({"ssim_stored": 0.981, "flip_stored": 0.031}, False)):  # fmt: skip
+        assert gate.judge_fidelity("aoti", values, own, GPU, exact).ok == is_within
+        assert not gate.judge_fidelity("aoti", values, own, GPU).ok
     with pytest.raises(ValueError, match="no known direction"):
         direction("beauty")
 
