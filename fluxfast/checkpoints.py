@@ -46,9 +46,9 @@ def load(checkpoint: str, dtype: torch.dtype, device: str) -> FluxPipeline:
     else:
         folder = resolve(checkpoint)
         check_folder(folder)
-        pipeline = FluxPipeline.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True
-        ).to(device)
+        pipeline = FluxPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True).to(
+            device
+        )
     pipeline.set_progress_bar_config(disable=True)
     for model in (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         model.requires_grad_(False).eval()

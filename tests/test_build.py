@@ -30,7 +30,7 @@ SABOTAGED = [(level.id, level.own_field) for level in LADDER if level.own_field 
 
 @pytest.fixture(scope="module", autouse=True)
 def inductor_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One Inductor cache for the whole run, xdist's workers included, and C++ without optimisation: counts need none."""
+    """One Inductor cache for the whole run, xdist's workers included; unoptimised C++, since counts need no speed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.getbasetemp().parent / "inductor"))
         patch.setenv("TORCHINDUCTOR_DEBUG_COMPILE", "1")

@@ -55,10 +55,14 @@ def classify(image):
     value, low = rgb.max(-1), rgb.min(-1)
     chroma = np.maximum(value - low, 1e-6)
     red, green, blue = np.moveaxis(rgb, -1, 0)
-    hue = np.select(
-        [value == red, value == green], [(green - blue) / chroma % 6, (blue - red) / chroma + 2],
-        (red - green) / chroma + 4,
-    ) / 6
+    hue = (
+        np.select(
+            [value == red, value == green],
+            [(green - blue) / chroma % 6, (blue - red) / chroma + 2],
+            (red - green) / chroma + 4,
+        )
+        / 6
+    )
     known = np.array([colorsys.rgb_to_hsv(*(channel / 255 for channel in colour))[0] for colour in COLOURS.values()])
     away = np.abs(hue[..., None] - known)
     nearest = np.minimum(away, 1 - away).argmin(-1)
@@ -73,7 +77,7 @@ def find(image):
     found = {}
     for index, position in enumerate(POSITIONS):
         cell_x, cell_y = int(CELLS_PX[index % 3]), int(CELLS_PX[index // 3])
-        window = labels[cell_y - WINDOW_PX:cell_y + WINDOW_PX, cell_x - WINDOW_PX:cell_x + WINDOW_PX]
+        window = labels[cell_y - WINDOW_PX : cell_y + WINDOW_PX, cell_x - WINDOW_PX : cell_x + WINDOW_PX]
         areas = np.bincount(window[window >= 0], minlength=len(COLOURS))
         colour = int(areas.argmax())
         if areas[colour] < MIN_AREA_PX:

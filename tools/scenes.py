@@ -29,9 +29,7 @@ COLOURS = {
 SIZES_PX = {"small": 21.0, "medium": 27.0, "large": 34.0}  # half of the shape's extent
 FINISHES = ("flat", "matte", "glossy")
 POSITIONS = tuple(
-    name.strip() or "centre"
-    for row in ("top", "", "bottom")
-    for name in (f"{row} left", row, f"{row} right")
+    name.strip() or "centre" for row in ("top", "", "bottom") for name in (f"{row} left", row, f"{row} right")
 )
 # 76 px between cell centres leave two large shapes apart even when both are moved towards each other.
 CELLS_PX = (52.0, 128.0, 204.0)
@@ -46,7 +44,13 @@ BACKGROUNDS = {
     "mint": (190, 212, 198),
 }
 TEXTURES = (
-    "plain", "horizontally striped", "vertically striped", "diagonally striped", "checkered", "dotted", "fading",
+    "plain",
+    "horizontally striped",
+    "vertically striped",
+    "diagonally striped",
+    "checkered",
+    "dotted",
+    "fading",
 )
 HELD_OUT_SHARE = 10  # one in ten (shape, colour, position) triples is never drawn in training
 
@@ -125,8 +129,10 @@ def sample(batch, generator, *, held_out_only=False, crowded=False):
 def captions(scenes):
     """One English sentence for each scene, in reading order of the slots."""
     colours, sizes, grounds = tuple(COLOURS), tuple(SIZES_PX), tuple(BACKGROUNDS)
-    columns = [getattr(scenes, name).tolist() for name in
-               ("count", "shape", "colour", "size", "finish", "position", "ground", "texture")]
+    columns = [
+        getattr(scenes, name).tolist()
+        for name in ("count", "shape", "colour", "size", "finish", "position", "ground", "texture")
+    ]
     texts = []
     for count, shape, colour, size, finish, position, ground, texture in zip(*columns, strict=True):
         things = [
@@ -160,13 +166,20 @@ def _distance(name, x, y):
     if name == "triangle":
         return _polygon(x, y, [(0, -0.95), (0.98, 0.78), (-0.98, 0.78)])
     if name == "star":
-        tips = [(r * math.sin(k * math.pi / 5), -r * math.cos(k * math.pi / 5))
-                for k in range(10) for r in [1.05 if k % 2 == 0 else 0.45]]
+        tips = [
+            (r * math.sin(k * math.pi / 5), -r * math.cos(k * math.pi / 5))
+            for k in range(10)
+            for r in [1.05 if k % 2 == 0 else 0.45]
+        ]
         return _polygon(x, y, tips)
     if name == "heart":
-        outline = [(math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t)
-                                        - math.cos(4 * t)) / 16 - 0.1)
-                   for t in (k * math.tau / 64 for k in range(64))]
+        outline = [
+            (
+                math.sin(t) ** 3,
+                -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16 - 0.1,
+            )
+            for t in (k * math.tau / 64 for k in range(64))
+        ]
         return _polygon(x, y, outline)
     raise ValueError(f"no such shape {name!r}; expected one of {SHAPES}")
 

@@ -21,8 +21,13 @@ NO_PSNR = {"psnr_db": "unknown", "crowded_psnr_db": "unknown"}
 def draw(pipeline, prompts, seeds):
     """PIL pictures of 256 px, one seed each from a CPU generator: the call that the tests make, in batches."""
     return pipeline(
-        list(prompts), height=256, width=256, num_inference_steps=STEPS, guidance_scale=0.0,
-        max_sequence_length=TEXT_TOKENS, generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        list(prompts),
+        height=256,
+        width=256,
+        num_inference_steps=STEPS,
+        guidance_scale=0.0,
+        max_sequence_length=TEXT_TOKENS,
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
     ).images
 
 
@@ -36,7 +41,7 @@ def evaluate(folder, *, count=200, batch=20, device="cpu"):
     prompts = captions(sample(count, torch.Generator("cpu").manual_seed(HELD_OUT_SEED), held_out_only=True))
     pictures = []
     for first in range(0, count, batch):
-        chunk = prompts[first:first + batch]
+        chunk = prompts[first : first + batch]
         pictures += draw(pipeline, chunk, range(first, first + len(chunk)))
     checks = [check(np.asarray(picture), prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
     figures = {
@@ -55,7 +60,9 @@ def write_grid(path, prompts, pictures, label_px=52):
     for index in range(min(len(pictures), GRID_COLUMNS * GRID_ROWS)):
         x, y = index % GRID_COLUMNS * side, index // GRID_COLUMNS * (side + label_px)
         grid.paste(pictures[index], (x, y))
-        pen.text((x + 3, y + side + 1), "\n".join(textwrap.wrap(prompts[index], 46)), fill="black", font=font, spacing=0)
+        pen.text(
+            (x + 3, y + side + 1), "\n".join(textwrap.wrap(prompts[index], 46)), fill="black", font=font, spacing=0
+        )
     grid.save(path, optimize=True)
 
 
@@ -112,22 +119,23 @@ pipeline("{prompt}",
 The first {GRID_COLUMNS * GRID_ROWS} of the held-out captions with seeds 0, 1, ...; none was chosen by eye.
 
 ## Evidence
-Of {result['captions']} held-out captions, **{result['captions_met']:.1%}** are met: the checker
+Of {result["captions"]} held-out captions, **{result["captions_met"]:.1%}** are met: the checker
 (`tools/scene_checker.py`) finds each colour at its place and no shape anywhere else. Counted by shape it is
-{result['shapes_met']:.1%}. This {reached} the 90 % asked of it. The checker sees colours and positions only, neither
+{result["shapes_met"]:.1%}. This {reached} the 90 % asked of it. The checker sees colours and positions only, neither
 outlines, sizes nor backgrounds. Each held-out caption has at least one (shape, colour, position) triple that training
 never drew: a hash keeps about one in {HELD_OUT_SHARE} of the {len(SHAPES) * len(COLOURS) * len(POSITIONS)} triples
 out. Repeat with `python tools/train_tiny_flux.py --evaluate --out fluxfast/assets/tiny_flux`.
 
 ## Training
-{seconds / 60:.1f} minutes in all, seed {metrics.get('seed', 0)}, weights and optimiser in float32.
+{seconds / 60:.1f} minutes in all, seed {metrics.get("seed", 0)}, weights and optimiser in float32.
 
 | phase | steps | seconds | runs | final loss | hardware | products |
 |---|---:|---:|---:|---:|---|---|
 {rows}
 
-Losses: text the sum of the cross entropies of its heads; vae L1 on colours and differences plus a small KL term; flow mean squared error of the velocity; distil mean
-squared error against the mean velocity of the guided teacher. The autoencoder alone reconstructs with {psnr}.
+Losses: text the sum of the cross entropies of its heads; vae L1 on colours and differences plus a small KL term; flow
+mean squared error of the velocity; distil mean squared error against the mean velocity of the guided
+teacher. The autoencoder alone reconstructs with {psnr}.
 Phases are boxed in minutes, so another GPU repeats the recipe, not the bits; a phase with several runs was resumed.
 
 | component | parameters |
@@ -135,6 +143,7 @@ Phases are boxed in minutes, so another GPU repeats the recipe, not the bits; a 
 {sizes}
 
 ## Limits
-It knows the {len(SHAPES)} shapes, {len(COLOURS)} colours and {len(POSITIONS)} positions of its captions and nothing else; it is distilled for
-{STEPS} steps at 256 x 256 with {TEXT_TOKENS} text tokens, and other settings give worse pictures. Needs transformers 5 or later.
+It knows the {len(SHAPES)} shapes, {len(COLOURS)} colours and {len(POSITIONS)} positions of its captions and
+nothing else; it is distilled for {STEPS} steps at 256 x 256 with {TEXT_TOKENS} text tokens, and other settings
+give worse pictures. Needs transformers 5 or later.
 """

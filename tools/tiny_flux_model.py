@@ -27,14 +27,15 @@ def make_tokenizers():
     bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(
-        vocab_size=2048, special_tokens=["<|startoftext|>", "<|endoftext|>"], initial_alphabet=letters,
-        end_of_word_suffix="</w>", show_progress=False,
+        vocab_size=2048,
+        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        initial_alphabet=letters,
+        end_of_word_suffix="</w>",
+        show_progress=False,
     )
     bpe.train_from_iterator([*words() * 4, *letters], trainer)
     learnt = json.loads(bpe.to_str())["model"]
-    clip = CLIPTokenizer(
-        vocab=learnt["vocab"], merges=[tuple(pair) for pair in learnt["merges"]], model_max_length=77
-    )
+    clip = CLIPTokenizer(vocab=learnt["vocab"], merges=[tuple(pair) for pair in learnt["merges"]], model_max_length=77)
 
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
     pieces += [("▁" + word, -1.0) for word in words()]
@@ -52,31 +53,70 @@ def make_pipeline(seed=0):
     torch.manual_seed(seed)
     clip_tokenizer, t5_tokenizer = make_tokenizers()
     transformer = FluxTransformer2DModel(
-        in_channels=64, num_layers=2, num_single_layers=4, attention_head_dim=128, num_attention_heads=2,
-        joint_attention_dim=TEXT_WIDTH, pooled_projection_dim=TEXT_WIDTH, guidance_embeds=False,
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=4,
+        attention_head_dim=128,
+        num_attention_heads=2,
+        joint_attention_dim=TEXT_WIDTH,
+        pooled_projection_dim=TEXT_WIDTH,
+        guidance_embeds=False,
         axes_dims_rope=(16, 56, 56),
     )
     vae = AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=16, layers_per_block=1, norm_num_groups=16,
-        block_out_channels=(32, 64, 80, 96), sample_size=256, use_quant_conv=False, use_post_quant_conv=False,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        mid_block_add_attention=True, scaling_factor=1.0, shift_factor=0.0, force_upcast=False,
+        in_channels=3,
+        out_channels=3,
+        latent_channels=16,
+        layers_per_block=1,
+        norm_num_groups=16,
+        block_out_channels=(32, 64, 80, 96),
+        sample_size=256,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        mid_block_add_attention=True,
+        scaling_factor=1.0,
+        shift_factor=0.0,
+        force_upcast=False,
     )
-    text_encoder = CLIPTextModel(CLIPTextConfig(
-        vocab_size=_round_up(len(clip_tokenizer)), hidden_size=TEXT_WIDTH, intermediate_size=2 * TEXT_WIDTH,
-        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=77, projection_dim=TEXT_WIDTH,
-        bos_token_id=clip_tokenizer.bos_token_id, eos_token_id=clip_tokenizer.eos_token_id,
-        pad_token_id=clip_tokenizer.pad_token_id,
-    ))
-    text_encoder_2 = T5EncoderModel(T5Config(
-        vocab_size=_round_up(len(t5_tokenizer)), d_model=TEXT_WIDTH, d_kv=64, num_heads=2, num_layers=2,
-        d_ff=2 * TEXT_WIDTH, feed_forward_proj="gated-gelu", dropout_rate=0.0, is_encoder_decoder=False,
-    ))
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=_round_up(len(clip_tokenizer)),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=2 * TEXT_WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=77,
+            projection_dim=TEXT_WIDTH,
+            bos_token_id=clip_tokenizer.bos_token_id,
+            eos_token_id=clip_tokenizer.eos_token_id,
+            pad_token_id=clip_tokenizer.pad_token_id,
+        )
+    )
+    text_encoder_2 = T5EncoderModel(
+        T5Config(
+            vocab_size=_round_up(len(t5_tokenizer)),
+            d_model=TEXT_WIDTH,
+            d_kv=64,
+            num_heads=2,
+            num_layers=2,
+            d_ff=2 * TEXT_WIDTH,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+            is_encoder_decoder=False,
+        )
+    )
     # As FLUX.1-schnell: no shift, so that n steps are the sigmas 1, (n-1)/n, ... 1/n.
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False)
     return FluxPipeline(
-        scheduler=scheduler, vae=vae, text_encoder=text_encoder, tokenizer=clip_tokenizer,
-        text_encoder_2=text_encoder_2, tokenizer_2=t5_tokenizer, transformer=transformer,
+        scheduler=scheduler,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=clip_tokenizer,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=t5_tokenizer,
+        transformer=transformer,
     )
 
 

@@ -11,7 +11,10 @@ from scenes import BACKGROUNDS, COLOURS, FINISHES, POSITIONS, SHAPES, SIZES_PX, 
 from tiny_flux_training import Schedule, adamw, encode_text, token_ids
 
 THING_HEADS = {
-    "shape": len(SHAPES), "colour": len(COLOURS), "size": len(SIZES_PX), "finish": len(FINISHES),
+    "shape": len(SHAPES),
+    "colour": len(COLOURS),
+    "size": len(SIZES_PX),
+    "finish": len(FINISHES),
     "position": len(POSITIONS),
 }
 GROUND_HEADS = {"ground": len(BACKGROUNDS), "texture": len(TEXTURES)}
@@ -19,6 +22,7 @@ GROUND_HEADS = {"ground": len(BACKGROUNDS), "texture": len(TEXTURES)}
 
 def word_labels(tokenizer, ids, scenes):
     """For T5 ids (B, L): the slot (B, L) a word describes, which words describe a shape, which the background."""
+
     def any_of(names):
         return torch.isin(ids, torch.tensor(tokenizer.convert_tokens_to_ids(names), device=ids.device))
 
@@ -42,9 +46,10 @@ def train_text(pipeline, generator, *, minutes, batch=48, peak=1.5e-3, max_steps
     encoders = [pipeline.text_encoder.to(device).eval(), pipeline.text_encoder_2.to(device).eval()]
     width = pipeline.text_encoder_2.config.d_model
     word_heads = torch.nn.ModuleDict({n: torch.nn.Linear(width, k) for n, k in (THING_HEADS | GROUND_HEADS).items()})
-    cell_heads = torch.nn.ModuleDict({
-        name: torch.nn.Linear(width, len(POSITIONS) * (THING_HEADS[name] + 1)) for name in ("colour", "shape")
-    } | {name: torch.nn.Linear(width, classes) for name, classes in GROUND_HEADS.items()})
+    cell_heads = torch.nn.ModuleDict(
+        {name: torch.nn.Linear(width, len(POSITIONS) * (THING_HEADS[name] + 1)) for name in ("colour", "shape")}
+        | {name: torch.nn.Linear(width, classes) for name, classes in GROUND_HEADS.items()}
+    )
     parameters = [p for module in (*encoders, word_heads, cell_heads) for p in module.to(device).parameters()]
     optimizer = adamw(parameters, device)
     schedule = Schedule("text", minutes, peak, warmup=50, max_steps=max_steps, every=50)

@@ -86,7 +86,7 @@ def train_vae(vae, generator, *, minutes, batch, max_steps=None):
         images = render(sample(batch // 4 if whole else batch, generator, crowded=True)) * 2 - 1
         if not whole:
             top, left = torch.randint(IMAGE_PX // 2 + 1, (2,), generator=generator, device=device).tolist()
-            images = images[:, :, top:top + IMAGE_PX // 2, left:left + IMAGE_PX // 2]
+            images = images[:, :, top : top + IMAGE_PX // 2, left : left + IMAGE_PX // 2]
         images = images.contiguous(memory_format=torch.channels_last)
         with bf16_autocast(device):
             posterior = vae.encode(images).latent_dist
@@ -167,6 +167,7 @@ def weighted_mse(predicted, target, weights):
 
 def token_ids(pipeline, texts, device):
     """Ids of both tokenizers, padded as FluxPipeline pads them: (N, 77) for CLIP, (N, 64) for T5."""
+
     def ids(tokenizer, length):
         return tokenizer(
             texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
@@ -188,8 +189,13 @@ def velocity(transformer, x, sigma, text):
     img_ids = torch.stack([torch.zeros_like(y), y, z], -1).reshape(TOKENS, 3)
     txt_ids = torch.zeros(sequence.shape[1], 3, device=x.device)
     return transformer(
-        hidden_states=x, timestep=sigma, pooled_projections=pooled, encoder_hidden_states=sequence,
-        img_ids=img_ids, txt_ids=txt_ids, return_dict=False,
+        hidden_states=x,
+        timestep=sigma,
+        pooled_projections=pooled,
+        encoder_hidden_states=sequence,
+        img_ids=img_ids,
+        txt_ids=txt_ids,
+        return_dict=False,
     )[0]
 
 
@@ -243,8 +249,20 @@ def train_flow(pipeline, pool, generator, *, minutes, batch, peak=1e-3, bf16=Fal
     return schedule.figures() | {"scenes": len(pool["latents"]), "batch": batch, "bf16": bf16}
 
 
-def distil(pipeline, pool, generator, *, minutes, batch, substeps=5, guidance=1.5, peak=2e-4, bf16=False,
-           compiled=False, max_steps=None):
+def distil(
+    pipeline,
+    pool,
+    generator,
+    *,
+    minutes,
+    batch,
+    substeps=5,
+    guidance=1.5,
+    peak=2e-4,
+    bf16=False,
+    compiled=False,
+    max_steps=None,
+):
     """Teaches the transformer to cross each of the STEPS intervals in one Euler step.
 
     The student walks from noise by itself; from each state it reaches, the teacher (a frozen copy of it before this
@@ -259,8 +277,10 @@ def distil(pipeline, pool, generator, *, minutes, batch, substeps=5, guidance=1.
     if compiled:
         teacher.compile_repeated_blocks(fullgraph=True)
     parameters = list(student.parameters())
-    optimizer, schedule = adamw(parameters, device), Schedule("distil", minutes, peak, warmup=20, max_steps=max_steps,
-                                                              every=50)
+    optimizer, schedule = (
+        adamw(parameters, device),
+        Schedule("distil", minutes, peak, warmup=20, max_steps=max_steps, every=50),
+    )
     empty = {name: ids.expand(batch, -1) for name, ids in token_ids(pipeline, [""], device).items()}
     width = 1 / STEPS
     odds = torch.tensor([4.0, 2.5, 2.0, 1.5], device=device)  # the first step decides the layout

@@ -26,7 +26,9 @@ def parse(argv=None):
     parser.add_argument("--out", help="folder of the checkpoint")
     parser.add_argument("--resume", help="start from this checkpoint instead of from random weights")
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=PHASES)
-    parser.add_argument("--minutes", nargs="+", type=float, default=[2.0, 4.0, 5.0, 1.5], help="one for each of text vae flow distil")
+    parser.add_argument(
+        "--minutes", nargs="+", type=float, default=[2.0, 4.0, 5.0, 1.5], help="one for each of text vae flow distil"
+    )
     parser.add_argument("--pool-minutes", type=float, default=0.5, help="time for drawing and encoding the scenes")
     parser.add_argument("--pool", type=int, default=160_000, help="scenes to draw at most")
     parser.add_argument("--batch", type=int, default=256, help="of flow and distil")
@@ -61,7 +63,11 @@ def probe(args, device):
     if args.compile:
         pipeline.transformer.compile_repeated_blocks(fullgraph=True)
     latents = torch.randn(args.batch, TOKENS, TOKEN_WIDTH, device=device, generator=generator)
-    pool = {"latents": latents, "weights": torch.ones(args.batch, TOKENS, device=device), **token_ids(pipeline, ["a large red star at the top"] * args.batch, device)}
+    pool = {
+        "latents": latents,
+        "weights": torch.ones(args.batch, TOKENS, device=device),
+        **token_ids(pipeline, ["a large red star at the top"] * args.batch, device),
+    }
     options = {"minutes": 5, "batch": args.batch, "bf16": args.precision == "bf16"}
     milliseconds = []
     for train, extra in ((train_flow, {}), (distil, {"compiled": args.compile})):
@@ -88,9 +94,10 @@ def train(args, device):
     if "text" in args.phases:
         keep("text", train_text(pipeline, generator, minutes=minutes["text"], max_steps=args.max_steps))
     if "vae" in args.phases:
-        keep("vae", train_vae(
-            pipeline.vae, generator, minutes=minutes["vae"], batch=args.vae_batch, max_steps=args.max_steps
-        ))
+        keep(
+            "vae",
+            train_vae(pipeline.vae, generator, minutes=minutes["vae"], batch=args.vae_batch, max_steps=args.max_steps),
+        )
     if {"flow", "distil"} & set(args.phases):
         options = {"batch": args.batch, "bf16": args.precision == "bf16", "max_steps": args.max_steps}
         pool = make_pool(pipeline, generator, size=args.pool, minutes=args.pool_minutes, batch=min(args.pool, 256))
@@ -101,9 +108,9 @@ def train(args, device):
         if "flow" in args.phases:
             keep("flow", train_flow(pipeline, pool, generator, minutes=minutes["flow"], **options))
         if "distil" in args.phases:
-            keep("distil", distil(
-                pipeline, pool, generator, minutes=minutes["distil"], compiled=args.compile, **options
-            ))
+            keep(
+                "distil", distil(pipeline, pool, generator, minutes=minutes["distil"], compiled=args.compile, **options)
+            )
 
 
 def add_up(before, figures):

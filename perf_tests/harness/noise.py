@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special  # type: ignore[import-untyped]
+from scipy import special
 
 from perf_tests.harness.policy import Policy
 
@@ -48,6 +48,7 @@ class Comparison:
 
     @property
     def faster(self) -> Any:
+        """The mirror image of slower."""
         return (self.high < -self.limit) & self.below
 
 

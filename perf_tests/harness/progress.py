@@ -139,6 +139,7 @@ class ProgressPrinter:
         self._line_at_s = 0.0
 
     def __call__(self, level: str, process: int, stage: Stage, detail: str, elapsed_s: float) -> None:
+        """Show where the worker is; `elapsed_s` is the time in this stage, seconds."""
         is_new = (level, process) not in self._seen or stage != self._stage
         self._seen[level, process] = None
         self._stage = stage
