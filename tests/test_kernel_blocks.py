@@ -145,12 +145,20 @@ def test_float8_blocks_lose_what_float8_linears_and_attention_lose(transformer, 
 )
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_triton_blocks_equal_reference_blocks(transformer):
-    """Given strided views, two streams and a batch, the Triton kernels give the blocks what the reference gives."""
+    """Given strided views, two streams and a batch, the Triton blocks are as near to float32 as the reference's.
+
+    A sum in another order rounds a few values to the next e4m3 number, so the two outputs are not equal; but they are
+    nearer to each other than either is to float32.
+    """
+    exact = run(transformer, batch=2)
     transformer.to(torch.bfloat16)
     options = {"attention": attention_bf16, "merged_projections": True, "chained": True}
     want = run(fused(transformer, ops=REFERENCE, **options), batch=2)
+    error = relative_error(want, exact)
     for operations in (triton_ops(), triton_ops(qk_rope=False), triton_ops(quantize=False)):
-        assert relative_error(run(fused(transformer, ops=operations, **options), batch=2), want) < 0.01
+        got = run(fused(transformer, ops=operations, **options), batch=2)
+        assert relative_error(got, exact) < 1.1 * error
+        assert relative_error(got, want) < error
 
 
 def test_linear_is_the_quantised_product():
