@@ -1,0 +1,27 @@
+"""Command line of the suite beside `pytest perf_tests`: `python -m perf_tests COMMAND ...`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS: dict[str, tuple[str, str]] = {}
+"""Name -> the module whose `main(arguments) -> exit status` runs it, and what it does in a line."""
+
+
+def main() -> int:
+    """Run one command; 2 after one sentence on stderr if there is no such command."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in COMMANDS:
+        status: int = importlib.import_module(COMMANDS[name][0]).main(sys.argv[2:])
+        return status
+    listed = "".join(f"\n  {known:10}{does}" for known, (_, does) in COMMANDS.items())
+    if name in ("-h", "--help"):
+        print(f"usage: python -m perf_tests COMMAND ...{listed}")
+        return 0
+    print(f"error: unknown command {name!r}; known commands:{listed}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
