@@ -75,6 +75,18 @@ def test_a_parent_that_alone_got_faster_makes_no_child_red():
     assert latency("compile", run({"compile": -0.04})).outcome is Outcome.IMPROVED
 
 
+def test_a_level_whose_parent_cannot_run_is_compared_with_the_nearest_below():
+    """Without FA3 float8 stands over channels_last, in the ladder ratio and in the message."""
+    levels = tuple(id for id in IDS if id != "fa3_fp8")
+    policy = policy_for("h200-700w", {"fa3_fp8"})
+    known = baseline(logs=dict.fromkeys(levels, samples.BASE))
+    slower = {"float8": 0.04}
+    again = confirmation(slower, levels)
+    verdict = gate.judge_latency("float8", run(slower, levels=levels), known, policy, again)
+    assert "Fired: interval and ladder" in verdict.message
+    assert "stopped paying is quantization (channels_last -> float8)" in verdict.message
+
+
 def test_the_ladder_alone_does_not_fire_without_the_rest_of_the_ladder():
     """With only the parent to look at, a faster parent and a faster machine cannot be told apart."""
     two = ("channels_last", "fa3_fp8")

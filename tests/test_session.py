@@ -51,11 +51,11 @@ def test_one_folder_even_if_every_worker_fails(tmp_path: Path) -> None:
 
 
 def test_references_are_measured_with_a_chosen_level(tmp_path: Path) -> None:
-    """fp32, bf16 and the parent come along; the unavailable one does not."""
+    """fp32, bf16 and the parent come along; for an unavailable parent the nearest level below it that runs."""
     machine = Machine()
     own = session(tmp_path, machine, ["float8"])
     assert own.structure("float8").ok
-    assert machine.calls[0][0] == ("fp32", "bf16", "float8")
+    assert machine.calls[0][0] == ("fp32", "bf16", "channels_last", "float8")
     assert own.unmeasured() == []
 
 

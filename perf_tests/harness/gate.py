@@ -17,7 +17,7 @@ from perf_tests.harness import noise
 from perf_tests.harness.exact import judge_fidelity, judge_memory, judge_step_error, judge_structure
 from perf_tests.harness.noise import Array, Comparison
 from perf_tests.harness.obstacles import measured, no_divisor, obstacle, verdict
-from perf_tests.harness.policy import Policy, direction, policy_for
+from perf_tests.harness.policy import Policy, direction, nearest_parents, policy_for
 from perf_tests.harness.schema import Baseline, LevelBaseline, Outcome, Result, Verdict
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "judge_memory",
     "judge_step_error",
     "judge_structure",
+    "nearest_parents",
     "policy_for",
     "smallest_visible",
 ]

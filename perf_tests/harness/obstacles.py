@@ -51,7 +51,7 @@ def no_divisor(level: str, run: Mapping[str, Sequence[Result]], baseline: Baseli
         missing = "this run" if divisor in baseline.levels else "the baseline"
         message = (
             f"on {policy.slug!r} latency is a ratio to {divisor!r} of the same run, and that is not in {missing}. "
-            f"Run both levels together: `pytest perf_tests -k '{level} or {divisor}'`."
+            f"Run both levels together: `pytest perf_tests --levels {divisor},{level}`."
         )
         return verdict(Outcome.INCOMPARABLE, level, "divisor", message, run[level])
     if found := obstacle(divisor, run[divisor], baseline, clocked=True):

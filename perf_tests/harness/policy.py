@@ -7,7 +7,7 @@ docs/gate.md.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from fluxfast.levels import LEVELS
@@ -70,17 +70,31 @@ class Policy:
         return self.parents.get(level) if level == self.relative_to else self.relative_to
 
 
-def policy_for(slug: str) -> Policy:
+def nearest_parents(unavailable: Collection[str]) -> dict[str, str | None]:
+    """Level -> the nearest level below that the machine can run: what `unavailable` leaves of the ladder."""
+
+    def below(level: str) -> str | None:
+        parent = PARENTS[level]
+        return below(parent) if parent in unavailable else parent
+
+    return {level: below(level) for level in PARENTS if level not in unavailable}
+
+
+def policy_for(slug: str, unavailable: Collection[str] = ()) -> Policy:
     """The policy of a machine: `cpu` by ratio to the same run's bf16, anything else in seconds.
+
+    A level whose parent is `unavailable` is compared with the nearest one below that runs.
 
     GPU: the floor is a quarter of the 2 % that has to be found; the spread is that of an idle H100 between processes.
     CPU: shared machines move by several per cent between processes, and seconds do not travel between them. Nor does
     the last bit: other vector units add in another order, so images may differ as float32's does from bf16's, a step
     error by a quarter.
     """
+    parents = nearest_parents(unavailable)
     if slug == "cpu" or slug.startswith("cpu-"):
         return Policy(
             slug=slug,
+            parents=parents,
             relative_to="bf16",
             floor=0.05,
             cap=0.25,
@@ -88,7 +102,7 @@ def policy_for(slug: str) -> Policy:
             step_error_floor=0.25,
             rounding_level="fp32",
         )
-    return Policy(slug=slug, relative_to=None, floor=0.005, cap=0.03, prior_sd=0.003)
+    return Policy(slug=slug, parents=parents, relative_to=None, floor=0.005, cap=0.03, prior_sd=0.003)
 
 
 def direction(metric: str) -> Direction:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fluxfast.levels import LADDER, get_level
+from fluxfast.levels import LADDER
 from fluxfast.workloads import Workload
 from perf_tests.harness import fidelity, gate, store
 from perf_tests.harness.files import read_png, write_over
@@ -65,7 +65,7 @@ class Session:
     @property
     def policy(self) -> gate.Policy:
         """How this machine is judged."""
-        return gate.policy_for(self.slug)
+        return gate.policy_for(self.slug, self.unavailable.keys())
 
     @property
     def results(self) -> dict[str, list[Result]]:
@@ -124,7 +124,7 @@ class Session:
 
         Empty if the stored run has none: it was measured against another baseline, or none.
         """
-        needed = [level, get_level(level).parent, self.policy.divisor(level)]
+        needed = [level, self.policy.parents.get(level), self.policy.divisor(level)]
         levels = [known.id for known in LADDER if known.id in needed and known.id in self.results]
         folder = self.folder / CONFIRM / level
         if self.measure is None:
@@ -274,8 +274,9 @@ class Session:
 
 
 def with_references(levels: Sequence[str], unavailable: Mapping[str, str]) -> list[str]:
-    """`levels`, their parents, bf16 and fp32, in ladder order, less what this machine cannot run."""
-    needed = {*levels, EXACT_LEVEL, REFERENCE_LEVEL, *(get_level(level).parent for level in levels)}
+    """`levels`, the nearest level below each that runs here, bf16 and fp32, in ladder order."""
+    parents = gate.nearest_parents(unavailable)
+    needed = {*levels, EXACT_LEVEL, REFERENCE_LEVEL, *(parents.get(level) for level in levels)}
     return [level.id for level in LADDER if level.id in needed and level.id not in unavailable]
 
 
