@@ -121,6 +121,19 @@ def test_nothing_moved_changes_nothing() -> None:
     assert update_baseline(old, new, LIMITS, None) == (old, [])
 
 
+def test_what_did_not_move_keeps_the_night() -> None:
+    """Only the latest thirty nights, none twice, none of a level that moved, none of the baseline's own run."""
+    old = sample_baseline()
+    new = sample_baseline(sample_run({"bf16": 1.01, "compile": 0.9}))
+    nights = {"fp32": 0.0, "bf16": 0.01, "compile": -0.1}
+    updated, _ = update_baseline(old, new, LIMITS, None, nights=nights)
+    assert {level: own.nights for level, own in updated.levels.items()} == {"fp32": [], "bf16": [0.01], "compile": []}
+    for index in range(40):
+        updated, _ = update_baseline(updated, updated, LIMITS, None, nights={"bf16": index / 1e4, "fp32": 0.002})
+    assert updated.levels["bf16"].nights == [index / 1e4 for index in range(10, 40)]
+    assert updated.levels["fp32"].nights == [0.002]
+
+
 def test_only_what_moved_is_rewritten() -> None:
     """A faster level needs no reason and is annotated; its fidelity stays; the others are untouched."""
     old = sample_baseline()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from perf_tests.harness import fidelity, recording, store, updating
-from perf_tests.harness.schema import Baseline
+from perf_tests.harness.schema import Baseline, Outcome
 from perf_tests.harness.session import EXACT_LEVEL, REFERENCE_LEVEL, Session
 
 
@@ -58,21 +58,37 @@ def store_run(session: Session, *, update: bool, reason: str | None, is_acceptin
     if session.baseline is None:
         raise store.BaselineError("there is no baseline to update; record one with --record-baseline")
     new, _ = baseline_of(session, session.stored_reference())
-    new, lines = updating.update_baseline(
-        session.baseline, new, _limits(session), reason, relative_to=session.policy.relative_to
+    updated, lines = updating.update_baseline(
+        session.baseline,
+        new,
+        _limits(session),
+        reason,
+        nights=_nights(session),
+        relative_to=session.policy.relative_to,
     )
     if not lines and is_accepting:
         raise store.BaselineError("no latency moved, and what is red is not updated by itself: use --record-baseline")
-    if not lines:
-        return ["baseline unchanged: nothing moved beyond a third of its limit"]
+    if updated == session.baseline:
+        return ["baseline unchanged: nothing moved beyond a third of its limit, and this night is known"]
     # The reference image stays the old one, which lies there already.
-    return [*lines, f"baseline written: {_write(session, new, {})}"]
+    path = _write(session, updated, {})
+    return [*(lines or ["nothing moved beyond a third of its limit; this night is kept"]), f"baseline written: {path}"]
 
 
 def _limits(session: Session) -> dict[str, float]:
     """Level -> latency limit as a log ratio; a level without one (not judged) has not moved."""
     limits = {level: session.latency(level).numbers.get("limit") for level in session.results}
     return {level: math.inf if limit is None else math.log1p(limit) for level, limit in limits.items()}
+
+
+def _nights(session: Session) -> dict[str, float]:
+    """Level -> log ratio to the baseline, of the levels that passed."""
+    verdicts = {level: session.latency(level) for level in session.results}
+    return {
+        level: math.log(ratio)
+        for level, verdict in verdicts.items()
+        if verdict.outcome is Outcome.PASS and (ratio := verdict.numbers.get("ratio"))
+    }
 
 
 def _write(session: Session, baseline: Baseline, images: dict[str, bytes]) -> Path:

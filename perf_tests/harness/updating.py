@@ -11,6 +11,9 @@ from typing import Any
 from perf_tests.harness.schema import AnnotatedStep, Baseline, LevelBaseline
 from perf_tests.harness.store import BaselineError
 
+NIGHTS_KEPT = 30
+"""Older nights tell of another driver and another season; thirty know a spread to an eighth of itself."""
+
 
 def update_baseline(
     old: Baseline,
@@ -18,24 +21,27 @@ def update_baseline(
     limits: Mapping[str, float],
     reason: str | None,
     *,
+    nights: Mapping[str, float] | None = None,
     relative_to: str | None = None,
     today: datetime.date | None = None,
 ) -> tuple[Baseline, list[str]]:
     """`old` with the levels that moved beyond a third of their limit taken from `new`.
 
-    What moved less stays, so that many small updates do not add up to an unseen regression. Without a reason a level
-    may become faster only, and keeps its fidelity, step error and memory.
+    What moved less stays, so that many small updates do not add up to an unseen regression; there tonight's change is
+    kept as one of the level's `nights`, from which the gate learns how much it moves when nothing changed. Without a
+    reason a level may become faster only, and keeps its fidelity, step error and memory.
 
     Args:
         old, new: of the same machine, workload and method; `new` from `baseline_from_results`.
         limits: level id -> latency limit as the gate has it, the natural log of a ratio (0.02 is about +2 %).
+        nights: level id -> tonight's log ratio to `old`, of those levels that passed.
         reason: why slower is accepted; needed too if a level's effective fields or proofs changed.
         relative_to: the policy's: level by whose median all others are divided first (`bf16` on slug `cpu`). Then one
             level that moved replaces all: times of two runs do not mix where only ratios within a run count.
         today: date of the annotation; default: now, UTC.
 
     Returns:
-        The baseline, equal to `old` if nothing moved, and one line a level that changed.
+        The baseline, equal to `old` if nothing moved and no night is given, and one line a level that moved.
 
     Raises:
         BaselineError: not comparable, a level is missing, or a loosening without reason.
@@ -60,8 +66,9 @@ def update_baseline(
             f"slower, or built otherwise, than the baseline: {', '.join(loosened)}; "
             'say why it is accepted with --reason "...", or fix it'
         )
+    levels = {level: _with_night(kept, (nights or {}).get(level)) for level, kept in old.levels.items()}
     if not moved:
-        return old, []
+        return old.model_copy(update={"levels": levels}), []
     lines = [_difference(old, new, level, ratios[level], limits[level]) for level in moved]
     date = (today or datetime.datetime.now(datetime.UTC).date()).isoformat()
     steps = [
@@ -74,11 +81,18 @@ def update_baseline(
             "environment": new.environment,
             "levels": {
                 level: _merge(old.levels[level], new.levels[level], bool(reason)) if level in replaced else kept
-                for level, kept in old.levels.items()
+                for level, kept in levels.items()
             },
             "steps": [*old.steps, *steps],
         }
     ), lines
+
+
+def _with_night(level: LevelBaseline, night: float | None) -> LevelBaseline:
+    # No change at all is the baseline's own run, and the same change to the last bit is a run that was kept before.
+    if not night or night in level.nights:
+        return level
+    return level.model_copy(update={"nights": [*level.nights, night][-NIGHTS_KEPT:]})
 
 
 def _median_s(baseline: Baseline, level: str) -> float:
