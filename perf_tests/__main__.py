@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import sys
 
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "issues": ("perf_tests.issues", "open a GitHub issue for each new regression, close it when green"),
+}
 """Name -> the module whose `main(arguments) -> exit status` runs it, and what it does in a line."""
 
 
