@@ -75,7 +75,7 @@ def nearest_parents(unavailable: Collection[str]) -> dict[str, str | None]:
 
     def below(level: str) -> str | None:
         parent = PARENTS[level]
-        return below(parent) if parent in unavailable else parent
+        return parent if parent is None or parent not in unavailable else below(parent)
 
     return {level: below(level) for level in PARENTS if level not in unavailable}
 
