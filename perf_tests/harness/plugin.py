@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import warnings
 from collections.abc import Generator
 from pathlib import Path
@@ -106,7 +107,7 @@ class Judge:
         benchmark.extra_info.update(
             fields=results[0].fields,
             unavailable=results[0].unavailable,
-            process_medians_s=[sorted(m.samples_s)[len(m.samples_s) // 2] for m in measured],
+            process_medians_s=[statistics.median(m.samples_s) for m in measured],
             peak_memory_bytes=[m.peak_memory_bytes for m in measured],
             warmup_s=[m.warmup_s for m in measured],
         )
