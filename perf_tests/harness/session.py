@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fluxfast.levels import LADDER, get_level
+from fluxfast.levels import LADDER, LEVELS, get_level
 from fluxfast.workloads import Workload
 from perf_tests.harness import fidelity, gate, store
 from perf_tests.harness.files import read_png, write_over
@@ -274,9 +274,9 @@ class Session:
 
 
 def with_references(levels: Sequence[str], unavailable: Mapping[str, str]) -> list[str]:
-    """`levels`, their parents, bf16 and fp32, in ladder order, less what this machine cannot run."""
+    """`levels`, their parents, bf16 and fp32, lowest first, less what this machine cannot run."""
     needed = {*levels, EXACT_LEVEL, REFERENCE_LEVEL, *(get_level(level).parent for level in levels)}
-    return [level.id for level in LADDER if level.id in needed and level.id not in unavailable]
+    return [level for level in LEVELS if level in needed and level not in unavailable]
 
 
 def worst(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
