@@ -159,7 +159,8 @@ def _session(folder: Path, facts: RunFacts, options: argparse.Namespace, run_lev
 
 
 def _write(session: Session, rows: Sequence[table.Row]) -> None:
-    notes = [f"not on this machine: {level} ({why})" for level, why in session.unavailable.items()]
+    absent = {level.id: session.unavailable[level.id] for level in LADDER if level.id in session.unavailable}
+    notes = [f"not on this machine: {level} ({why})" for level, why in absent.items()]
     notes += [f"* {row.level} was disturbed: {row.disturbed}" for row in rows if row.disturbed]
     notes += [f"{row.level} without {row.without}" for row in rows if row.without]
     write_over(session.folder / CSV_FILE, table.to_csv(rows))

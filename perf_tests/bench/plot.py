@@ -16,7 +16,9 @@ from fluxfast.workloads import Workload
 from perf_tests.bench.table import STAGES, Row
 from perf_tests.harness.schema import Environment
 
-COLOURS = dict(zip(STAGES, ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#999999"), strict=True))
+WHOLE = "whole call"
+"""What a bar is made of where a worker told no stages."""
+COLOURS = dict(zip((*STAGES, WHOLE), ("#E69F00", "#0072B2", "#009E73", "#CC79A7", "#999999", "#56B4E9"), strict=True))
 """Okabe and Ito's, which differ for colour-blind eyes and in grey."""
 NAMES = {
     "text_encode": "text encoding",
@@ -25,11 +27,14 @@ NAMES = {
     "postprocess": "postprocessing",
     "other": "rest",
 }
-UNDIVIDED = "#56B4E9"
-WIDTH_IN, ROW_IN = 11.0, 0.46
-LEFT_IN, RIGHT_IN, TOP_IN, BOTTOM_IN = 1.5, 3.6, 1.35, 1.25
-TABLE_X = (1.13, 1.30, 1.47)
-"""Right edges of the columns beside the bars, in widths of the axes."""
+BARS_IN, ROW_IN = 6.4, 0.46
+LEFT_IN, RIGHT_IN, TOP_IN, BOTTOM_IN = 1.6, 4.0, 1.3, 1.1
+WIDTH_IN = LEFT_IN + BARS_IN + RIGHT_IN
+NOTE_IN = 0.17
+"""Height of one line of the notes."""
+TABLE_X = tuple(1 + inches / BARS_IN for inches in (0.85, 1.65, 2.5))
+PARENT_X = 1 + 2.6 / BARS_IN
+"""Right edges of median and speed-ups, and the left edge of the parent's name, in widths of the bars' axes."""
 DPI = 150
 
 
@@ -47,19 +52,12 @@ def figure(table: Sequence[Row], workload: Workload, notes: Sequence[str]) -> Fi
         table: at least one row, lowest level first.
         notes: sentences below the bars: what was not measured, and why.
     """
-    lines = [line for note in notes for line in textwrap.wrap(note, 150)]
-    height_in = TOP_IN + ROW_IN * len(table) + BOTTOM_IN + 0.17 * len(lines)
+    lines = [line for note in notes for line in textwrap.wrap(note, 165)]
+    height_in = TOP_IN + ROW_IN * len(table) + BOTTOM_IN + NOTE_IN * len(lines)
     own = Figure(figsize=(WIDTH_IN, height_in))
     FigureCanvasAgg(own)
-    bottom = (BOTTOM_IN + 0.17 * len(lines)) / height_in
-    axes = own.add_axes(
-        (
-            LEFT_IN / WIDTH_IN,
-            bottom,
-            1 - (LEFT_IN + RIGHT_IN) / WIDTH_IN,
-            ROW_IN * len(table) / height_in,
-        )
-    )
+    bottom = (BOTTOM_IN + NOTE_IN * len(lines)) / height_in
+    axes = own.add_axes((LEFT_IN / WIDTH_IN, bottom, BARS_IN / WIDTH_IN, ROW_IN * len(table) / height_in))
     axes.set(ylim=(len(table) - 0.5, -0.5), xlabel="seconds a whole pipeline(...) call", axisbelow=True)
     axes.set_yticks(range(len(table)), [row.level for row in table])
     axes.grid(axis="x", color="#DDDDDD")
@@ -69,16 +67,7 @@ def figure(table: Sequence[Row], workload: Workload, notes: Sequence[str]) -> Fi
     longest = max((row.max_s for row in table if row.max_s is not None), default=1.0)
     axes.set_xlim(0, 1.03 * longest)
     for x, heading in zip(TABLE_X, ("median", "to bf16", "to parent"), strict=True):
-        axes.text(
-            x,
-            -0.5 - 0.06 / ROW_IN,
-            heading,
-            transform=axes.get_yaxis_transform(),
-            ha="right",
-            va="bottom",
-            fontsize=9,
-            weight="bold",
-        )
+        _write(axes, x, -0.7, heading, ha="right", fontsize=9, weight="bold")
     _draw_legend(own, table, bottom - 0.55 / height_in)
     _draw_title(own, table, workload, height_in)
     own.text(0.02, 0.1 / height_in, "\n".join(lines), fontsize=8, va="bottom", color="#444444", linespacing=1.3)
@@ -88,32 +77,30 @@ def figure(table: Sequence[Row], workload: Workload, notes: Sequence[str]) -> Fi
 def _draw_row(axes: Any, place: int, row: Row) -> None:
     if row.median_s is None:
         kind = (row.error or "not measured").partition(":")[0]
-        axes.text(0.01, place, f"failed: {kind}", transform=axes.get_yaxis_transform(), va="center", color="#B00020")
+        _write(axes, 0.01, place, f"failed: {kind}", color="#B00020")
         return
+    # Medians of parts do not add up to the whole's median: the bar is as long as that, and parts have their shares.
+    stages = row.stages() or {WHOLE: row.median_s}
     left = 0.0
-    for stage, seconds in row.stages().items():
-        axes.barh(place, seconds, 0.62, left, color=COLOURS[stage])
-        left += seconds
-    if not row.stages():
-        axes.barh(place, row.median_s, 0.62, color=UNDIVIDED)
+    for stage, seconds in stages.items():
+        width = seconds / sum(stages.values()) * row.median_s
+        axes.barh(place, width, 0.62, left, color=COLOURS[stage])
+        left += width
     axes.hlines(place, row.min_s, row.max_s, color="black", linewidth=0.8)
     if row.low_s is not None:
         axes.hlines(place, row.low_s, row.high_s, color="black", linewidth=3.5)
     axes.plot(row.median_s, place, marker="|", markersize=15, markeredgewidth=1.6, color="black")
     speed_ups = (_times(row.speedup_to_bf16), _times(row.speedup_to_parent))
-    texts = (f"{row.median_s:.3g} s" + ("*" if row.disturbed else ""), *speed_ups)
+    texts = (f"{row.median_s:#.3g} s" + ("*" if row.disturbed else ""), *speed_ups)
     for x, text in zip(TABLE_X, texts, strict=True):
-        axes.text(x, place, text, transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=10)
+        _write(axes, x, place, text, ha="right")
     if row.parent:
-        axes.text(
-            TABLE_X[-1] + 0.02,
-            place,
-            f"({row.parent})",
-            transform=axes.get_yaxis_transform(),
-            va="center",
-            fontsize=8,
-            color="#444444",
-        )
+        _write(axes, PARENT_X, place, f"({row.parent})", fontsize=8, color="#444444")
+
+
+def _write(axes: Any, x: float, place: float, text: str, **style: Any) -> None:
+    """Text beside the bars: `x` in widths of the axes, `place` in rows."""
+    axes.text(x, place, text, transform=axes.get_yaxis_transform(), va="center", **style)
 
 
 def _times(ratio: float | None) -> str:
@@ -143,7 +130,7 @@ def _draw_legend(own: Figure, table: Sequence[Row], top: float) -> None:
 def _draw_title(own: Figure, table: Sequence[Row], workload: Workload, height_in: float) -> None:
     environment = next((row.environment for row in table if row.environment), None)
     what = (
-        f"{workload.id} ({workload.checkpoint}): {workload.width}x{workload.height}, "
+        f"workload {workload.id}, checkpoint {workload.checkpoint}: {workload.width}x{workload.height}, "
         f"{workload.num_inference_steps} steps, {workload.max_sequence_length} text tokens, {_counts(table)}"
     )
     lines = [what] if environment is None else [what, *textwrap.wrap(versions(environment), 120)]

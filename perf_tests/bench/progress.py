@@ -58,8 +58,12 @@ class BarPrinter(ProgressPrinter):
         if not every:
             return "time left: known after the first worker"
         expected = [statistics.mean(self._took_s.get(level) or every) for level, _ in self._jobs[finished:]]
-        expected[0] = max(0.0, expected[0] - (self._clock() - self._since_s))
-        return f"about {readable(sum(expected))} left"
+        current_s, rest_s = expected[0] - (self._clock() - self._since_s), sum(expected[1:])
+        if current_s > 0:
+            return f"about {readable(current_s + rest_s)} left"
+        return (
+            f"slower than those before; then {readable(rest_s)}" if rest_s else "last worker, slower than those before"
+        )
 
 
 def readable(seconds: float) -> str:
