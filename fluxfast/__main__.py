@@ -1,9 +1,11 @@
-"""Command line: `python -m fluxfast levels | generate`."""
+"""Command line: `python -m fluxfast levels | generate | bench`."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -24,6 +26,9 @@ def main() -> int:
     draw.add_argument("--workload", default="tiny", help="one of " + ", ".join(WORKLOADS))
     draw.add_argument("--seed", type=int, default=None)
     draw.add_argument("-o", "--output", type=Path, required=True)
+    commands.add_parser("bench", help="measure levels into one table, one plot and their images; `bench -h` tells more")
+    if sys.argv[1:2] == ["bench"]:  # its options are the suite's own, unknown here
+        return run_bench(sys.argv[2:])
     arguments = parser.parse_args()
     try:
         if arguments.command == "levels":
@@ -48,6 +53,20 @@ def list_levels(as_json: bool) -> int:
         change = f"{field}={getattr(level, field)}" if field else f"dtype={level.dtype}"
         print(f"{level.id:16}{change:34}{reasons[level.id] or 'runs here'}")
     return 0
+
+
+def run_bench(options: list[str]) -> int:
+    """Hand over to the suite, which measures this package and is not imported by it."""
+    if importlib.util.find_spec("perf_tests") is None:
+        print(
+            "error: bench is part of the suite, and `perf_tests` cannot be found here; run it in a checkout of "
+            "fluxfast-perf or install it with pip install 'fluxfast-perf[perf]'",
+            file=sys.stderr,
+        )
+        return 2
+    sys.argv = ["perf_tests", "bench", *options]
+    runpy.run_module("perf_tests", run_name="__main__")
+    raise AssertionError("perf_tests ends with SystemExit")
 
 
 def draw_image(arguments: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ import importlib
 import sys
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "bench": ("perf_tests.bench.cli", "measure levels into one table, one plot and their images"),
     "issues": ("perf_tests.issues", "open a GitHub issue for each new regression, close it when green"),
 }
 """Name -> the module whose `main(arguments) -> exit status` runs it, and what it does in a line."""
@@ -15,7 +16,16 @@ def main() -> int:
     """Run one command; 2 after one sentence on stderr if there is no such command."""
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in COMMANDS:
-        status: int = importlib.import_module(COMMANDS[name][0]).main(sys.argv[2:])
+        try:
+            command = importlib.import_module(COMMANDS[name][0])
+        except ModuleNotFoundError as error:
+            print(
+                f"error: {name!r} needs the package {error.name!r}, which is not installed; "
+                "install the extra it belongs to: pip install 'fluxfast-perf[perf]'",
+                file=sys.stderr,
+            )
+            return 2
+        status: int = command.main(sys.argv[2:])
         return status
     listed = "".join(f"\n  {known:10}{does}" for known, (_, does) in COMMANDS.items())
     if name in ("-h", "--help"):

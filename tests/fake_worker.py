@@ -14,7 +14,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from fluxfast.levels import get_level
 from fluxfast.workloads import get_workload
 from perf_tests.harness import exit_status, faults
-from perf_tests.harness.progress import RESULT_FILE, STAGES, leave, report_stage, write_result
+from perf_tests.harness.progress import RESULT_FILE, STAGES, TRACE_FILE, leave, report_stage, write_result
 from perf_tests.harness.schema import Measurement, Result
 
 
@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--process", type=int)
     parser.add_argument("--out", type=pathlib.Path)
     parser.add_argument("--cache", type=pathlib.Path)
+    parser.add_argument("--trace", action="store_true")
     arguments = parser.parse_args()
     out, behave = arguments.out, arguments.behave
     (out / "pid").write_text(str(os.getpid()))
@@ -74,6 +75,8 @@ def main() -> None:
             time.sleep(600)
         if stage == "measure":
             act(arguments, behave, out)
+    if arguments.trace:
+        (out / TRACE_FILE).write_bytes(b"")
     if behave == "torn":
         (out / RESULT_FILE).write_text(result_of(arguments).model_dump_json()[:-40])
     elif behave == "forgetful":

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FLUXFAST = sorted((ROOT / "fluxfast").rglob("*.py"))
 PERF_TESTS = sorted((ROOT / "perf_tests").rglob("*.py"))
-USES_TORCH = {"worker.py", "clock.py", "environment.py", "memory.py"}
+USES_TORCH = {"worker.py", "clock.py", "environment.py", "memory.py", "trace.py"}
 HEAVY = {"torch", "torchao", "diffusers", "transformers", "triton"}
 
 

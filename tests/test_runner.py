@@ -139,6 +139,13 @@ def test_fault_is_passed_on(tmp_path: pathlib.Path) -> None:
     assert run(tmp_path, inject="latency=+5%").injection == "latency=+5%"
 
 
+@pytest.mark.parametrize("is_traced", [False, True])
+def test_trace_is_asked_for(tmp_path: pathlib.Path, is_traced: bool) -> None:
+    """A worker writes a trace only if it is told to."""
+    assert run(tmp_path, is_traced=is_traced).failure is None
+    assert (tmp_path / "compile/0" / progress.TRACE_FILE).exists() is is_traced
+
+
 @pytest.mark.parametrize(
     ("change", "known"),
     [({"level": "nope"}, "fused_qkv"), ({"workload": "nope"}, "schnell"), ({"inject": "nope"}, "colour-cast")],

@@ -1,1 +1,1 @@
-"""What the tests of the suite are made of. Only `worker`, `clock`, `environment` and `memory` import torch."""
+"""What the tests of the suite are made of. Only `worker`, `clock`, `environment`, `memory` and `trace` import torch."""

@@ -1,4 +1,4 @@
-"""What a number was measured on. Used by the worker alone; imports torch."""
+"""What a number was measured on; run as a module it prints that. Used by the worker alone; imports torch."""
 
 from __future__ import annotations
 
@@ -57,3 +57,7 @@ def read_environment() -> Environment:
         cpu_threads=torch.get_num_threads(),
         platform=platform.platform(),
     )
+
+
+if __name__ == "__main__":
+    print(read_environment().model_dump_json())

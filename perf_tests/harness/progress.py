@@ -4,6 +4,7 @@ The worker's side, files in the folder it is given as `--out`:
 
 * `progress.jsonl`: `report_stage` appends a line when a stage begins and, as often as it likes outside timed regions,
   for its detail. A stage's deadline runs from its first line; more lines of the same stage do not extend it.
+* `trace.json.gz`: only if it was asked for, a profile of one call that is not timed.
 * `result.json`: `write_result`, once, as the last act before exit status 0.
 * On a failure it knows: `leave(out, exit_status.OOM, sentence)`, and no `result.json`. The runner writes that.
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +30,7 @@ Stage = Literal["load", "apply", "warmup", "measure", "finish"]
 STAGES: Final[tuple[Stage, ...]] = get_args(Stage)
 PROGRESS_FILE: Final = "progress.jsonl"
 RESULT_FILE: Final = "result.json"
+TRACE_FILE: Final = "trace.json.gz"
 CI_LINE_EVERY_S: Final = 15.0
 
 OnProgress = Callable[[str, int, Stage, str, float], None]
@@ -143,16 +146,20 @@ class ProgressPrinter:
         is_new = (level, process) not in self._seen or stage != self._stage
         self._seen[level, process] = None
         self._stage = stage
-        line = (
-            f"[{len(self._seen)}/{self._workers}] {level} #{process} {stage} "
-            f"{elapsed_s:.0f} s of at most {self._deadlines.of(stage):.0f} s {detail}"
-        ).rstrip()
+        line = self._line(level, process, stage, detail, elapsed_s)
         if self._stream.isatty():
-            self._stream.write(f"\r{line}\x1b[K")
+            # A line that wraps cannot be taken back by a carriage return.
+            self._stream.write(f"\r{line[: shutil.get_terminal_size().columns - 1]}\x1b[K")
         elif is_new or elapsed_s - self._line_at_s >= CI_LINE_EVERY_S:
             self._line_at_s = elapsed_s
             self._stream.write(f"{line}\n")
         self._stream.flush()
+
+    def _line(self, level: str, process: int, stage: Stage, detail: str, elapsed_s: float) -> str:
+        return (
+            f"[{len(self._seen)}/{self._workers}] {level} #{process} {stage} "
+            f"{elapsed_s:.0f} s of at most {self._deadlines.of(stage):.0f} s {detail}"
+        ).rstrip()
 
     def close(self) -> None:
         """Clear the terminal's line, so that the next writer starts on an empty one."""

@@ -24,13 +24,7 @@ from fluxfast.levels import get_level
 from fluxfast.workloads import get_workload
 from perf_tests.harness import exit_status, faults
 from perf_tests.harness.process_group import dump_stacks, process_group
-from perf_tests.harness.progress import (
-    RESULT_FILE,
-    Deadlines,
-    OnProgress,
-    StageReader,
-    write_result,
-)
+from perf_tests.harness.progress import RESULT_FILE, Deadlines, OnProgress, StageReader, write_result
 from perf_tests.harness.schema import ErrorKind, Failure, Result
 
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -72,6 +66,7 @@ def run_level(
     deadlines: Deadlines,
     cache: Path | None = None,
     inject: str | None = None,
+    is_traced: bool = False,
     on_progress: OnProgress | None = None,
     worker_command: Sequence[str] = WORKER_COMMAND,
 ) -> Result:
@@ -82,6 +77,7 @@ def run_level(
         folder: the run's, from `new_run_folder`; everything lands in `folder/level/process`.
         cache: for Inductor, Triton and ahead-of-time packages, kept between runs; None leaves them their defaults.
         inject: a fault, as `faults.parse` reads it.
+        is_traced: whether the worker profiles one more call, after all that is timed, into `TRACE_FILE`.
         on_progress: called about once a second and at each change of stage.
 
     Returns:
@@ -105,7 +101,11 @@ def run_level(
         inject=inject,
         deadlines=deadlines,
         arguments=(*worker_command, "--level", level, "--workload", workload, "--process", str(process)),
-        options=(*(("--inject", inject) if inject else ()), *(("--cache", str(cache.resolve())) if cache else ())),
+        options=(
+            *(("--inject", inject) if inject else ()),
+            *(("--cache", str(cache.resolve())) if cache else ()),
+            *(("--trace",) if is_traced else ()),
+        ),
         variables=_variables(cache),
     )
     try:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fluxfast.levels import LADDER
+from fluxfast.levels import LADDER, LEVELS
 from fluxfast.workloads import Workload
 from perf_tests.harness import fidelity, gate, store
 from perf_tests.harness.files import read_png, write_over
@@ -274,10 +274,10 @@ class Session:
 
 
 def with_references(levels: Sequence[str], unavailable: Mapping[str, str]) -> list[str]:
-    """`levels`, the nearest level below each that runs here, bf16 and fp32, in ladder order."""
+    """`levels`, the nearest level below each that runs here, bf16 and fp32, lowest first."""
     parents = gate.nearest_parents(unavailable)
     needed = {*levels, EXACT_LEVEL, REFERENCE_LEVEL, *(parents.get(level) for level in levels)}
-    return [level.id for level in LADDER if level.id in needed and level.id not in unavailable]
+    return [level for level in LEVELS if level in needed and level not in unavailable]
 
 
 def worst(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:

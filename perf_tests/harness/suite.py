@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from fluxfast.levels import LADDER, get_level
+from fluxfast.levels import LADDER
 from fluxfast.workloads import get_workload
 from perf_tests.harness import faults, gpu, lease, runner, store
+from perf_tests.harness.machine import ask_machine, chosen_levels, default_workload, first_gpu, git_sha
 from perf_tests.harness.progress import CPU_DEADLINES, GPU_DEADLINES, ProgressPrinter
 from perf_tests.harness.quarantine import load_quarantine
 from perf_tests.harness.recording import MIN_PROCESSES
@@ -52,8 +50,11 @@ class Suite:
         if option.workload not in (None, facts.workload):
             raise ValueError(f"--workload {option.workload}: the stored run {option.replay} is of {facts.workload!r}")
         workload = get_workload(facts.workload)
-        self.expected = _chosen_levels(option.levels, facts.levels, facts.unavailable)
-        if self.is_recording and (option.inject or (left := set(facts.levels) - set(self.expected))):
+        ladder = [level for level in facts.levels if level in LEVELS]
+        if not ladder:
+            raise ValueError(f"the stored run {option.replay} holds no level of the ladder, and only those are judged")
+        self.expected = chosen_levels(option.levels, ladder, facts.unavailable)
+        if self.is_recording and (option.inject or (left := set(ladder) - set(self.expected))):
             why = "--inject" if option.inject else f"--levels without {', '.join(sorted(left))}"
             raise ValueError(f"a baseline holds the whole ladder, unbroken: leave {why} away to record or update one")
         self.injections = _injections(option.inject, self.expected)
@@ -63,7 +64,7 @@ class Suite:
         _point_benchmark_at(option, path)
         is_gpu = facts.slug != gpu.CPU_SLUG
         self._deadlines = GPU_DEADLINES if is_gpu else CPU_DEADLINES
-        self._gpu = str(_first_gpu()) if is_gpu else None
+        self._gpu = str(first_gpu()) if is_gpu else None
         self.session = Session(
             folder=option.replay or option.results,
             workload=workload,
@@ -79,7 +80,7 @@ class Suite:
         if option.replay:
             self.session.results  # noqa: B018  # a partial run is refused here and not test by test
         else:
-            self.session.make_folder = lambda: runner.new_run_folder(option.results, _git_sha())
+            self.session.make_folder = lambda: runner.new_run_folder(option.results, git_sha())
 
     @property
     def voids(self) -> list[Verdict]:
@@ -106,7 +107,7 @@ class Suite:
     def _new_facts(self, option: Any) -> RunFacts:
         machine = ask_machine()
         is_gpu = machine["device"] == "cuda"
-        workload = get_workload(option.workload or ("schnell" if machine["capability"] == [9, 0] else "tiny"))
+        workload = get_workload(option.workload or default_workload(machine))
         unavailable = {level: why for level, why in machine["levels"].items() if why and level in LEVELS}
         processes = option.processes
         if processes is None:
@@ -115,7 +116,7 @@ class Suite:
         if processes < least:
             raise ValueError(f"--processes is {processes}, expected at least {least}")
         return RunFacts(
-            slug=gpu.slug(_first_gpu() if is_gpu else 0),
+            slug=gpu.slug(first_gpu() if is_gpu else 0),
             workload=workload.id,
             workload_digest=workload.digest,
             levels=[level for level in LEVELS if level not in unavailable],
@@ -148,25 +149,6 @@ class Suite:
         return results
 
 
-def ask_machine() -> dict[str, Any]:
-    """What this machine can run, from a process that may import torch.
-
-    Raises:
-        ValueError: with what that process said, if it could not tell.
-    """
-    command = [sys.executable, "-m", "fluxfast", "levels", "--json"]
-    asked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if asked.returncode != 0:
-        last = (asked.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        raise ValueError(f"`{' '.join(command)}` failed with exit status {asked.returncode}: {last}")
-    answer: dict[str, Any] = json.loads(asked.stdout.strip().splitlines()[-1])
-    return answer
-
-
-def _first_gpu() -> Any:
-    return gpu.first_visible(os.environ.get("CUDA_VISIBLE_DEVICES"))
-
-
 def _point_benchmark_at(option: Any, path: Path | None) -> None:
     """Let pytest-benchmark show the baseline that the gate judges by; without one it has nothing to compare with."""
     if not option.benchmark_compare:
@@ -183,18 +165,6 @@ def _point_benchmark_at(option: Any, path: Path | None) -> None:
         option.benchmark_storage = str(path.parent)
 
 
-def _chosen_levels(asked: str | None, available: Sequence[str], unavailable: dict[str, str]) -> list[str]:
-    if asked is None:
-        return list(available)
-    names = [get_level(name.strip()).id for name in asked.split(",")]
-    for name in names:
-        if name in unavailable:
-            raise ValueError(f"--levels {name}: {unavailable[name]}")
-        if name not in available:
-            raise ValueError(f"--levels {name}: not on this run's ladder; choose from {', '.join(available)}")
-    return [level for level in available if level in names]
-
-
 def _injections(specs: Sequence[str], levels: Sequence[str]) -> dict[str, str]:
     injections = {}
     for spec in specs:
@@ -203,8 +173,3 @@ def _injections(specs: Sequence[str], levels: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"--inject {spec!r}: expected LEVEL:FAULT with one of {', '.join(levels)}")
         injections[level] = faults.parse(fault).spec
     return injections
-
-
-def _git_sha() -> str:
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "nogit"

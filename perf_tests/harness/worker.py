@@ -19,7 +19,7 @@ from fluxfast.levels import get_level
 from fluxfast.workloads import Workload, get_workload
 from perf_tests.harness import exit_status, faults, gpu, sanity
 from perf_tests.harness.environment import device_uuid, read_environment
-from perf_tests.harness.progress import leave, report_stage, write_result
+from perf_tests.harness.progress import TRACE_FILE, leave, report_stage, write_result
 from perf_tests.harness.schema import Measurement, Proof, Result
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--inject")
     parser.add_argument("--cache", type=Path)
+    parser.add_argument("--trace", action="store_true")
     arguments = parser.parse_args()
     out: Path = arguments.out
     report_stage(out, "load", "importing torch")
@@ -104,7 +105,7 @@ def run(arguments: argparse.Namespace, out: Path) -> Result:
     measurement = measure(built, workload, fault, out, moments["apply"] - started, applied - moments["apply"])
     report_stage(out, "finish")
     sanity.require_possible_steps(workload, built.level.fields(), torch.cuda.is_available(), measurement.stages_s)
-    return Result(
+    result = Result(
         level=level.id,
         workload=workload.id,
         workload_digest=workload.digest,
@@ -116,6 +117,10 @@ def run(arguments: argparse.Namespace, out: Path) -> Result:
         counters=gpu.difference(before, gpu.read_counters(device, [os.getpid()])) if before and device else None,
         measurement=measurement,
     )
+    if arguments.trace:
+        report_stage(out, "finish", "trace")
+        _trace(built, workload, out / TRACE_FILE)
+    return result
 
 
 def measure(
@@ -181,6 +186,18 @@ def save_image(image: Any, path: Path) -> str:
 
     Image.fromarray(image).save(path, "PNG")
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _trace(built: Built, workload: Workload, path: Path) -> None:
+    """Profile one more call; a profiler that fails costs the trace, which the parent misses, not the measurement."""
+    from fluxfast.build import generate
+    from perf_tests.harness.trace import write_trace
+
+    try:
+        write_trace(built.pipeline, lambda: generate(built, workload), path)
+    except Exception:
+        traceback.print_exc()
+        path.unlink(missing_ok=True)
 
 
 def _strike(fault: faults.Fault | None) -> None:
