@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import sys
 
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "bisect": ("perf_tests.bisect.cli", "find the version of a package that made a test red"),
+}
 """Name -> the module whose `main(arguments) -> exit status` runs it, and what it does in a line."""
 
 

@@ -53,7 +53,10 @@ class Suite:
             raise ValueError(f"--workload {option.workload}: the stored run {option.replay} is of {facts.workload!r}")
         workload = get_workload(facts.workload)
         self.expected = _chosen_levels(option.levels, facts.levels, facts.unavailable)
-        if self.is_recording and (option.inject or (left := set(facts.levels) - set(self.expected))):
+        if option.partial_baseline and (option.update_baseline or option.baselines.resolve() == ROOT / "baselines"):
+            raise ValueError("--partial-baseline goes with --record-baseline and a --baselines folder of your own")
+        left = set() if option.partial_baseline else set(facts.levels) - set(self.expected)
+        if self.is_recording and (option.inject or left):
             why = "--inject" if option.inject else f"--levels without {', '.join(sorted(left))}"
             raise ValueError(f"a baseline holds the whole ladder, unbroken: leave {why} away to record or update one")
         self.injections = _injections(option.inject, self.expected)
