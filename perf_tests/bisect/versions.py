@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import re
 import subprocess
 import sys
@@ -73,16 +74,9 @@ def _match(asked: Version, existing: Sequence[Version]) -> Version:
         return alike[0]
     if alike:
         raise VersionError(f"version {asked} could be {' or '.join(map(str, alike))}: name one of them")
-    near = sorted(existing, key=lambda version: abs(_position(version, existing) - _place(asked, existing)))[:4]
+    place = bisect.bisect(existing, asked)
+    near = ", ".join(map(str, existing[max(0, place - 2) : place + 2])) or "none"
     raise VersionError(
         f"version {asked} does not exist among {len(existing)} versions; near it are "
-        f"{', '.join(map(str, sorted(near))) or 'none'} (nightlies need --pre and the --index-url they lie on)"
+        f"{near} (nightlies need --pre and the --index-url they lie on)"
     )
-
-
-def _position(version: Version, existing: Sequence[Version]) -> float:
-    return float(existing.index(version))
-
-
-def _place(asked: Version, existing: Sequence[Version]) -> float:
-    return sum(version < asked for version in existing) - 0.5
