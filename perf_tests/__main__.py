@@ -7,6 +7,7 @@ import sys
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "bisect": ("perf_tests.bisect.cli", "find the version of a package that made a test red"),
+    "sweep": ("perf_tests.sweep.cli", "levels x workloads x versions over the GPUs of a Ray cluster"),
 }
 """Name -> the module whose `main(arguments) -> exit status` runs it, and what it does in a line."""
 

@@ -70,7 +70,7 @@ def _evidence(state: State, version: str, kind: Kind) -> list[str]:
 
 
 def _samples(run: Judged) -> list[str]:
-    lines = []
+    lines = [] if run.samples_s else ["    no samples: nothing was measured"]
     for level, processes in run.samples_s.items():
         medians = " ".join(f"{statistics.median(own):.4f}" for own in processes)
         calls = sum(map(len, processes))

@@ -108,7 +108,11 @@ def judge(question: Question, python: Path, root: Path) -> Judged:
         kind=kind,
         why=why,
         numbers=_numbers(case),
-        samples_s={id: [own.measurement.samples_s for own in results[id] if own.measurement] for id in results},
+        samples_s={
+            id: samples
+            for id in results
+            if (samples := [m.measurement.samples_s for m in results[id] if m.measurement])
+        },
         facts={
             proof.what: proof.observed
             for own in results.get(level, [])[:1]

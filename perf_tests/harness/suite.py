@@ -66,7 +66,7 @@ class Suite:
         _point_benchmark_at(option, path)
         is_gpu = facts.slug != gpu.CPU_SLUG
         self._deadlines = GPU_DEADLINES if is_gpu else CPU_DEADLINES
-        self._gpu = str(_first_gpu()) if is_gpu else None
+        self._gpu = str(first_gpu()) if is_gpu else None
         self.session = Session(
             folder=option.replay or option.results,
             workload=workload,
@@ -118,7 +118,7 @@ class Suite:
         if processes < least:
             raise ValueError(f"--processes is {processes}, expected at least {least}")
         return RunFacts(
-            slug=gpu.slug(_first_gpu() if is_gpu else 0),
+            slug=gpu.slug(first_gpu() if is_gpu else 0),
             workload=workload.id,
             workload_digest=workload.digest,
             levels=[level for level in LEVELS if level not in unavailable],
@@ -166,7 +166,8 @@ def ask_machine() -> dict[str, Any]:
     return answer
 
 
-def _first_gpu() -> Any:
+def first_gpu() -> int | str:
+    """NVML's name of the GPU that this process would use."""
     return gpu.first_visible(os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
