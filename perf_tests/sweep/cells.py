@@ -62,6 +62,9 @@ class Attempt(Strict):
     """`failed`: the worker's result says why. `lost`: the node went away and there is no result."""
     said: str
     seconds: float
+    """From the order to the gathered result."""
+    worker_s: float = 0.0
+    """Of these, in the worker itself."""
 
 
 class Record(Strict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -118,6 +119,9 @@ def _tell(records: Sequence[Record], runs: Sequence[Path]) -> int:
     for record in unrun:
         print(f"{record.version} {record.workload} {record.level} #{record.process}: no result: {record.unrun}")
     print(f"{len(records) - len(unrun)} of {len(records)} cells have a result; {len(lost)} lost a machine on the way")
+    shares = [1 - own.worker_s / own.seconds for record in records for own in record.attempts if own.worker_s]
+    if shares:
+        print(f"the sweep's own share of a cell's time: median {statistics.median(shares):.1%}, most {max(shares):.1%}")
     for run in runs:
         print(f"judge: pytest perf_tests --benchmark-compare --replay {run}")
     return INCOMPLETE if unrun else DONE

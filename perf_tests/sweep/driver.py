@@ -98,15 +98,15 @@ class Sweep:
 
     def _start_what_fits(self, pool: Pool, nodes: Sequence[Node]) -> None:
         busy = [node.id for _, node, _ in self._running.values()]
-        free = {node: node.slots - busy.count(node.id) for node in nodes}
+        free = {node.id: node.slots - busy.count(node.id) for node in nodes}
         for cell in list(self._waiting):
-            fitting = [n for n in nodes if n.kind == self._kinds[cell.workload] and free[n] > 0]
+            fitting = [n for n in nodes if n.kind == self._kinds[cell.workload] and free[n.id] > 0]
             if not fitting:
                 continue
             # Not where it was lost before, if there is another.
             lost_on = [attempt.node for attempt in self.records[cell].attempts]
-            node = min(fitting, key=lambda n: (lost_on.count(n.id), -free[n]))
-            free[node] -= 1
+            node = min(fitting, key=lambda n: (lost_on.count(n.id), -free[n.id]))
+            free[node.id] -= 1
             self._waiting.remove(cell)
             recipe = None if cell.version == AS_INSTALLED else self._recipe
             order = Order(cell, node.slug, recipe, self._cache, self._worker_command)
@@ -114,8 +114,15 @@ class Sweep:
             self._running[pool.start(node, order)] = (cell, node, time.monotonic())
 
     def _end(self, cell: Cell, node: Node, since: float, pool: Pool, ticket: object) -> None:
-        def attempt(outcome: Literal["measured", "failed", "lost"], said: str) -> None:
-            own = Attempt(node=node.id, kind=node.kind, outcome=outcome, said=said, seconds=time.monotonic() - since)
+        def attempt(outcome: Literal["measured", "failed", "lost"], said: str, worker_s: float = 0.0) -> None:
+            own = Attempt(
+                node=node.id,
+                kind=node.kind,
+                outcome=outcome,
+                said=said,
+                seconds=time.monotonic() - since,
+                worker_s=worker_s,
+            )
             self._say(f"{cell.path}: {outcome} on {node.id} after {own.seconds:.0f} s{': ' if said else ''}{said}")
             self._note(cell, attempts=[*self.records[cell].attempts, own])
 
@@ -135,7 +142,7 @@ class Sweep:
         place = self._folder / cell.path
         gather(place, delivery.files)
         failure = store.read_result(place / RESULT_FILE).failure
-        attempt("failed" if failure else "measured", failure.message if failure else "")
+        attempt("failed" if failure else "measured", failure.message if failure else "", delivery.worker_s)
 
     def _note(self, cell: Cell, **change: object) -> None:
         self.records[cell] = self.records[cell].model_copy(update=change)

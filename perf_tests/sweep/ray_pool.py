@@ -32,7 +32,13 @@ class RayPool:
     """
 
     def __init__(self, address: str | None) -> None:
-        ray.init(address=address, log_to_driver=False, include_dashboard=False if address is None else None)
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            include_dashboard=False if address is None else None,
+            # Tasks are functions of this package, which need not be installed there.
+            runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+        )
         self._known: dict[str, Node] = {}
 
     def close(self) -> None:
@@ -79,17 +85,17 @@ class RayPool:
         cpus = 0 if gpus else int(resources.get("CPU", 1))
         # Retries are ours: they are recorded, and stay on one kind of machine.
         remote = ray.remote(num_gpus=gpus, num_cpus=cpus, max_retries=0)(function)
-        own = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS",)}
+        own = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")}
         placed = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
-        return remote.options(scheduling_strategy=placed).remote(str(ROOT), own, *arguments)
+        return remote.options(scheduling_strategy=placed).remote(own, *arguments)
 
 
-def _describe(root: str, environment: dict[str, str | None]) -> Machine:
+def _describe(environment: dict[str, str | None]) -> Machine:
     _become(environment)
     return describe_machine()
 
 
-def _run(root: str, environment: dict[str, str | None], order: Order) -> Delivery:
+def _run(environment: dict[str, str | None], order: Order) -> Delivery:
     _become(environment)
     return run_cell(order)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,10 +49,15 @@ class Order:
 
 @dataclasses.dataclass(frozen=True)
 class Delivery:
-    """What came of a cell: the files of the worker's folder, or why it could not be started."""
+    """What came of a cell: the files of the worker's folder, or why it could not be started.
+
+    Attributes:
+        worker_s: how long the bare worker took, seconds; the rest of a cell's time is the sweep's own.
+    """
 
     files: dict[str, bytes]
     unrun: str | None = None
+    worker_s: float = 0.0
 
 
 def describe_machine() -> Machine:
@@ -73,6 +79,7 @@ def run_cell(order: Order) -> Delivery:
         tempfile.TemporaryDirectory(prefix="fluxfast-sweep-") as folder,
         lease.gpu_lease(str(first_gpu()) if is_gpu else None),
     ):
+        since = time.monotonic()
         runner.run_level(
             cell.level,
             cell.workload,
@@ -82,8 +89,9 @@ def run_cell(order: Order) -> Delivery:
             cache=order.cache / cell.version,
             worker_command=command,
         )
+        worker_s = time.monotonic() - since
         out = Path(folder, cell.level, str(cell.process))
-        return Delivery({path.name: path.read_bytes() for path in out.iterdir() if path.is_file()})
+        return Delivery({path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}, worker_s=worker_s)
 
 
 def _interpreter(order: Order) -> Path:
