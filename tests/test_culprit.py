@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from baseline_samples import ENVIRONMENT
 
-from perf_tests.harness.culprit import bisect_commands
+from perf_tests.harness.culprit import bisect_commands, versions_of
 from perf_tests.harness.schema import Environment, Outcome, Verdict
 
 TEST = "test_latency[float8]"
@@ -14,7 +14,7 @@ def commands(
     was: Environment | None, now: Environment | None, outcome: Outcome = Outcome.REGRESSED, rule: str = "interval"
 ) -> list[str]:
     verdict = Verdict(outcome=outcome, level="float8", rule=rule, message="")
-    return bisect_commands(TEST, "tiny", verdict, was, now)
+    return bisect_commands(TEST, "tiny", verdict, versions_of(was), versions_of(now))
 
 
 def moved(**versions: str) -> Environment:

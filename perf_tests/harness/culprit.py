@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from typing import Final
 
 from packaging.version import InvalidVersion, Version
@@ -13,18 +14,25 @@ AXES: Final = ("torch", "torchao", "diffusers", "triton", "transformers")
 """The components whose versions can be searched."""
 SEARCHABLE: Final = (Outcome.REGRESSED, Outcome.ERROR)
 
+Versions = Mapping[str, str | None]
+"""Component -> version, None where it is not there."""
 
-def bisect_commands(
-    test: str, workload: str, verdict: Verdict, was: Environment | None, now: Environment | None
-) -> list[str]:
+
+def versions_of(environment: Environment | None) -> dict[str, str | None]:
+    """Of the components."""
+    return {axis: getattr(environment, axis) for axis in AXES} if environment else {}
+
+
+def bisect_commands(test: str, workload: str, verdict: Verdict, was: Versions, now: Versions) -> list[str]:
     """One command a package that moved between the baseline's environment and this run's; often none.
 
     Args:
         test: name and level, e.g. `test_latency[float8]`.
+        was, now: `versions_of` either environment; empty where it is not known.
     """
-    if was is None or now is None or verdict.outcome not in SEARCHABLE:
+    if verdict.outcome not in SEARCHABLE:
         return []
-    versions = {axis: (getattr(was, axis), getattr(now, axis)) for axis in AXES}
+    versions = {axis: (was.get(axis), now.get(axis)) for axis in AXES}
     moved = {axis: (good, bad) for axis, (good, bad) in versions.items() if good and bad and good != bad}
     if "torch" in moved:  # it pins the triton it was built with
         moved.pop("triton", None)

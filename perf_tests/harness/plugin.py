@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import warnings
 from collections.abc import Generator
 from pathlib import Path
@@ -143,9 +145,21 @@ class Judge:
 
     def _bisects(self, verdict: Verdict) -> list[str]:
         session = self.session
-        was = session.baseline.environment if session.baseline else None
-        commands = culprit.bisect_commands(self._node.name, session.workload.id, verdict, was, session.environment)
+        was = culprit.versions_of(session.baseline.environment if session.baseline else None)
+        now = culprit.versions_of(session.environment)
+        if not now and session.measure is not None:  # no worker came far enough to tell; it is this Python
+            now = installed_versions()
+        commands = culprit.bisect_commands(self._node.name, session.workload.id, verdict, was, now)
         return ["Packages moved since the baseline; to find the version:", *commands] if commands else []
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Of the components, in the running Python; nothing is imported."""
+    versions: dict[str, str | None] = {}
+    for axis in culprit.AXES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[axis] = importlib.metadata.version(axis)
+    return versions
 
 
 @pytest.fixture
