@@ -44,3 +44,12 @@ def test_an_error_is_searched_as_one() -> None:
     (error,) = commands(ENVIRONMENT, moved(torchao="0.19.0"), Outcome.ERROR, "oom")
     (count,) = commands(ENVIRONMENT, moved(torchao="0.19.0"), Outcome.ERROR, "step_not_applied")
     assert error == f"{count} --bad-is error"
+
+
+def test_counts_need_no_baseline() -> None:
+    """Unless what is red is that other facts are counted than in the baseline."""
+    for rule, is_without in (("count", True), ("facts", False)):
+        verdict = Verdict(outcome=Outcome.REGRESSED, level="float8", rule=rule, message="")
+        was, now = (versions_of(environment) for environment in (ENVIRONMENT, moved(torchao="0.19.0")))
+        (command,) = bisect_commands("test_structure[float8]", "tiny", verdict, was, now)
+        assert command.endswith("--against none") is is_without

@@ -12,6 +12,8 @@ from perf_tests.harness.schema import Environment, Outcome, Verdict
 
 AXES: Final = ("torch", "torchao", "diffusers", "triton", "transformers")
 """The components whose versions can be searched."""
+EXACT_RULES: Final = ("count", "step_not_applied")
+"""Counts that are wrong by themselves: to find the version, no baseline has to be recorded first."""
 SEARCHABLE: Final = (Outcome.REGRESSED, Outcome.ERROR)
 
 Versions = Mapping[str, str | None]
@@ -41,6 +43,8 @@ def bisect_commands(test: str, workload: str, verdict: Verdict, was: Versions, n
     for axis, (good, bad) in moved.items():
         words = ["python", "-m", "perf_tests", "bisect", "--axis", axis, "--good", good, "--bad", bad]
         words += ["--test", test, "--workload", workload, *(["--bad-is", "error"] if is_error else [])]
+        if test.startswith("test_structure") and verdict.rule in EXACT_RULES:
+            words += ["--against", "none"]
         nightly = ' --pre --index-url "$NIGHTLY_INDEX_URL"' if _is_pre(good) or _is_pre(bad) else ""
         commands.append(shlex.join(words) + nightly)
     return commands
