@@ -176,7 +176,7 @@ def environment_without(*names: str) -> dict[str, str]:
 def last_line(log: Path) -> str:
     """What a log ends with, the line that tells most: the last error if there is one."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith(("ERROR", "error", "E  ", "×", "╰"))]
+    errors = [line for line in lines if line.startswith(("ERROR", "error:", "cause:"))]
     return (errors or lines or ["it said nothing"])[-1][:500]
 
 
