@@ -48,9 +48,11 @@ def _contradiction(state: State, step: Contradiction) -> list[str]:
             advice += ", or search for the error itself with --bad-is error"
         return [f"no answer: --{name} {version} cannot be judged, so there is nothing to search; {advice}"]
     found = ", ".join(run.kind.value for run in runs)
+    advice = "name another version, or look at what else differs from the run that was red"
+    if "smallest_visible" in runs[-1].numbers and step.at:
+        advice += f"; the smallest visible change was {runs[-1].numbers['smallest_visible']:.1%}, --processes lowers it"
     return [
-        f"no answer: --{name} {version} was judged {found}, so there is nothing to search between the two; "
-        "name another version, or look at what else differs from the run that was red",
+        f"no answer: --{name} {version} was judged {found}, so there is nothing to search between the two; {advice}",
         *_evidence(state, version, runs[-1].kind),
     ]
 
