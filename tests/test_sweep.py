@@ -15,7 +15,7 @@ from perf_tests.harness.stored_run import read_facts, read_run
 from perf_tests.sweep import cli
 from perf_tests.sweep.cells import AS_INSTALLED, Cell, Node, all_cells, choose_kinds
 from perf_tests.sweep.driver import SWEEP_FILE, NodeLost, Sweep, gather
-from perf_tests.sweep.work import Delivery, Machine, Order
+from perf_tests.sweep.work import Delivery, Machine, Order, describe_machine
 
 FAKE_WORKER = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
 LEVELS = ("fp32", "bf16", "compile")
@@ -140,11 +140,19 @@ def test_version_that_cannot_be_installed_is_said(tmp_path: Path, files: dict[st
     assert record.unrun == record.attempts[0].said == "cannot be installed (status 1): no such version"
 
 
+def test_machine_tells_of_the_ladder_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What else the package can build is no test of the suite, and a replay would refuse it."""
+    levels = {"bf16": None, "fa3_fp8": "no Hopper", "flux_fast": "no Hopper"}
+    monkeypatch.setattr("perf_tests.sweep.work.ask_machine", lambda: {"device": "cpu", "levels": levels})
+    assert describe_machine().unavailable == {"fa3_fp8": "no Hopper"}
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         (("--workloads", "huge"), "huge"),
         (("--levels", "int4"), "int4"),
+        (("--levels", "flux_fast"), "not on the ladder"),
         (("--versions", "1.0"), "--axis and --versions go together"),
         (("--processes", "0"), "at least 1"),
     ],

@@ -84,7 +84,10 @@ def _plan(asked: argparse.Namespace) -> tuple[list[str], list[str], list[str], R
         raise ValueError("--axis and --versions go together: the component, and which of its versions")
     if asked.processes < 1:
         raise ValueError(f"--processes is {asked.processes}, expected at least 1")
-    chosen = [level.id for level in LADDER if not levels or level.id in levels]
+    ladder = [level.id for level in LADDER]
+    if odd := [level for level in levels if level not in ladder]:
+        raise ValueError(f"--levels {odd[0]}: not on the ladder; choose from {', '.join(ladder)}")
+    chosen = [level for level in ladder if not levels or level in levels]
     if not asked.versions:
         return workloads, [AS_INSTALLED], chosen, None
     recipe = recipe_here(asked.axis, index_url=asked.index_url, pre=asked.pre, over_base=asked.base_env)

@@ -14,7 +14,7 @@ from perf_tests.harness import gpu, lease, runner
 from perf_tests.harness.cpu import cpu_name
 from perf_tests.harness.files import locked
 from perf_tests.harness.progress import CPU_DEADLINES, GPU_DEADLINES
-from perf_tests.harness.suite import ask_machine, first_gpu
+from perf_tests.harness.suite import LEVELS, ask_machine, first_gpu
 from perf_tests.sweep.cells import Cell
 
 WORKER = ("-m", "perf_tests.harness.worker")
@@ -65,7 +65,7 @@ def describe_machine() -> Machine:
     asked = ask_machine()
     slug = gpu.slug(first_gpu()) if asked["device"] == "cuda" else gpu.CPU_SLUG
     kind = cpu_name() if slug == gpu.CPU_SLUG else slug
-    return Machine(kind, slug, {level: why for level, why in asked["levels"].items() if why})
+    return Machine(kind, slug, {level: why for level, why in asked["levels"].items() if why and level in LEVELS})
 
 
 def run_cell(order: Order) -> Delivery:
