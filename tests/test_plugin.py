@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from baseline_samples import ENVIRONMENT
 from suite_samples import (
     LEVELS,
     changed,
@@ -28,6 +29,7 @@ from perf_tests.harness.recording import stock_json
 from perf_tests.harness.schema import Counters, ErrorKind, Proof
 from perf_tests.harness.store import read_baseline, write_baseline
 from perf_tests.harness.stored_run import RunFacts
+from perf_tests.harness.suite import ROOT
 
 LATENCY, FIDELITY, STRUCTURE, MEMORY = (
     f"perf_tests/test_{name}.py" for name in ("latency", "fidelity", "structure", "memory")
@@ -445,3 +447,36 @@ def test_run_of_a_baseline_folder_that_holds_two_workloads(tmp: Path) -> None:
     ran = run_suite(tmp, "--replay", tmp / "run", "--benchmark-compare=0002", paths=(LATENCY,))
     assert ran.status == 4
     assert "only the newest baseline judges" in ran.text
+
+
+def test_red_test_prints_the_bisect_command(tmp: Path) -> None:
+    """A package that is another than the baseline's gives axis, good and bad; without one nothing is printed."""
+    for process, environment in ((0, ENVIRONMENT.model_copy(update={"torchao": "0.19.0"})),):
+        for level in LEVELS:
+            put(tmp / "run", changed(level, process, result={"environment": environment}))
+    slow = changed("float8", proofs=[Proof(field="quantization", what="Linears", observed=0, expected=350)])
+    put(tmp / "run", slow.model_copy(update={"environment": environment}))
+    ran = run_suite(tmp, "--replay", tmp / "run", "--benchmark-compare", paths=(STRUCTURE,))
+    assert (
+        "python -m perf_tests bisect --axis torchao --good 0.18.0 --bad 0.19.0 --test 'test_structure[float8]' "
+        "--workload tiny" in ran.messages["test_structure[float8]"]
+    )
+    put(tmp / "run", slow)
+    for level in LEVELS:
+        put(tmp / "run", slow if level == "float8" else sample(level))
+    ran = run_suite(tmp, "--replay", tmp / "run", "--benchmark-compare", paths=(STRUCTURE,))
+    assert ran.status == 1 and "perf_tests bisect" not in ran.text
+
+
+def test_partial_baseline_of_one_level(tmp_path: Path) -> None:
+    """The chosen level and what it needs, in a folder of its own; never beside the committed baselines."""
+    run = write_run(tmp_path / "run", 5)
+    node = f"{STRUCTURE}::test_structure[compile]"
+    chosen = ("--replay", run, "--levels=compile", "--record-baseline", "--partial-baseline")
+    ran = run_suite(tmp_path, *chosen, paths=(node,))
+    assert ran.status == 0, ran.text
+    assert set(read_baseline(only_baseline(tmp_path)).levels) == {"fp32", "bf16", "compile"}
+    judged = run_suite(tmp_path, "--replay", run, "--levels=compile", "--benchmark-compare", paths=(node,))
+    assert judged.properties["test_structure[compile]"]["verdict"] == "pass", judged.text
+    refused = run_suite(tmp_path, *chosen, f"--baselines={ROOT / 'baselines'}", paths=(node,))
+    assert refused.status == 4 and "folder of your own" in refused.text

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 
 from perf_tests.harness import gpu
+from perf_tests.harness.cpu import cpu_name
 from perf_tests.harness.schema import Environment
 
 
@@ -19,16 +19,6 @@ def _version(*names: str) -> str | None:
         except PackageNotFoundError:
             continue
     return None
-
-
-def cpu_name() -> str:
-    """The processor's model name where Linux tells, else its architecture."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def device_uuid() -> str | None:

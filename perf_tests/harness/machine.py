@@ -45,7 +45,7 @@ def default_workload(machine: Mapping[str, Any]) -> str:
     return "schnell" if machine["capability"] == [9, 0] else "tiny"
 
 
-def first_gpu() -> Any:
+def first_gpu() -> int | str:
     """The GPU that workers will use, as NVML knows it."""
     return gpu.first_visible(os.environ.get("CUDA_VISIBLE_DEVICES"))
 

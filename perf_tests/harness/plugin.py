@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import statistics
 import warnings
 from collections.abc import Generator
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from perf_tests.harness import gpu, record, store
+from perf_tests.harness import culprit, gpu, record, store
 from perf_tests.harness.files import StoreError
 from perf_tests.harness.recording import machine_info
 from perf_tests.harness.schema import Outcome, Verdict
@@ -41,6 +43,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--quarantine", type=Path, default=ROOT / "perf_tests" / "quarantine.toml", help="excused tests")
     group.addoption("--replay", type=Path, help="judge a stored run again, without a machine")
     group.addoption("--record-baseline", action="store_true", help="store this run as a new baseline if nothing is red")
+    group.addoption(
+        "--partial-baseline", action="store_true", help="record only --levels, into a --baselines folder of your own"
+    )
     group.addoption("--update-baseline", action="store_true", help="rewrite what moved beyond a third of its limit")
     group.addoption("--reason", help="why --update-baseline may accept something slower")
     group.addoption("--inject", action="append", default=[], metavar="LEVEL:FAULT", help="break a level on purpose")
@@ -137,7 +142,25 @@ class Judge:
             pytest.xfail(f"to be accepted ({option.reason}): {verdict.explain()}")
         if row := own.quarantine.get(node.nodeid):
             pytest.xfail(row.excuse(verdict))
-        pytest.fail(verdict.explain(), pytrace=False)
+        pytest.fail("\n".join([verdict.explain(), *self._bisects(verdict)]), pytrace=False)
+
+    def _bisects(self, verdict: Verdict) -> list[str]:
+        session = self.session
+        was = culprit.versions_of(session.baseline.environment if session.baseline else None)
+        now = culprit.versions_of(session.environment)
+        if not now and session.measure is not None:  # no worker came far enough to tell; it is this Python
+            now = installed_versions()
+        commands = culprit.bisect_commands(self._node.name, session.workload.id, verdict, was, now)
+        return ["Packages moved since the baseline; to find the version:", *commands] if commands else []
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Of the components, in the running Python; nothing is imported."""
+    versions: dict[str, str | None] = {}
+    for axis in culprit.AXES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[axis] = importlib.metadata.version(axis)
+    return versions
 
 
 @pytest.fixture

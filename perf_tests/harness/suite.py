@@ -54,7 +54,10 @@ class Suite:
         if not ladder:
             raise ValueError(f"the stored run {option.replay} holds no level of the ladder, and only those are judged")
         self.expected = chosen_levels(option.levels, ladder, facts.unavailable)
-        if self.is_recording and (option.inject or (left := set(ladder) - set(self.expected))):
+        if option.partial_baseline and (option.update_baseline or option.baselines.resolve() == ROOT / "baselines"):
+            raise ValueError("--partial-baseline goes with --record-baseline and a --baselines folder of your own")
+        left = set() if option.partial_baseline else set(ladder) - set(self.expected)
+        if self.is_recording and (option.inject or left):
             why = "--inject" if option.inject else f"--levels without {', '.join(sorted(left))}"
             raise ValueError(f"a baseline holds the whole ladder, unbroken: leave {why} away to record or update one")
         self.injections = _injections(option.inject, self.expected)

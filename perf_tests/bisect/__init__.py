@@ -1,0 +1,1 @@
+"""From a red test to the first version of a component that makes it red."""

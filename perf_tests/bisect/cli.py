@@ -1,0 +1,118 @@
+"""`python -m perf_tests bisect`: the first bad version of one component, by the suite's own verdict."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from fluxfast.workloads import get_workload
+from perf_tests.bisect import answer, versions
+from perf_tests.bisect.bisection import Bisection
+from perf_tests.bisect.environments import recipe_here
+from perf_tests.bisect.oracle import NOISELESS, split_test
+from perf_tests.bisect.search import Contradiction, Found
+from perf_tests.bisect.state import Question, State, load
+from perf_tests.harness.culprit import AXES
+from perf_tests.harness.files import StoreError
+from perf_tests.harness.runner import ROOT
+
+FOUND: Final = 0
+NO_ANSWER: Final = 1
+BAD_INPUT: Final = 2
+INTERRUPTED: Final = 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    own = argparse.ArgumentParser(prog="python -m perf_tests bisect", description=__doc__)
+    own.add_argument("--axis", required=True, choices=AXES, help="the component that moved")
+    own.add_argument("--good", required=True, metavar="VERSION")
+    own.add_argument("--bad", required=True, metavar="VERSION")
+    own.add_argument("--test", required=True, metavar="NAME[LEVEL]", help="e.g. 'test_latency[float8]'")
+    own.add_argument("--versions", metavar="A,B,C", help="what to search, ends included; default: ask the index")
+    own.add_argument("--index-url", help="where the component lies, for nightlies")
+    own.add_argument("--pre", action="store_true", help="take pre-releases")
+    own.add_argument(
+        "--base-env", action="store_true", help="install the component alone, over the packages of this Python"
+    )
+    own.add_argument(
+        "--against", choices=("good", "committed", "none"), default="good",
+        help="baseline to judge by: recorded with the good version first (default), the committed one, or none, which "
+        "only test_structure can do",
+    )  # fmt: skip
+    own.add_argument("--bad-is", choices=("regressed", "error"), default="regressed", help="whether an error is bad")
+    own.add_argument("--workload", help="as for the suite")
+    own.add_argument("--processes", type=int, help="as for the suite")
+    own.add_argument("--state", type=Path, help="folder of this search; default: below results/bisect")
+    return own
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command: 0 with an answer, 1 without one, 2 after one sentence if it cannot be asked, 130 if stopped."""
+    asked = parser().parse_args(arguments)
+    try:
+        folder, question = question_of(asked)
+        state = load(folder, question)
+    except (ValueError, StoreError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    recipe = recipe_here(asked.axis, index_url=asked.index_url, pre=asked.pre, over_base=asked.base_env)
+    _say(f"{len(question.versions)} versions; state, runs and environments lie in {folder}")
+    search = Bisection(state, folder, recipe, _say)
+    try:
+        step = search.run()
+    except KeyboardInterrupt:
+        _say("stopped; the same command goes on from here")
+        return INTERRUPTED
+    return _tell(search.state, step)
+
+
+def question_of(asked: argparse.Namespace) -> tuple[Path, Question]:
+    """What is asked, and the folder of its answer; nothing is built.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    name, level = split_test(asked.test)
+    if asked.workload:
+        get_workload(asked.workload)
+    if asked.processes is not None and asked.processes < 1:
+        raise ValueError(f"--processes is {asked.processes}, expected at least 1")
+    if asked.against == "none" and name != NOISELESS:
+        raise ValueError(f"--against none: {name} compares with a baseline; only {NOISELESS} can do without")
+    if asked.good == asked.bad:
+        raise ValueError(f"--good and --bad are both {asked.good}: there is nothing between them to search")
+    names = (
+        asked.versions.split(",")
+        if asked.versions
+        else versions.published(asked.axis, index_url=asked.index_url, pre=asked.pre)
+    )
+    chosen = versions.between(names, asked.good, asked.bad)
+    slug = re.sub(r"[^A-Za-z0-9.]+", "-", f"{asked.axis}-{chosen[0]}-{chosen[-1]}-{name}-{level}")
+    folder = (asked.state or ROOT / "results" / "bisect" / slug).resolve()
+    return folder, Question(
+        axis=asked.axis,
+        versions=chosen,
+        test=f"{name}[{level}]",
+        against=asked.against,
+        over_base=asked.base_env,
+        bad_is_error=asked.bad_is == "error",
+        workload=asked.workload,
+        processes=asked.processes,
+        index_url=asked.index_url,
+        pre=asked.pre,
+        baseline_folder=str(folder / "baselines") if asked.against == "good" else None,
+    )
+
+
+def _tell(state: State, step: Contradiction | Found) -> int:
+    print(answer.describe(state, step))
+    return FOUND if isinstance(step, Found) else NO_ANSWER
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,57 @@
+"""Which package moved under a red test, as the command that finds the version. Pure."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from typing import Final
+
+from packaging.version import InvalidVersion, Version
+
+from perf_tests.harness.schema import Environment, Outcome, Verdict
+
+AXES: Final = ("torch", "torchao", "diffusers", "triton", "transformers")
+"""The components whose versions can be searched."""
+EXACT_RULES: Final = ("count", "step_not_applied")
+"""Counts that are wrong by themselves: to find the version, no baseline has to be recorded first."""
+SEARCHABLE: Final = (Outcome.REGRESSED, Outcome.ERROR)
+
+Versions = Mapping[str, str | None]
+"""Component -> version, None where it is not there."""
+
+
+def versions_of(environment: Environment | None) -> dict[str, str | None]:
+    """Of the components."""
+    return {axis: getattr(environment, axis) for axis in AXES} if environment else {}
+
+
+def bisect_commands(test: str, workload: str, verdict: Verdict, was: Versions, now: Versions) -> list[str]:
+    """One command a package that moved between the baseline's environment and this run's; often none.
+
+    Args:
+        test: name and level, e.g. `test_latency[float8]`.
+        was, now: `versions_of` either environment; empty where it is not known.
+    """
+    if verdict.outcome not in SEARCHABLE:
+        return []
+    versions = {axis: (was.get(axis), now.get(axis)) for axis in AXES}
+    moved = {axis: (good, bad) for axis, (good, bad) in versions.items() if good and bad and good != bad}
+    if "torch" in moved:  # it pins the triton it was built with
+        moved.pop("triton", None)
+    is_error = verdict.outcome is Outcome.ERROR and verdict.rule != "step_not_applied"
+    commands = []
+    for axis, (good, bad) in moved.items():
+        words = ["python", "-m", "perf_tests", "bisect", "--axis", axis, "--good", good, "--bad", bad]
+        words += ["--test", test, "--workload", workload, *(["--bad-is", "error"] if is_error else [])]
+        if test.startswith("test_structure") and verdict.rule in EXACT_RULES:
+            words += ["--against", "none"]
+        nightly = ' --pre --index-url "$NIGHTLY_INDEX_URL"' if _is_pre(good) or _is_pre(bad) else ""
+        commands.append(shlex.join(words) + nightly)
+    return commands
+
+
+def _is_pre(version: str) -> bool:
+    try:
+        return Version(version).is_prerelease
+    except InvalidVersion:  # a build from source; the command will say that it does not exist
+        return False

@@ -1,0 +1,1 @@
+"""Levels x workloads x versions over every GPU there is."""

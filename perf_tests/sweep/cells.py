@@ -1,0 +1,106 @@
+"""What a sweep measures, where, and what became of it. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from pydantic import Field
+
+from perf_tests.harness.runner import schedule
+from perf_tests.harness.schema import Strict
+
+AS_INSTALLED = "as_installed"
+"""Stands for the versions of the running Python."""
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Cell:
+    """One worker process.
+
+    Attributes:
+        version: of the component that is swept, or `AS_INSTALLED`.
+    """
+
+    workload: str
+    version: str
+    level: str
+    process: int
+
+    @property
+    def path(self) -> str:
+        """Where its result lies below the sweep's folder; the first two parts are a run that `--replay` judges."""
+        return f"{self.version}/{self.workload}/{self.level}/{self.process}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """One machine.
+
+    Attributes:
+        id: as the pool calls it.
+        kind: GPU and power limit, or the processor; cells of one comparison stay on one kind.
+        slug: of its baselines.
+        slots: worker processes at a time: its GPUs, or one.
+        unavailable: level -> why it cannot run there.
+    """
+
+    id: str
+    kind: str
+    slug: str
+    slots: int
+    unavailable: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+class Attempt(Strict):
+    """One try at a cell."""
+
+    node: str
+    kind: str
+    outcome: Literal["measured", "failed", "lost"]
+    """`failed`: the worker's result says why. `lost`: the node went away and there is no result."""
+    said: str
+    seconds: float
+    """From the order to the gathered result."""
+    worker_s: float = 0.0
+    """Of these, in the worker itself."""
+
+
+class Record(Strict):
+    """One cell in `sweep.json`."""
+
+    workload: str
+    version: str
+    level: str
+    process: int
+    attempts: list[Attempt] = Field(default_factory=list)
+    unrun: str | None = None
+    """Why it was given up without a result."""
+
+
+def all_cells(workloads: Sequence[str], versions: Sequence[str], levels: Sequence[str], processes: int) -> list[Cell]:
+    """Every cell; within a workload the versions take turns, so that a drift of the machines meets them alike."""
+    return [
+        Cell(workload=workload, version=version, level=level, process=process)
+        for workload in workloads
+        for level, process in schedule(levels, processes)
+        for version in versions
+    ]
+
+
+def choose_kinds(workloads: Sequence[str], nodes: Sequence[Node]) -> dict[str, str]:
+    """Workload -> kind of machine. Levels and versions of a workload are compared, so they share it.
+
+    Each workload goes where the fewest wait for a slot.
+    """
+    slots: dict[str, int] = {}
+    for node in nodes:
+        slots[node.kind] = slots.get(node.kind, 0) + node.slots
+    waiting = dict.fromkeys(slots, 0)
+    chosen = {}
+    for workload in workloads:
+        kind = min(sorted(slots), key=lambda kind: ((waiting[kind] + 1) / slots[kind], -slots[kind]))
+        waiting[kind] += 1
+        chosen[workload] = kind
+    return chosen

@@ -1,0 +1,104 @@
+"""What happens on a machine of the pool: it says what it is, and runs one worker. Knows nothing of Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from perf_tests.bisect.environments import BuildError, Recipe, build
+from perf_tests.harness import gpu, lease, runner
+from perf_tests.harness.cpu import cpu_name
+from perf_tests.harness.files import locked
+from perf_tests.harness.machine import ask_machine, first_gpu
+from perf_tests.harness.progress import CPU_DEADLINES, GPU_DEADLINES
+from perf_tests.harness.suite import LEVELS
+from perf_tests.sweep.cells import Cell
+
+WORKER = ("-m", "perf_tests.harness.worker")
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What a node says of itself; see `cells.Node`."""
+
+    kind: str
+    slug: str
+    unavailable: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """A cell and how it is run.
+
+    Attributes:
+        slug: of the machine that runs it.
+        recipe: of the environment of another version; None for the running Python.
+        cache: folder on the node, for environments and compiled code.
+        worker_command: stands in for the worker in tests.
+    """
+
+    cell: Cell
+    slug: str
+    recipe: Recipe | None
+    cache: Path
+    worker_command: Sequence[str] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Delivery:
+    """What came of a cell: the files of the worker's folder, or why it could not be started.
+
+    Attributes:
+        worker_s: how long the bare worker took, seconds; the rest of a cell's time is the sweep's own.
+    """
+
+    files: dict[str, bytes]
+    unrun: str | None = None
+    worker_s: float = 0.0
+
+
+def describe_machine() -> Machine:
+    """What this machine is and can run; asks torch, in a process of its own."""
+    asked = ask_machine()
+    slug = gpu.slug(first_gpu()) if asked["device"] == "cuda" else gpu.CPU_SLUG
+    kind = cpu_name() if slug == gpu.CPU_SLUG else slug
+    return Machine(kind, slug, {level: why for level, why in asked["levels"].items() if why and level in LEVELS})
+
+
+def run_cell(order: Order) -> Delivery:
+    """One fresh worker; its folder comes back as bytes, since the caller may be on another machine."""
+    cell, is_gpu = order.cell, order.slug != gpu.CPU_SLUG
+    try:
+        command = order.worker_command or (str(_interpreter(order)), *WORKER)
+    except BuildError as error:
+        return Delivery({}, str(error))
+    with (
+        tempfile.TemporaryDirectory(prefix="fluxfast-sweep-") as folder,
+        lease.gpu_lease(str(first_gpu()) if is_gpu else None),
+    ):
+        since = time.monotonic()
+        runner.run_level(
+            cell.level,
+            cell.workload,
+            cell.process,
+            Path(folder),
+            deadlines=GPU_DEADLINES if is_gpu else CPU_DEADLINES,
+            cache=order.cache / cell.version,
+            worker_command=command,
+        )
+        worker_s = time.monotonic() - since
+        out = Path(folder, cell.level, str(cell.process))
+        return Delivery({path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}, worker_s=worker_s)
+
+
+def _interpreter(order: Order) -> Path:
+    """Of the cell's environment, made by the first cell that needs it; its neighbours on the machine wait."""
+    if order.recipe is None:
+        return Path(sys.executable)
+    name = f"{order.recipe.component}-{order.cell.version}"
+    with locked(order.cache / "locks" / name):
+        return build(order.recipe, order.cell.version, order.cache / "environments" / name)

@@ -1,0 +1,183 @@
+"""Cells and machines, with a pool that is made up; and once on a local Ray cluster, a node of which is killed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from perf_tests.harness.progress import CPU_DEADLINES
+from perf_tests.harness.runner import run_level
+from perf_tests.harness.stored_run import read_facts, read_run
+from perf_tests.sweep import cli
+from perf_tests.sweep.cells import AS_INSTALLED, Cell, Node, all_cells, choose_kinds
+from perf_tests.sweep.driver import SWEEP_FILE, NodeLost, Sweep, gather
+from perf_tests.sweep.work import Delivery, Machine, Order, describe_machine
+
+FAKE_WORKER = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
+LEVELS = ("fp32", "bf16", "compile")
+CELLS = all_cells(["tiny"], [AS_INSTALLED], LEVELS, 2)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What a worker leaves."""
+    folder = tmp_path_factory.mktemp("worker")
+    run_level("bf16", "tiny", 0, folder, deadlines=CPU_DEADLINES, worker_command=FAKE_WORKER)
+    return {path.name: path.read_bytes() for path in (folder / "bf16" / "0").iterdir()}
+
+
+class MadeUpPool:
+    """Machines on paper; `dies` machines are lost with the first cell that they get."""
+
+    def __init__(self, nodes: Sequence[Node], files: dict[str, bytes], dies: Sequence[str] = ()) -> None:
+        self.there = {node.id: node for node in nodes}
+        self.files, self.dies = files, dies
+        self.most: dict[str, int] = {}
+        self.ran: list[tuple[str, Cell]] = []
+        self._open: list[tuple[str, Order]] = []
+
+    def nodes(self) -> list[Node]:
+        return list(self.there.values())
+
+    def start(self, node: Node, order: Order) -> object:
+        ticket = (node.id, order)
+        self._open.append(ticket)
+        self.most[node.id] = max(self.most.get(node.id, 0), sum(own == node.id for own, _ in self._open))
+        return ticket
+
+    def finished(self, tickets: Sequence[object]) -> object:
+        return tickets[0]
+
+    def take(self, ticket: tuple[str, Order]) -> Delivery:
+        self._open.remove(ticket)
+        node, order = ticket
+        if node in self.dies:
+            self.there.pop(node, None)
+            raise NodeLost("the power went")
+        self.ran.append((node, order.cell))
+        result = json.loads(self.files["result.json"]) | {"level": order.cell.level, "process": order.cell.process}
+        return Delivery({**self.files, "result.json": json.dumps(result).encode()})
+
+    def close(self) -> None:
+        pass
+
+
+def node(id: str, kind: str = "h200-700w", slots: int = 1) -> Node:
+    return Node(id, kind, kind, slots)
+
+
+def sweep(tmp: Path, pool: MadeUpPool, cells: Sequence[Cell] = CELLS) -> Sweep:
+    own = Sweep(tmp, cells, {"tiny": "h200-700w"}, None, tmp / "cache", lambda line: None)
+    own.run(pool)
+    return own
+
+
+def test_every_slot_works_and_none_twice(tmp_path: Path, files: dict[str, bytes]) -> None:
+    """One worker a GPU at a time; every cell is measured once and lies in its place."""
+    pool = MadeUpPool([node("a", slots=2), node("b")], files)
+    records = sweep(tmp_path, pool).records
+    assert pool.most == {"a": 2, "b": 1}
+    assert sorted(cell for _, cell in pool.ran) == sorted(CELLS)
+    assert {attempt.outcome for record in records.values() for attempt in record.attempts} == {"measured"}
+    assert len(json.loads((tmp_path / SWEEP_FILE).read_text())["cells"]) == len(CELLS)
+
+
+def test_lost_machines_cells_run_elsewhere_on_the_same_kind(tmp_path: Path, files: dict[str, bytes]) -> None:
+    """The attempt that was lost is recorded; the other kind stays idle."""
+    pool = MadeUpPool([node("a"), node("b"), node("other", "h100-700w")], files, dies=["a"])
+    records = sweep(tmp_path, pool).records
+    (lost,) = [record for record in records.values() if len(record.attempts) > 1]
+    assert [(attempt.node, attempt.outcome) for attempt in lost.attempts] == [("a", "lost"), ("b", "measured")]
+    assert lost.attempts[0].said == "the power went"
+    assert {where for where, _ in pool.ran} == {"b"}
+
+
+def test_no_machine_of_the_kind_is_left(tmp_path: Path, files: dict[str, bytes]) -> None:
+    """Each cell says so, what was measured stays, and the same sweep goes on from there."""
+    pool = MadeUpPool([node("a", slots=2), node("other", "h100-700w")], files, dies=["a"])
+    first = sweep(tmp_path, pool)
+    assert all("no machine of kind 'h200-700w' is left" in str(record.unrun) for record in first.records.values())
+    gather(tmp_path / CELLS[0].path, files)
+    pool = MadeUpPool([node("b")], files)
+    sweep(tmp_path, pool)
+    assert sorted(cell for _, cell in pool.ran) == sorted(CELLS[1:])
+
+
+def test_cell_that_takes_every_machine_with_it_is_given_up(tmp_path: Path, files: dict[str, bytes]) -> None:
+    """After three machines."""
+    pool = MadeUpPool([node(id) for id in "abcde"], files, dies="abcde")
+    (record,) = sweep(tmp_path, pool, cells=CELLS[:1]).records.values()
+    assert len({attempt.node for attempt in record.attempts}) == 3
+    assert record.unrun == "lost with 3 machines"
+    assert len(pool.there) == 2
+
+
+def test_gathered_whole_or_not_at_all(tmp_path: Path, files: dict[str, bytes]) -> None:
+    """A name cannot leave the folder, and a second delivery changes nothing."""
+    place = tmp_path / "run" / "bf16" / "0"
+    gather(place, {**files, "../../escaped": b"x"})
+    assert not (tmp_path / "run" / "escaped").exists() and (place / "escaped").exists()
+    gather(place, {"result.json": b"other"})
+    assert (place / "result.json").read_bytes() == files["result.json"]
+
+
+def test_workloads_go_where_the_fewest_wait() -> None:
+    """Each to one kind of machine."""
+    nodes = [node("a", slots=8), node("b", "h100-700w", 4)]
+    assert choose_kinds(["tiny"], nodes) == {"tiny": "h200-700w"}
+    assert sorted(choose_kinds(["x", "y", "z"], nodes).values()) == ["h100-700w", "h200-700w", "h200-700w"]
+
+
+def test_version_that_cannot_be_installed_is_said(tmp_path: Path, files: dict[str, bytes]) -> None:
+    """The cell has no result and is not tried again."""
+    pool = MadeUpPool([node("a")], files)
+    pool.take = lambda ticket: Delivery({}, "cannot be installed (status 1): no such version")
+    (record,) = sweep(tmp_path, pool, cells=CELLS[:1]).records.values()
+    assert record.unrun == record.attempts[0].said == "cannot be installed (status 1): no such version"
+
+
+def test_machine_tells_of_the_ladder_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What else the package can build is no test of the suite, and a replay would refuse it."""
+    levels = {"bf16": None, "fa3_fp8": "no Hopper", "flux_fast": "no Hopper"}
+    monkeypatch.setattr("perf_tests.sweep.work.ask_machine", lambda: {"device": "cpu", "levels": levels})
+    assert describe_machine().unavailable == {"fa3_fp8": "no Hopper"}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--workloads", "huge"), "huge"),
+        (("--levels", "int4"), "int4"),
+        (("--levels", "flux_fast"), "not on the ladder"),
+        (("--versions", "1.0"), "--axis and --versions go together"),
+        (("--processes", "0"), "at least 1"),
+    ],
+)
+def test_bad_input_is_a_sentence(options: Sequence[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Status 2 before any machine is asked."""
+    assert cli.main(["--ray", "local", *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and said in error
+
+
+def test_without_ray_cells_run_one_after_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command says so, and each run it leaves is one that `--replay` reads."""
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "perf_tests.sweep.ray_pool", raising=False)
+    monkeypatch.setattr(cli, "describe_machine", lambda: Machine("a cpu", "cpu", {"fa3_fp8": "no Hopper"}))
+    monkeypatch.setattr("perf_tests.sweep.work.WORKER", FAKE_WORKER[1:])
+    out = tmp_path / "out"
+    options = ["--ray", "local", "--levels", "bf16,fa3_fp8", "--processes", "2"]
+    assert cli.main([*options, "--out", str(out), "--cache", str(tmp_path / "cache")]) == 0
+    told = capsys.readouterr()
+    assert "Ray is not installed" in told.err and "fa3_fp8 is left out on a cpu: no Hopper" in told.err
+    assert "2 of 2 cells have a result; 0 lost a machine" in told.out
+    run = out / AS_INSTALLED / "tiny"
+    assert read_facts(run).levels == ["bf16"]
+    assert len(read_run(run, ["bf16"], 2)["bf16"]) == 2
