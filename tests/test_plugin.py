@@ -154,19 +154,17 @@ def test_update_of_what_did_not_move(tmp: Path, recorded: Path) -> None:
     assert only_baseline(tmp).name == "0001_tiny.json"
 
 
-def test_update_keeps_a_quiet_night_once(tmp: Path) -> None:
-    """1 % at one level moves nothing and is remembered; the same run again adds nothing."""
+def test_update_keeps_a_quiet_night(tmp: Path) -> None:
+    """1 % at one level moves nothing and is remembered."""
     run = write_run(tmp / "night", 5)
     for process in range(5):
         put(run, sample("compile", process, 1.01))
-    options = ("--replay", run, "--update-baseline")
-    ran = run_suite(tmp, *options, paths=(LATENCY,))
+    ran = run_suite(tmp, "--replay", run, "--update-baseline", paths=(LATENCY,))
     assert ran.status == 0, ran.text
     assert "this night is kept" in ran.text
     new = read_baseline(tmp / "baselines" / "cpu" / "0002_tiny.json")
     assert new.levels["compile"].nights == [pytest.approx(math.log(1.01))]
     assert new.levels["aoti"].nights == []
-    assert "baseline unchanged" in run_suite(tmp, *options, paths=(LATENCY,)).text
 
 
 @pytest.mark.parametrize(("again", "status"), [(1.3, 1), (1.0, 0), (None, 1)], ids=["agrees", "does not", "not there"])
