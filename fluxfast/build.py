@@ -164,6 +164,8 @@ def apply_static_fields(pipeline: FluxPipeline, applied: Level, target: Level) -
     facts += proof.attention_facts(pipeline.transformer, target)
     if applied.quantization == "float8_tensorwise":
         steps.float8_tensorwise(pipeline)
+    elif applied.quantization == "float8_rowwise":
+        steps.float8_rowwise(pipeline)
     facts += proof.quantization_facts(pipeline.transformer, target)
     proof.require(target, facts)
     return facts

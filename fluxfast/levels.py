@@ -14,7 +14,7 @@ Dtype = Literal["float32", "bfloat16"]
 CompileMode = Literal["none", "max-autotune"]
 MemoryFormat = Literal["contiguous", "channels_last"]
 Attention = Literal["sdpa", "fa3_fp8", "fa3_fp8_cast_inside"]
-Quantization = Literal["none", "float8_tensorwise"]
+Quantization = Literal["none", "float8_tensorwise", "float8_rowwise"]
 Packaging = Literal["jit", "aoti"]
 
 
@@ -33,7 +33,8 @@ class Level:
         attention: "fa3_fp8" casts q, k, v to e4m3 without scales in front of FlashAttention-3, so that Inductor can
             fuse the cast; "fa3_fp8_cast_inside" casts inside the opaque op, as flux-fast does.
         quantization: "float8_tensorwise" is torchao's dynamic float8 with one scale a tensor, on every Linear of the
-            transformer.
+            transformer; "float8_rowwise" has one scale a row, on the blocks' Linears only: AdaLN, embedders and the
+            output projection stay as they are.
         inductor_flags: flux-fast's `INDUCTOR_FLAGS` on top of max-autotune.
         packaging: "aoti" replaces torch.compile of the blocks by torch.export + AOTInductor packages.
     """
@@ -108,7 +109,17 @@ LADDER: tuple[Level, ...] = (
 FLUX_FAST = AOTI.then("flux_fast", attention="fa3_fp8_cast_inside")
 """flux-fast's exact last recipe. Beside the ladder, not on it: it exists to be compared with."""
 
-LEVELS: dict[str, Level] = {level.id: level for level in (*LADDER, FLUX_FAST)}
+FLOAT8_ROWWISE = FA3_FP8.then("float8_rowwise", quantization="float8_rowwise")
+
+BEYOND: tuple[Level, ...] = (FLOAT8_ROWWISE,)
+"""Rungs past flux-fast that no GPU has timed yet, so they are beside the ladder: a rung that gains moves onto it.
+
+They branch off at `fa3_fp8`, compiled just in time. Not at `inductor_flags`: its coordinate descent takes minutes a
+process, and its `epilogue_fusion=False` forbids what these rungs want Inductor to do around the GEMMs. Not at `aoti`:
+the Triton operations would be compiled ahead of time once more for every rung while they change.
+"""
+
+LEVELS: dict[str, Level] = {level.id: level for level in (*LADDER, FLUX_FAST, *BEYOND)}
 
 
 def get_level(id: str) -> Level:

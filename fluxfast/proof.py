@@ -17,7 +17,7 @@ from torch import nn
 from fluxfast.attention import Fa3Fp8Processor
 from fluxfast.errors import StepNotApplied
 from fluxfast.levels import INDUCTOR_FLAGS, Level
-from fluxfast.steps import UNFUSED, attentions, float8_candidates, linears
+from fluxfast.steps import UNFUSED, attentions, block_linears, float8_candidates, linears
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
@@ -96,13 +96,30 @@ def attention_facts(transformer: nn.Module, level: Level) -> list[Fact]:
     return [Fact("attention", "FA3 attention processors", on, _all_if(level.attention != "sdpa", len(modules)))]
 
 
-def quantization_facts(transformer: nn.Module, level: Level) -> list[Fact]:
-    """Linears with a float8 weight, and Linears that their shape keeps out."""
+def scaling(linear: nn.Module) -> str | None:
+    """How a Linear's float8 weight is scaled: "tensor", "row", or None if it has none."""
     from torchao.quantization import Float8Tensor
 
+    if not isinstance(linear.weight, Float8Tensor):
+        return None
+    return "row" if tuple(linear.weight.block_size) == (1, linear.in_features) else "tensor"
+
+
+def quantization_facts(transformer: nn.Module, level: Level) -> list[Fact]:
+    """Linears with a float8 weight of the level's scaling, and those that must not have one."""
+    everywhere = linears(transformer)
+    if level.quantization == "float8_rowwise":
+        inner = block_linears(transformer)
+        right = sum(scaling(m) == "row" for m in inner)
+        other = sum(scaling(m) is not None for m in everywhere) - sum(scaling(m) is not None for m in inner)
+        return [
+            Fact("quantization", "block Linears with row-wise float8 weights", right, len(inner)),
+            Fact("quantization", "Linears outside the blocks or of AdaLN with float8 weights", other, 0),
+        ]
     candidates = float8_candidates(transformer)
-    converted = sum(isinstance(m.weight, Float8Tensor) for m in linears(transformer))
-    on = level.quantization != "none"
+    on = level.quantization == "float8_tensorwise"
+    # A level without float8 must not have it in any form, one with a scale a tensor in no other.
+    converted = sum(scaling(m) == "tensor" if on else scaling(m) is not None for m in everywhere)
     facts = [Fact("quantization", "Linears with float8 weights", converted, _all_if(on, len(candidates)))]
     if on:
         skipped = len(linears(transformer)) - len(candidates)

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from fluxfast.levels import DEFAULTS, FIELDS, FLUX_FAST, FP32, LADDER, LEVELS, Level, get_level
+from fluxfast.levels import BEYOND, DEFAULTS, FIELDS, FLUX_FAST, FP32, LADDER, LEVELS, Level, get_level
 from fluxfast.machine import FA3_MODULES, Machine, effective, unavailable, why_not
 from fluxfast.workloads import TINY, WORKLOADS, Workload, get_workload
 
@@ -32,6 +32,13 @@ def test_level_differs_from_its_parent_in_one_field(level: Level) -> None:
     parent = get_level(level.parent) if level.parent else level
     different = [name for name in FIELDS if getattr(level, name) != getattr(parent, name)]
     assert different == ([level.own_field] if level.parent else [])
+
+
+def test_rungs_without_a_measurement_are_beside_the_ladder() -> None:
+    """Their ids are frozen too; they form a chain of their own that branches off at fa3_fp8."""
+    assert " ".join(level.id for level in BEYOND) == "float8_rowwise"
+    assert [level.parent for level in BEYOND] == ["fa3_fp8", *(level.id for level in BEYOND[:-1])]
+    assert not set(BEYOND) & set(LADDER) and all(level.packaging == "jit" for level in BEYOND)
 
 
 def test_ladder_is_a_chain() -> None:
