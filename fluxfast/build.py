@@ -6,7 +6,7 @@ The one legal order of application, which is not the ladder's order:
 2. `fused_projections` (before float8, which would convert the separate projections),
 3. `memory_format` (before anything records strides),
 4. `attention` (before compilation traces the processor),
-5. `quantization`,
+5. `quantization`; or the fused blocks, which quantise their own Linears, for `fused_quantize`,
 6. `compile_mode` with `inductor_flags`, or `packaging` of the same regions,
 7. CUDA graphs around what was compiled.
 """
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from diffusers import FluxPipeline
 
-from fluxfast import aoti, proof, steps
+from fluxfast import aoti, fused, proof, steps
 from fluxfast.attention import COUNT
 from fluxfast.checkpoints import load
 from fluxfast.compilation import (
@@ -135,6 +135,8 @@ def build(
         compiler=Compiler(inductor_options(applied)),
     )
     if applied.compile_mode != "none":
+        if workload.compile_scope == "blocks" and not applied.has_fused_blocks:
+            unify_single_block_inputs(pipeline.transformer)
         if applied.packaging == "aoti":
             package(built, workload, cache_dir or Path(tempfile.mkdtemp(prefix="fluxfast-")))
         else:
@@ -162,7 +164,9 @@ def apply_static_fields(pipeline: FluxPipeline, applied: Level, target: Level) -
     if applied.attention != "sdpa":
         steps.fa3_attention(pipeline, cast_outside=applied.attention == "fa3_fp8")
     facts += proof.attention_facts(pipeline.transformer, target)
-    if applied.quantization == "float8_tensorwise":
+    if applied.has_fused_blocks:
+        fused.fuse(pipeline.transformer, applied)
+    elif applied.quantization == "float8_tensorwise":
         steps.float8_tensorwise(pipeline)
     elif applied.quantization == "float8_rowwise":
         steps.float8_rowwise(pipeline)
@@ -177,7 +181,6 @@ def package(built: Built, workload: Workload, cache_dir: Path) -> None:
     if workload.compile_scope == "full":
         regions = {"transformer": [pipeline.transformer]}
     else:
-        unify_single_block_inputs(pipeline.transformer)
         regions = dict(zip(("double", "single"), map(list, block_lists(pipeline.transformer)), strict=True))
     regions["decoder"] = [pipeline.vae.decoder]
     # The last instance of a class is exported: the first single block carries the input hook.

@@ -37,6 +37,9 @@ class Level:
             output projection stay as they are.
         inductor_flags: flux-fast's `INDUCTOR_FLAGS` on top of max-autotune.
         packaging: "aoti" replaces torch.compile of the blocks by torch.export + AOTInductor packages.
+        fused_quantize: Triton kernels that end in a row's maximum and e4m3: GELU, GELU + concatenation, LayerNorm +
+            modulation, the same behind the gated residual. The single blocks hand on the joint text and image stream,
+            because a kernel that Inductor cannot see into would need the concatenation in memory in every block.
     """
 
     id: str
@@ -49,6 +52,7 @@ class Level:
     quantization: Quantization = "none"
     inductor_flags: bool = False
     packaging: Packaging = "jit"
+    fused_quantize: bool = False
 
     def then(self, id: str, **change: Any) -> Level:
         """The next rung: this level with one field changed.
@@ -65,6 +69,11 @@ class Level:
         return {name: getattr(self, name) for name in FIELDS}
 
     @property
+    def has_fused_blocks(self) -> bool:
+        """Whether the transformer runs on the blocks of `fluxfast.kernels`, which quantise their own Linears."""
+        return self.quantization == "float8_rowwise" and any(getattr(self, field) for field in FUSED_BLOCK_FIELDS)
+
+    @property
     def own_field(self) -> str | None:
         """The field in which this level differs from its parent; None for the first rung."""
         if self.parent is None:
@@ -74,6 +83,7 @@ class Level:
 
 
 FIELDS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(Level) if f.name not in ("id", "parent"))
+FUSED_BLOCK_FIELDS: tuple[str, ...] = ("fused_quantize",)
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Level) if f.name in FIELDS}
 
 INDUCTOR_FLAGS: dict[str, bool] = {
@@ -111,7 +121,9 @@ FLUX_FAST = AOTI.then("flux_fast", attention="fa3_fp8_cast_inside")
 
 FLOAT8_ROWWISE = FA3_FP8.then("float8_rowwise", quantization="float8_rowwise")
 
-BEYOND: tuple[Level, ...] = (FLOAT8_ROWWISE,)
+FUSED_QUANTIZE = FLOAT8_ROWWISE.then("fused_quantize", fused_quantize=True)
+
+BEYOND: tuple[Level, ...] = (FLOAT8_ROWWISE, FUSED_QUANTIZE)
 """Rungs past flux-fast that no GPU has timed yet, so they are beside the ladder: a rung that gains moves onto it.
 
 They branch off at `fa3_fp8`, compiled just in time. Not at `inductor_flags`: its coordinate descent takes minutes a

@@ -15,9 +15,11 @@ import torch
 from torch import nn
 
 from fluxfast.attention import Fa3Fp8Processor
+from fluxfast.compilation import block_lists
 from fluxfast.errors import StepNotApplied
+from fluxfast.kernels.linear import RowwiseFloat8Linear
 from fluxfast.levels import INDUCTOR_FLAGS, Level
-from fluxfast.steps import UNFUSED, attentions, block_linears, float8_candidates, linears
+from fluxfast.steps import UNFUSED, attentions, block_linears, blocks_of, float8_candidates, linears
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
@@ -100,6 +102,8 @@ def scaling(linear: nn.Module) -> str | None:
     """How a Linear's float8 weight is scaled: "tensor", "row", or None if it has none."""
     from torchao.quantization import Float8Tensor
 
+    if isinstance(linear, RowwiseFloat8Linear):
+        return "row"
     if not isinstance(linear.weight, Float8Tensor):
         return None
     return "row" if tuple(linear.weight.block_size) == (1, linear.in_features) else "tensor"
@@ -107,7 +111,7 @@ def scaling(linear: nn.Module) -> str | None:
 
 def quantization_facts(transformer: nn.Module, level: Level) -> list[Fact]:
     """Linears with a float8 weight of the level's scaling, and those that must not have one."""
-    everywhere = linears(transformer)
+    everywhere = [m for m in transformer.modules() if isinstance(m, nn.Linear | RowwiseFloat8Linear)]
     if level.quantization == "float8_rowwise":
         inner = block_linears(transformer)
         right = sum(scaling(m) == "row" for m in inner)
@@ -127,6 +131,23 @@ def quantization_facts(transformer: nn.Module, level: Level) -> list[Fact]:
     return facts
 
 
+QUANTIZING = ("gelu_quantize", "layernorm_modulate_quantize", "residual_layernorm_modulate_quantize")
+"""Triton operations of a double block, each once a stream."""
+QUANTIZING_SINGLE = ("layernorm_modulate_quantize", "gelu_concat_quantize")
+
+
+def fused_block_facts(built: Built, forwards: int) -> list[Fact]:
+    """What compiled code ran during `forwards` forwards of the transformer, by the operators in its graphs."""
+    level, compiler = built.level, built.compiler
+    double, single = (len(blocks) for blocks in block_lists(built.pipeline.transformer))
+    kernels = {f"fluxfast::{name}" for name in QUANTIZING + QUANTIZING_SINGLE}
+    launches = forwards * (double * 2 * len(QUANTIZING) + single * len(QUANTIZING_SINGLE))
+    return [
+        Fact("fused_quantize", "launches of Triton's quantising kernels",
+             compiler.calls_of(*kernels), _all_if(level.fused_quantize, launches)),
+    ]  # fmt: skip
+
+
 def _flagged(configs: Iterable[dict[str, Any]]) -> int:
     return sum(all(config.get(name) == value for name, value in INDUCTOR_FLAGS.items()) for config in configs)
 
@@ -140,20 +161,20 @@ def run_facts(built: Built, calls: int, steps: int) -> list[Fact]:
     level = built.level
     compiled = level.compile_mode != "none"
     packaged = compiled and level.packaging == "aoti"
-    blocks = len(attentions(built.pipeline.transformer))
+    blocks = len(blocks_of(built.pipeline.transformer))
     regions = blocks if built.scope == "blocks" else 1
     forwards = built.forwards(calls, steps)
     region_calls = forwards["transformer"] * regions + forwards["decoder"]
     classes = (2 if built.scope == "blocks" else 1) + 1
     expected_graphs = _all_if(compiled and not packaged, classes)
     # Both ways of compiling leave the options that Inductor really had; a package's are in its manifest.
-    configs = [*built.compiler.seen, *(package.options for package in built.packages)]
+    configs = [*(graph.config for graph in built.compiler.graphs), *(package.options for package in built.packages)]
     facts = [
         # Before compile_mode's: regions that were not packaged are compiled just in time, and packaging is at fault.
         Fact("packaging", "AOTInductor packages loaded", len(built.packages), _all_if(packaged, classes)),
         Fact("packaging", "calls of packages",
              sum(package.calls for package in built.packages), _all_if(packaged, region_calls)),
-        Fact("compile_mode", "compiled graphs, recompilations included", built.compiler.graphs, expected_graphs),
+        Fact("compile_mode", "compiled graphs, recompilations included", len(built.compiler.graphs), expected_graphs),
         Fact("compile_mode", "graphs or packages with max_autotune",
              sum(config.get("max_autotune") is True for config in configs), _all_if(compiled, classes)),
         Fact("compile_mode", "graph breaks", sum(torch._dynamo.utils.counters["graph_break"].values()), 0),
@@ -164,6 +185,7 @@ def run_facts(built: Built, calls: int, steps: int) -> list[Fact]:
         Fact("attention", "launches of the FA3 op",
              built.fa3_launches, _all_if(level.attention != "sdpa", forwards["transformer"] * blocks)),
     ]  # fmt: skip
+    facts += fused_block_facts(built, forwards["transformer"])
     if built.device == "cuda":
         for name, per_call in (("transformer", steps), ("decoder", 1)):
             replays = built.graphed[name].replays if name in built.graphed else 0
