@@ -40,6 +40,8 @@ class Level:
         fused_quantize: Triton kernels that end in a row's maximum and e4m3: GELU, GELU + concatenation, LayerNorm +
             modulation, the same behind the gated residual. The single blocks hand on the joint text and image stream,
             because a kernel that Inductor cannot see into would need the concatenation in memory in every block.
+        precomputed_modulation: every AdaLN shift, scale and gate of all steps in one pass before the loop, again for
+            every pipeline call; the time and text embedding goes with it.
     """
 
     id: str
@@ -53,6 +55,7 @@ class Level:
     inductor_flags: bool = False
     packaging: Packaging = "jit"
     fused_quantize: bool = False
+    precomputed_modulation: bool = False
 
     def then(self, id: str, **change: Any) -> Level:
         """The next rung: this level with one field changed.
@@ -83,7 +86,7 @@ class Level:
 
 
 FIELDS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(Level) if f.name not in ("id", "parent"))
-FUSED_BLOCK_FIELDS: tuple[str, ...] = ("fused_quantize",)
+FUSED_BLOCK_FIELDS: tuple[str, ...] = ("fused_quantize", "precomputed_modulation")
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Level) if f.name in FIELDS}
 
 INDUCTOR_FLAGS: dict[str, bool] = {
@@ -122,8 +125,9 @@ FLUX_FAST = AOTI.then("flux_fast", attention="fa3_fp8_cast_inside")
 FLOAT8_ROWWISE = FA3_FP8.then("float8_rowwise", quantization="float8_rowwise")
 
 FUSED_QUANTIZE = FLOAT8_ROWWISE.then("fused_quantize", fused_quantize=True)
+PRECOMPUTED_MODULATION = FUSED_QUANTIZE.then("precomputed_modulation", precomputed_modulation=True)
 
-BEYOND: tuple[Level, ...] = (FLOAT8_ROWWISE, FUSED_QUANTIZE)
+BEYOND: tuple[Level, ...] = (FLOAT8_ROWWISE, FUSED_QUANTIZE, PRECOMPUTED_MODULATION)
 """Rungs past flux-fast that no GPU has timed yet, so they are beside the ladder: a rung that gains moves onto it.
 
 They branch off at `fa3_fp8`, compiled just in time. Not at `inductor_flags`: its coordinate descent takes minutes a

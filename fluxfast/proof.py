@@ -136,16 +136,29 @@ QUANTIZING = ("gelu_quantize", "layernorm_modulate_quantize", "residual_layernor
 QUANTIZING_SINGLE = ("layernorm_modulate_quantize", "gelu_concat_quantize")
 
 
-def fused_block_facts(built: Built, forwards: int) -> list[Fact]:
-    """What compiled code ran during `forwards` forwards of the transformer, by the operators in its graphs."""
+def fused_block_facts(built: Built, calls: int, forwards: int) -> list[Fact]:
+    """What ran during `calls` pipeline calls and `forwards` forwards of the transformer in Python.
+
+    Compiled code is counted by the operators in its graphs and the graphs' calls.
+    """
     level, compiler = built.level, built.compiler
     double, single = (len(blocks) for blocks in block_lists(built.pipeline.transformer))
     kernels = {f"fluxfast::{name}" for name in QUANTIZING + QUANTIZING_SINGLE}
     launches = forwards * (double * 2 * len(QUANTIZING) + single * len(QUANTIZING_SINGLE))
-    return [
+    facts = [
         Fact("fused_quantize", "launches of Triton's quantising kernels",
              compiler.calls_of(*kernels), _all_if(level.fused_quantize, launches)),
+        Fact("precomputed_modulation", "modulation tables computed",
+             built.modulation.fills if built.modulation else 0, _all_if(level.precomputed_modulation, calls)),
     ]  # fmt: skip
+    if level.has_fused_blocks and built.scope == "blocks":
+        # All other Linears of these blocks are float8 GEMMs of another name.
+        adaln = forwards * (2 * double + single)
+        facts.append(
+            Fact("precomputed_modulation", "AdaLN Linears called by the blocks",
+                 compiler.calls_of("linear"), _all_if(not level.precomputed_modulation, adaln))
+        )  # fmt: skip
+    return facts
 
 
 def _flagged(configs: Iterable[dict[str, Any]]) -> int:
@@ -185,7 +198,7 @@ def run_facts(built: Built, calls: int, steps: int) -> list[Fact]:
         Fact("attention", "launches of the FA3 op",
              built.fa3_launches, _all_if(level.attention != "sdpa", forwards["transformer"] * blocks)),
     ]  # fmt: skip
-    facts += fused_block_facts(built, forwards["transformer"])
+    facts += fused_block_facts(built, calls, forwards["transformer"])
     if built.device == "cuda":
         for name, per_call in (("transformer", steps), ("decoder", 1)):
             replays = built.graphed[name].replays if name in built.graphed else 0

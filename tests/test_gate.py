@@ -314,7 +314,7 @@ def test_another_measurement_is_incomparable(change, words):
 
 
 def test_an_optimisation_newer_than_the_baseline_was_off_in_it():
-    """A field and its facts that the baseline does not know are no difference while the field is off, and are when on."""
+    """A field that the baseline does not know, and its facts, are no difference as long as the field is off."""
     fact = Proof(field="fused_quantize", what="launches", observed=0, expected=0)
     tonight, old = run(), baseline()
     stored = old.levels["aoti"]
