@@ -6,11 +6,12 @@ The one legal order of application, which is not the ladder's order:
 2. `fused_projections` (before float8, which would convert the separate projections),
 3. `memory_format` (before anything records strides),
 4. `attention` (before compilation traces the processor),
-5. `quantization`; or the fused blocks, which quantise their own Linears, for `fused_quantize` and
-   `precomputed_modulation`,
+5. `quantization`; or the fused blocks, which quantise their own Linears, for `fused_quantize`,
+   `precomputed_modulation` and `fused_qk_rope`,
 6. `compile_mode` with `inductor_flags`, or `packaging` of the same regions,
 7. CUDA graphs around what was compiled,
-8. around these, what is computed once a call and read by every step: `precomputed_modulation`.
+8. around these, what is computed once a call and read by every step: `precomputed_modulation`, the tables of
+   `fused_qk_rope`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from fluxfast.cudagraph import GraphedCallable
 from fluxfast.errors import LevelUnavailable
 from fluxfast.levels import DEFAULTS, Level
 from fluxfast.machine import effective, this_machine, why_not
-from fluxfast.staging import StagedModulation
+from fluxfast.staging import StagedModulation, StagedRotary
 from fluxfast.workloads import Workload
 
 
@@ -64,6 +65,7 @@ class Built:
     packages: list[aoti.Package] = dataclasses.field(default_factory=list)
     graphed: dict[str, GraphedCallable] = dataclasses.field(default_factory=dict)
     modulation: StagedModulation | None = None
+    rotary: StagedRotary | None = None
     _launches_before: int = 0
 
     @property
@@ -148,8 +150,9 @@ def build(
             compile_forward(pipeline.vae.decoder, built.compiler)
         if machine.device == "cuda":
             capture(built)
-    if applied.precomputed_modulation and applied.has_fused_blocks:
-        built.modulation = StagedModulation(pipeline)
+    if applied.has_fused_blocks:
+        built.modulation = StagedModulation(pipeline) if applied.precomputed_modulation else None
+        built.rotary = StagedRotary(pipeline) if applied.fused_qk_rope else None
     built._launches_before = COUNT.launches
     return built
 

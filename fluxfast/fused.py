@@ -1,6 +1,6 @@
 """Swaps diffusers' blocks for the fused ones of `fluxfast.kernels`, with the operations that a level asks for.
 
-Without `fused_quantize` an operation is the plain PyTorch one, which Inductor fuses as well as it can: a rung changes
+Without `fused_quantize` or `fused_qk_rope` an operation is the plain PyTorch one, which Inductor fuses as well as it can: a rung changes
 which kernel computes something, not what is computed.
 """
 
@@ -31,7 +31,8 @@ def fuse(transformer: nn.Module, level: Level) -> list[nn.Module]:
         The new blocks, double ones first.
     """
     attention = _attention(transformer)
-    ops = triton_ops(quantize=True, qk_rope=False) if level.fused_quantize else REFERENCE
+    kernels = {"quantize": level.fused_quantize, "qk_rope": level.fused_qk_rope}
+    ops = triton_ops(**kernels) if any(kernels.values()) else REFERENCE
     if attention is sdpa:
         ops = _with_exact_attention_inputs(ops)
     return fuse_blocks(transformer, attention=attention, ops=ops, chained=True)

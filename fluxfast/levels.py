@@ -42,6 +42,8 @@ class Level:
             because a kernel that Inductor cannot see into would need the concatenation in memory in every block.
         precomputed_modulation: every AdaLN shift, scale and gate of all steps in one pass before the loop, again for
             every pipeline call; the time and text embedding goes with it.
+        fused_qk_rope: one Triton kernel for QK RMSNorm, RoPE, concatenation and the e4m3 cast, and RoPE's tables once
+            per resolution instead of in every forward.
     """
 
     id: str
@@ -56,6 +58,7 @@ class Level:
     packaging: Packaging = "jit"
     fused_quantize: bool = False
     precomputed_modulation: bool = False
+    fused_qk_rope: bool = False
 
     def then(self, id: str, **change: Any) -> Level:
         """The next rung: this level with one field changed.
@@ -86,7 +89,7 @@ class Level:
 
 
 FIELDS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(Level) if f.name not in ("id", "parent"))
-FUSED_BLOCK_FIELDS: tuple[str, ...] = ("fused_quantize", "precomputed_modulation")
+FUSED_BLOCK_FIELDS: tuple[str, ...] = ("fused_quantize", "precomputed_modulation", "fused_qk_rope")
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Level) if f.name in FIELDS}
 
 INDUCTOR_FLAGS: dict[str, bool] = {
@@ -126,8 +129,9 @@ FLOAT8_ROWWISE = FA3_FP8.then("float8_rowwise", quantization="float8_rowwise")
 
 FUSED_QUANTIZE = FLOAT8_ROWWISE.then("fused_quantize", fused_quantize=True)
 PRECOMPUTED_MODULATION = FUSED_QUANTIZE.then("precomputed_modulation", precomputed_modulation=True)
+FUSED_QK_ROPE = PRECOMPUTED_MODULATION.then("fused_qk_rope", fused_qk_rope=True)
 
-BEYOND: tuple[Level, ...] = (FLOAT8_ROWWISE, FUSED_QUANTIZE, PRECOMPUTED_MODULATION)
+BEYOND: tuple[Level, ...] = (FLOAT8_ROWWISE, FUSED_QUANTIZE, PRECOMPUTED_MODULATION, FUSED_QK_ROPE)
 """Rungs past flux-fast that no GPU has timed yet, so they are beside the ladder: a rung that gains moves onto it.
 
 They branch off at `fa3_fp8`, compiled just in time. Not at `inductor_flags`: its coordinate descent takes minutes a

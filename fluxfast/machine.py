@@ -13,7 +13,7 @@ from fluxfast.levels import DEFAULTS, FUSED_BLOCK_FIELDS, Level
 FA3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")
 """FlashAttention-3's own build, and the forward-only wheel of PyPI's `fa3-fwd`."""
 
-TRITON_FIELDS = ("fused_quantize",)
+TRITON_FIELDS = ("fused_quantize", "fused_qk_rope")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,8 @@ def unavailable(level: Level, machine: Machine) -> dict[str, str]:
                 f"{field}: its Triton kernels need compute capability 9.0 and Triton; found {machine.found} and "
                 f"{'Triton' if machine.triton else 'no Triton'}"
             )
+    if level.fused_qk_rope and "attention" in reasons:
+        reasons.setdefault("fused_qk_rope", f"fused_qk_rope: casts for {reasons['attention']}")
     if "quantization" in reasons:
         built_on_it = {field: f"{field}: is built on {reasons['quantization']}" for field in FUSED_BLOCK_FIELDS}
         reasons |= {field: reason for field, reason in built_on_it.items() if getattr(level, field)}

@@ -151,6 +151,14 @@ def fused_block_facts(built: Built, calls: int, forwards: int) -> list[Fact]:
         Fact("precomputed_modulation", "modulation tables computed",
              built.modulation.fills if built.modulation else 0, _all_if(level.precomputed_modulation, calls)),
     ]  # fmt: skip
+    facts += [
+        Fact("fused_qk_rope", "launches of Triton's QK norm and RoPE kernel",
+             compiler.calls_of("fluxfast::qk_norm_rope_quantize"),
+             _all_if(level.fused_qk_rope, forwards * (double + single))),
+        # Once for the one resolution of all calls.
+        Fact("fused_qk_rope", "RoPE tables computed",
+             built.rotary.fills if built.rotary else 0, _all_if(level.fused_qk_rope, 1)),
+    ]  # fmt: skip
     if level.has_fused_blocks and built.scope == "blocks":
         # All other Linears of these blocks are float8 GEMMs of another name.
         adaln = forwards * (2 * double + single)

@@ -7,6 +7,7 @@ for the device in every step.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -105,6 +106,91 @@ class ModulatedNormOut(nn.Module):
         assert self.modulation is not None, "the modulation is filled before the first step"
         scale, shift = self.modulation.chunk(2, dim=-1)
         return self.norm(x) * (1 + scale)[:, None] + shift[:, None]
+
+
+class StagedRotary:
+    """Keeps RoPE's tables, cos and sin of every token, for each resolution that was drawn.
+
+    diffusers makes them in float64 in every forward. Here FluxPipeline's text and image ids are made once per length
+    and resolution, so that the tables of a pair of ids are known by the ids' identity.
+
+    Args:
+        pipeline: its transformer's `pos_embed` and its own makers of ids are replaced.
+
+    Attributes:
+        fills: tables computed.
+    """
+
+    KEPT = 8
+    """Pairs of ids whose tables are kept, 4.5 MB each at 1024x1024; the oldest go first."""
+
+    def __init__(self, pipeline: FluxPipeline) -> None:
+        self.embed = pipeline.transformer.pos_embed
+        self.tables = pipeline.transformer.pos_embed = StaticTables()
+        self.fills = 0
+        self._known: dict[tuple[int, ...], tuple[list[tuple[torch.Tensor | None, int]], Tables]] = {}
+        self._ids: dict[Hashable, torch.Tensor] = {}
+        self._forward = pipeline.transformer.forward
+        pipeline.transformer.forward = self
+        self._encode_prompt, self._image_ids = pipeline.encode_prompt, pipeline._prepare_latent_image_ids
+        pipeline.encode_prompt, pipeline._prepare_latent_image_ids = self.encode_prompt, self.image_ids
+
+    def __call__(self, **kwargs: Any) -> Any:
+        """`transformer.forward` with the tables of its ids set; takes keywords, as FluxPipeline gives them."""
+        text, image = kwargs["txt_ids"], kwargs["img_ids"]
+        made_of = [_identity(text), _identity(image)]
+        key = (id(text), id(image))
+        if key not in self._known or not _same(self._known[key][0], made_of):
+            self._known[key] = (made_of, self.embed(torch.cat([text, image])))
+            self.fills += 1
+            if len(self._known) > self.KEPT:
+                del self._known[next(iter(self._known))]
+        self.tables.show(self._known[key][1])
+        return self._forward(**kwargs)
+
+    def encode_prompt(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """FluxPipeline's, with the same text ids for every prompt of a length: they are zeros."""
+        embeddings, pooled, ids = self._encode_prompt(*args, **kwargs)
+        key = (ids.shape, ids.dtype, ids.device)
+        if key not in self._ids:
+            if ids.any():
+                raise ValueError("FluxPipeline's text ids are no longer all zero: StagedRotary has to be told of it")
+            self._ids[key] = ids
+        return embeddings, pooled, self._ids[key]
+
+    def image_ids(self, *args: Any) -> torch.Tensor:
+        """FluxPipeline's, made once for (batch, rows, columns, device, dtype)."""
+        if args not in self._ids:
+            self._ids[args] = self._image_ids(*args)
+        return self._ids[args]
+
+
+Tables = tuple[torch.Tensor, torch.Tensor]
+
+
+class StaticTables(nn.Module):
+    """In place of `FluxPosEmbed`: the tables that were shown last, at one address for each number of tokens.
+
+    Two resolutions may have as many tokens, and then share a CUDA graph.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._static: dict[int, Tables] = {}
+        self._shown: dict[int, Tables] = {}
+
+    def show(self, tables: Tables) -> None:
+        """Make these the tables of their number of tokens; cos and sin are (tokens, head_dim) each."""
+        tokens = len(tables[0])
+        if tokens not in self._static:
+            self._static[tokens] = (tables[0].clone(), tables[1].clone())
+        elif self._shown[tokens] is not tables:
+            torch._foreach_copy_(self._static[tokens], tables)
+        self._shown[tokens] = tables
+
+    def forward(self, ids: torch.Tensor) -> Tables:
+        """(tokens, 3) -> cos and sin."""
+        return self._static[len(ids)]
 
 
 def _identity(tensor: torch.Tensor | None) -> tuple[torch.Tensor | None, int]:
