@@ -7,7 +7,7 @@ The one legal order of application, which is not the ladder's order:
 3. `memory_format` (before anything records strides),
 4. `attention` (before compilation traces the processor),
 5. `quantization`; or the fused blocks, which quantise their own Linears, for `fused_quantize`,
-   `precomputed_modulation` and `fused_qk_rope`,
+   `precomputed_modulation`, `fused_qk_rope` and `merged_projections`,
 6. `compile_mode` with `inductor_flags`, or `packaging` of the same regions,
 7. CUDA graphs around what was compiled,
 8. around these, what is computed once a call and read by every step: `precomputed_modulation`, the tables of

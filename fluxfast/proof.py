@@ -158,6 +158,12 @@ def fused_block_facts(built: Built, calls: int, forwards: int) -> list[Fact]:
         # Once for the one resolution of all calls.
         Fact("fused_qk_rope", "RoPE tables computed",
              built.rotary.fills if built.rotary else 0, _all_if(level.fused_qk_rope, 1)),
+        Fact("merged_projections", "single blocks with QKV and MLP in one GEMM",
+             sum(getattr(block, "proj_mlp", block) is None for block in blocks_of(built.pipeline.transformer)),
+             _all_if(level.merged_projections, single)),
+        Fact("merged_projections", "float8 GEMMs called by the fused blocks",
+             compiler.calls_of("_scaled_mm"),
+             _all_if(level.has_fused_blocks, forwards * (8 * double + (2 if level.merged_projections else 3) * single))),
     ]  # fmt: skip
     if level.has_fused_blocks and built.scope == "blocks":
         # All other Linears of these blocks are float8 GEMMs of another name.
