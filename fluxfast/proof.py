@@ -144,6 +144,7 @@ def fused_block_facts(built: Built, calls: int, forwards: int) -> list[Fact]:
     level, compiler = built.level, built.compiler
     double, single = (len(blocks) for blocks in block_lists(built.pipeline.transformer))
     kernels = {f"fluxfast::{name}" for name in QUANTIZING + QUANTIZING_SINGLE}
+    gemms = 8 * double + (2 if level.merged_projections else 3) * single
     launches = forwards * (double * 2 * len(QUANTIZING) + single * len(QUANTIZING_SINGLE))
     facts = [
         Fact("fused_quantize", "launches of Triton's quantising kernels",
@@ -162,8 +163,7 @@ def fused_block_facts(built: Built, calls: int, forwards: int) -> list[Fact]:
              sum(getattr(block, "proj_mlp", block) is None for block in blocks_of(built.pipeline.transformer)),
              _all_if(level.merged_projections, single)),
         Fact("merged_projections", "float8 GEMMs called by the fused blocks",
-             compiler.calls_of("_scaled_mm"),
-             _all_if(level.has_fused_blocks, forwards * (8 * double + (2 if level.merged_projections else 3) * single))),
+             compiler.calls_of("_scaled_mm"), _all_if(level.has_fused_blocks, forwards * gemms)),
     ]  # fmt: skip
     if level.has_fused_blocks and built.scope == "blocks":
         # All other Linears of these blocks are float8 GEMMs of another name.
