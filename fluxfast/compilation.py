@@ -65,9 +65,10 @@ class Compiler:
         """Calls of compiled code."""
         return sum(graph.calls for graph in self.graphs)
 
-    def calls_of(self, *operators: str) -> int:
-        """How often operators of these names ran within compiled code."""
-        return sum(graph.calls * graph.operators[name] for graph in self.graphs for name in operators)
+    def calls_of(self, *operators: str, beside: str | None = None) -> int:
+        """How often operators of these names ran within compiled code; only in graphs that hold `beside`, if given."""
+        graphs = [graph for graph in self.graphs if beside is None or graph.operators[beside]]
+        return sum(graph.calls * graph.operators[name] for graph in graphs for name in operators)
 
     def __call__(self, graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Compile one graph. Called by Dynamo."""

@@ -166,11 +166,11 @@ def fused_block_facts(built: Built, calls: int, forwards: int) -> list[Fact]:
              compiler.calls_of("_scaled_mm"), _all_if(level.has_fused_blocks, forwards * gemms)),
     ]  # fmt: skip
     if level.has_fused_blocks and built.scope == "blocks":
-        # All other Linears of these blocks are float8 GEMMs of another name.
+        # All other Linears of these blocks are float8 GEMMs of another name; the VAE's attention has no such GEMM.
         adaln = forwards * (2 * double + single)
         facts.append(
             Fact("precomputed_modulation", "AdaLN Linears called by the blocks",
-                 compiler.calls_of("linear"), _all_if(not level.precomputed_modulation, adaln))
+                 compiler.calls_of("linear", beside="_scaled_mm"), _all_if(not level.precomputed_modulation, adaln))
         )  # fmt: skip
     return facts
 

@@ -48,7 +48,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def small_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One convolution for the VAE's decoder, whose tracing would take most of the time; no rung here changes it."""
+    """A convolution and a Linear for the VAE's decoder, whose tracing would take most of the time."""
     load = building.load
 
     def load_small(*args, **kwargs):
@@ -62,9 +62,11 @@ def small_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
 class SmallDecoder(nn.Conv2d):
     def __init__(self) -> None:
         super().__init__(16, 3, 3, padding=1)
+        self.attention = nn.Linear(3, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x).repeat_interleave(8, -1).repeat_interleave(8, -2)
+        x = self.attention(super().forward(x).movedim(1, -1)).movedim(-1, 1)
+        return x.repeat_interleave(8, -1).repeat_interleave(8, -2)
 
 
 def run_and_prove(built: Built, workload: Workload, calls: int = 2) -> dict[str, int]:
