@@ -9,9 +9,9 @@ The one legal order of application, which is not the ladder's order:
 5. `quantization`; or the fused blocks, which quantise their own Linears, for `fused_quantize`,
    `precomputed_modulation`, `fused_qk_rope` and `merged_projections`,
 6. `compile_mode` with `inductor_flags`, or `packaging` of the same regions,
-7. CUDA graphs around what was compiled,
-8. around these, what is computed once a call and read by every step: `precomputed_modulation`, the tables of
-   `fused_qk_rope`.
+7. CUDA graphs around what was compiled: one a step or, with `whole_loop_graph`, one for the loop,
+8. what every step reads is computed once a call or a resolution, for `precomputed_modulation` and `fused_qk_rope`:
+   before the transformer and outside of its graph. In the graph of a whole loop the modulation is within it.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from fluxfast.compilation import (
 from fluxfast.cudagraph import GraphedCallable
 from fluxfast.errors import LevelUnavailable
 from fluxfast.levels import DEFAULTS, Level
+from fluxfast.loop import LoopPipeline
 from fluxfast.machine import effective, this_machine, why_not
 from fluxfast.staging import StagedModulation, StagedRotary
 from fluxfast.workloads import Workload
@@ -74,9 +75,9 @@ class Built:
         return COUNT.launches - self._launches_before
 
     def forwards(self, calls: int, num_steps: int) -> dict[str, int]:
-        """How often transformer and decoder ran in Python during `calls` calls; a graph replay does not count."""
-        eager = {"transformer": calls * num_steps, "decoder": calls}
-        return eager | {name: graph.function_calls for name, graph in self.graphed.items()}
+        """How often loop, transformer and decoder ran in Python during `calls` calls; a graph replay does not count."""
+        ran = {"loop": calls} | {name: graph.function_calls for name, graph in self.graphed.items()}
+        return {"transformer": ran["loop"] * num_steps, "decoder": calls} | ran
 
     def prove(self, calls: int, num_steps: int) -> list[proof.Fact]:
         """All facts, after exactly `calls` calls of `num_steps` steps.
@@ -129,6 +130,8 @@ def build(
 
     on_stage("load")
     pipeline = load(workload.checkpoint, getattr(torch, applied.dtype), machine.device)
+    if applied.whole_loop_graph:
+        pipeline = LoopPipeline.of(pipeline)
     on_stage("apply")
     facts = apply_static_fields(pipeline, applied, target)
     built = Built(
@@ -148,11 +151,14 @@ def build(
         else:
             compile_transformer(pipeline.transformer, built.compiler, workload.compile_scope)
             compile_forward(pipeline.vae.decoder, built.compiler)
-        if machine.device == "cuda":
-            capture(built)
-    if applied.has_fused_blocks:
-        built.modulation = StagedModulation(pipeline) if applied.precomputed_modulation else None
-        built.rotary = StagedRotary(pipeline) if applied.fused_qk_rope else None
+    if applied.precomputed_modulation and applied.has_fused_blocks and applied.whole_loop_graph:
+        built.modulation = pipeline.modulation = StagedModulation(pipeline)
+    if applied.compile_mode != "none" and machine.device == "cuda":
+        capture(built, applied)
+    if applied.precomputed_modulation and applied.has_fused_blocks and not applied.whole_loop_graph:
+        built.modulation = StagedModulation(pipeline)
+    if applied.fused_qk_rope and applied.has_fused_blocks:
+        built.rotary = StagedRotary(pipeline)
     built._launches_before = COUNT.launches
     return built
 
@@ -205,8 +211,12 @@ def package(built: Built, workload: Workload, cache_dir: Path) -> None:
             built.packages.append(made)
 
 
-def capture(built: Built) -> None:
+def capture(built: Built, applied: Level) -> None:
     """Step 7: one CUDA graph around the transformer, one around the decoder, as max-autotune's mode would."""
-    for name, module in (("transformer", built.pipeline.transformer), ("decoder", built.pipeline.vae.decoder)):
-        built.graphed[name] = GraphedCallable(module.forward)
-        module.forward = built.graphed[name]
+    pipeline = built.pipeline
+    steps_graph = ("transformer", pipeline.transformer, "forward")
+    if applied.whole_loop_graph:
+        steps_graph = ("loop", pipeline, "denoise")
+    for name, owner, method in (steps_graph, ("decoder", pipeline.vae.decoder, "forward")):
+        built.graphed[name] = GraphedCallable(getattr(owner, method))
+        setattr(owner, method, built.graphed[name])

@@ -45,6 +45,8 @@ class Level:
         fused_qk_rope: one Triton kernel for QK RMSNorm, RoPE, concatenation and the e4m3 cast, and RoPE's tables once
             per resolution instead of in every forward.
         merged_projections: QKV and MLP of a single block as one GEMM, 3072 -> 21504 in FLUX.1.
+        whole_loop_graph: the denoising loop, scheduler included, is one CUDA graph instead of one a step; schedule and
+            noise are staged, and an image's bytes are made on the GPU.
     """
 
     id: str
@@ -61,6 +63,7 @@ class Level:
     precomputed_modulation: bool = False
     fused_qk_rope: bool = False
     merged_projections: bool = False
+    whole_loop_graph: bool = False
 
     def then(self, id: str, **change: Any) -> Level:
         """The next rung: this level with one field changed.
@@ -138,8 +141,16 @@ FUSED_QUANTIZE = FLOAT8_ROWWISE.then("fused_quantize", fused_quantize=True)
 PRECOMPUTED_MODULATION = FUSED_QUANTIZE.then("precomputed_modulation", precomputed_modulation=True)
 FUSED_QK_ROPE = PRECOMPUTED_MODULATION.then("fused_qk_rope", fused_qk_rope=True)
 MERGED_PROJECTIONS = FUSED_QK_ROPE.then("merged_projections", merged_projections=True)
+WHOLE_LOOP_GRAPH = MERGED_PROJECTIONS.then("whole_loop_graph", whole_loop_graph=True)
 
-BEYOND: tuple[Level, ...] = (FLOAT8_ROWWISE, FUSED_QUANTIZE, PRECOMPUTED_MODULATION, FUSED_QK_ROPE, MERGED_PROJECTIONS)
+BEYOND: tuple[Level, ...] = (
+    FLOAT8_ROWWISE,
+    FUSED_QUANTIZE,
+    PRECOMPUTED_MODULATION,
+    FUSED_QK_ROPE,
+    MERGED_PROJECTIONS,
+    WHOLE_LOOP_GRAPH,
+)
 """Rungs past flux-fast that no GPU has timed yet, so they are beside the ladder: a rung that gains moves onto it.
 
 They branch off at `fa3_fp8`, compiled just in time. Not at `inductor_flags`: its coordinate descent takes minutes a

@@ -67,6 +67,8 @@ def unavailable(level: Level, machine: Machine) -> dict[str, str]:
                 f"{field}: its Triton kernels need compute capability 9.0 and Triton; found {machine.found} and "
                 f"{'Triton' if machine.triton else 'no Triton'}"
             )
+    if level.whole_loop_graph and machine.capability is None:
+        reasons["whole_loop_graph"] = f"whole_loop_graph: needs CUDA graphs; found {machine.found}"
     if level.fused_qk_rope and "attention" in reasons:
         reasons.setdefault("fused_qk_rope", f"fused_qk_rope: casts for {reasons['attention']}")
     if "quantization" in reasons:

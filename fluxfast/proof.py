@@ -136,8 +136,8 @@ QUANTIZING = ("gelu_quantize", "layernorm_modulate_quantize", "residual_layernor
 QUANTIZING_SINGLE = ("layernorm_modulate_quantize", "gelu_concat_quantize")
 
 
-def fused_block_facts(built: Built, calls: int, forwards: int) -> list[Fact]:
-    """What ran during `calls` pipeline calls and `forwards` forwards of the transformer in Python.
+def fused_block_facts(built: Built, calls: int, loops: int, forwards: int) -> list[Fact]:
+    """What ran during `calls` pipeline calls, `loops` loops and `forwards` forwards of the transformer in Python.
 
     Compiled code is counted by the operators in its graphs and the graphs' calls.
     """
@@ -150,7 +150,9 @@ def fused_block_facts(built: Built, calls: int, forwards: int) -> list[Fact]:
         Fact("fused_quantize", "launches of Triton's quantising kernels",
              compiler.calls_of(*kernels), _all_if(level.fused_quantize, launches)),
         Fact("precomputed_modulation", "modulation tables computed",
-             built.modulation.fills if built.modulation else 0, _all_if(level.precomputed_modulation, calls)),
+             built.modulation.fills if built.modulation else 0,
+             # Within the graph of a whole loop the table is computed in every replay, and in Python at capture.
+             _all_if(level.precomputed_modulation, loops if level.whole_loop_graph else calls)),
     ]  # fmt: skip
     facts += [
         Fact("fused_qk_rope", "launches of Triton's QK norm and RoPE kernel",
@@ -212,11 +214,19 @@ def run_facts(built: Built, calls: int, steps: int) -> list[Fact]:
         Fact("attention", "launches of the FA3 op",
              built.fa3_launches, _all_if(level.attention != "sdpa", forwards["transformer"] * blocks)),
     ]  # fmt: skip
-    facts += fused_block_facts(built, calls, forwards["transformer"])
+    facts += fused_block_facts(built, calls, forwards["loop"], forwards["transformer"])
+    through = getattr(built.pipeline, "loops", 0)
+    facts.append(
+        Fact("whole_loop_graph", "calls whose denoising loop is one function",
+             through, _all_if(level.whole_loop_graph, calls))
+    )  # fmt: skip
     if built.device == "cuda":
-        for name, per_call in (("transformer", steps), ("decoder", 1)):
+        stepwise = compiled and not level.whole_loop_graph
+        for field, name, expected in (
+            ("compile_mode", "transformer", _all_if(stepwise, calls * steps)),
+            ("compile_mode", "decoder", _all_if(compiled, calls)),
+            ("whole_loop_graph", "loop", _all_if(compiled and level.whole_loop_graph, calls)),
+        ):
             replays = built.graphed[name].replays if name in built.graphed else 0
-            facts.append(
-                Fact("compile_mode", f"CUDA graph replays of the {name}", replays, _all_if(compiled, calls * per_call))
-            )
+            facts.append(Fact(field, f"CUDA graph replays of the {name}", replays, expected))
     return facts

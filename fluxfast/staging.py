@@ -15,6 +15,7 @@ from diffusers import FluxPipeline
 from torch import nn
 
 from fluxfast.kernels.modulation import PrecomputedModulation
+from fluxfast.loop import LoopPipeline
 from fluxfast.steps import blocks_of
 
 
@@ -49,11 +50,15 @@ class StagedModulation:
         """`transformer.forward` with its modulation set; takes keywords, as FluxPipeline gives them."""
         timestep, pooled, guidance = kwargs["timestep"], kwargs["pooled_projections"], kwargs.get("guidance")
         made_of = [_identity(x) for x in (self.pipeline.scheduler.timesteps, pooled, guidance)]
-        if not _same(made_of, self._made_of) or self.tables.current is None:
+        if not _same(made_of, self._made_of):
             self.fill(self.pipeline.scheduler.timesteps, timestep.dtype, pooled, guidance)
             self._made_of = made_of
         self.tables.select_where(self._keys == timestep[0])
         return self._forward(**kwargs)
+
+    def restart(self) -> None:
+        """Compute the table again in the next step, whatever it was made of: that is how a loop's graph holds it."""
+        self._made_of = []
 
     @torch.no_grad()
     def fill(
@@ -69,7 +74,7 @@ class StagedModulation:
         steps, batch = len(timesteps), len(pooled)
         # The roundings of FluxPipeline's loop and of FluxTransformer2DModel.forward, in their order.
         self._keys = timesteps.to(dtype) / 1000
-        moments = (self._keys.to(dtype) * 1000).repeat_interleave(batch)
+        moments = (self._keys.to(dtype) * 1000)[:, None].expand(-1, batch).flatten()
         arguments = [moments]
         if guidance is not None:
             arguments.append((guidance.to(dtype) * 1000).repeat(steps))
@@ -115,7 +120,8 @@ class StagedRotary:
     and resolution, so that the tables of a pair of ids are known by the ids' identity.
 
     Args:
-        pipeline: its transformer's `pos_embed` and its own makers of ids are replaced.
+        pipeline: its transformer's `pos_embed` and its own makers of ids are replaced. The tables are shown in front of
+            every forward, or of the whole loop where that is one function: they stay outside of its graph.
 
     Attributes:
         fills: tables computed.
@@ -130,13 +136,15 @@ class StagedRotary:
         self.fills = 0
         self._known: dict[tuple[int, ...], tuple[list[tuple[torch.Tensor | None, int]], Tables]] = {}
         self._ids: dict[Hashable, torch.Tensor] = {}
-        self._forward = pipeline.transformer.forward
-        pipeline.transformer.forward = self
+        if isinstance(pipeline, LoopPipeline):
+            self._forward, pipeline.denoise = pipeline.denoise, self
+        else:
+            self._forward, pipeline.transformer.forward = pipeline.transformer.forward, self
         self._encode_prompt, self._image_ids = pipeline.encode_prompt, pipeline._prepare_latent_image_ids
         pipeline.encode_prompt, pipeline._prepare_latent_image_ids = self.encode_prompt, self.image_ids
 
     def __call__(self, **kwargs: Any) -> Any:
-        """`transformer.forward` with the tables of its ids set; takes keywords, as FluxPipeline gives them."""
+        """`transformer.forward` or `denoise` with the tables of its ids set; takes keywords, as the pipeline does."""
         text, image = kwargs["txt_ids"], kwargs["img_ids"]
         made_of = [_identity(text), _identity(image)]
         key = (id(text), id(image))
@@ -159,10 +167,11 @@ class StagedRotary:
         return embeddings, pooled, self._ids[key]
 
     def image_ids(self, *args: Any) -> torch.Tensor:
-        """FluxPipeline's, made once for (batch, rows, columns, device, dtype)."""
-        if args not in self._ids:
-            self._ids[args] = self._image_ids(*args)
-        return self._ids[args]
+        """FluxPipeline's, made once for (rows, columns, device, dtype); a batch's samples share them."""
+        key = args[1:]
+        if key not in self._ids:
+            self._ids[key] = self._image_ids(*args)
+        return self._ids[key]
 
 
 Tables = tuple[torch.Tensor, torch.Tensor]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from fluxfast.levels import get_level
+from fluxfast.workloads import TINY
 from perf_tests.harness.progress import Deadlines
 from tools import measure_levels
 from tools.measure_levels import FIRST, Measured, measure, plan, table
@@ -41,9 +42,11 @@ def test_every_process_is_in_the_table(tmp_path: Path) -> None:
     )  # fmt: skip
     for level, values in (("bf16", [1.0, 0.0]), ("compile", [1.0, 0.1])):
         np.save(tmp_path / level / "0" / "step.npy", np.array(values, np.float32))
-    lines = table(measured, tmp_path).splitlines()
+    lines = table(measured, tmp_path, TINY).splitlines()
     assert saved == [1, 2, 3, 4, 4] and "error to bf16" in lines[0]
-    assert lines[2].startswith("| `compile` | 100.0 | 1.000 |") and "| 0.10000 |" in lines[2]
+    assert (
+        lines[2].startswith("| `compile` | 100.0 | 1.000 | 20.0 | 10.0 | 30.0 | 10.0 |") and "| 0.10000 |" in lines[2]
+    )
     assert lines[3].startswith("| `bf16` | 100.0 | - |") and lines[4] == "| `fa3_fp8` | no Hopper |"
 
 
@@ -58,11 +61,13 @@ def test_worker_that_overstays_is_stopped(tmp_path: Path, monkeypatch: pytest.Mo
 def test_level_without_time_left_is_named(tmp_path: Path) -> None:
     """Nothing is started that could not end."""
     measured = run(tmp_path, ["compile"], minutes=0.1)
-    assert "`compile` | not started: 6 s were left" in table(measured, tmp_path)
+    assert "`compile` | not started: 6 s were left" in table(measured, tmp_path, TINY)
     assert not list(tmp_path.iterdir())
 
 
 def test_failure_keeps_its_reason(tmp_path: Path) -> None:
     """A step that did not apply is in the table in its own words."""
     measured = run(tmp_path, ["compile"], "--behave", "step-not-applied")
-    assert "step_not_applied: " in table(measured, tmp_path) and "0 of 57 blocks" in table(measured, tmp_path)
+    assert "step_not_applied: " in table(measured, tmp_path, TINY) and "0 of 57 blocks" in table(
+        measured, tmp_path, TINY
+    )

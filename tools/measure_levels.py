@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 
 from fluxfast.levels import BEYOND, FLUX_FAST, get_level
-from fluxfast.workloads import get_workload
-from perf_tests.harness import fidelity, gpu, lease, runner
+from fluxfast.workloads import Workload, get_workload
+from perf_tests.harness import fidelity, gpu, lease, runner, sanity
 from perf_tests.harness.files import write_over
 from perf_tests.harness.progress import CPU_DEADLINES, GPU_DEADLINES, Deadlines, ProgressPrinter
 from perf_tests.harness.schema import Measurement, Result
@@ -127,18 +127,20 @@ def measure(
     return measured
 
 
-def table(measured: dict[str, Measured], folder: Path) -> str:
+def table(measured: dict[str, Measured], folder: Path, workload: Workload) -> str:
     """Markdown: a row a level, milliseconds, medians over all rounds and processes."""
     reference = next((id for id in ("fp32", "bf16") if id in measured and measured[id].measurements), None)
     error = f"one-step error to {reference}" if reference else "one-step error"
     columns = ("level", "whole call", "parent / it", "a step", "text encoding", "decode", "postprocess", error,
                "peak GiB", "compile s", "process s", "proofs")  # fmt: skip
     lines = ["| " + " | ".join(columns) + " |", "|---|" + "---:|" * (len(columns) - 1)]
-    lines += ["| " + " | ".join(_row(id, measured, folder, reference)) + " |" for id in measured]
+    lines += ["| " + " | ".join(_row(id, measured, folder, reference, workload)) + " |" for id in measured]
     return "\n".join(lines) + "\n"
 
 
-def _row(id: str, measured: dict[str, Measured], folder: Path, reference: str | None) -> Iterator[str]:
+def _row(
+    id: str, measured: dict[str, Measured], folder: Path, reference: str | None, workload: Workload
+) -> Iterator[str]:
     own = measured[id].measurements
     yield f"`{id}`"
     if not own:
@@ -149,9 +151,9 @@ def _row(id: str, measured: dict[str, Measured], folder: Path, reference: str | 
     call = _median(own, lambda m: m.samples_s)
     yield _ms(call)
     yield f"{_median(parent.measurements, lambda m: m.samples_s) / call:.3f}" if parent and parent.measurements else "-"
-    yield _ms(_stage(own, "step_"))
+    yield _ms(statistics.median(s for m in own for s in sanity.step_seconds(workload, m.stages_s)))
     for name in ("text_encode", "decode", "postprocess"):
-        yield _ms(_stage(own, name))
+        yield _ms(_median(own, lambda m, name=name: m.stages_s[name]))
     yield _error(id, reference, measured, folder)
     yield f"{max(m.peak_memory_bytes for m in own) / 2**30:.1f}"
     yield f"{max(m.apply_s + m.warmup_s for m in own):.0f}"
@@ -164,13 +166,8 @@ def _median(own: list[Measurement], samples: Callable[[Measurement], list[float]
     return statistics.median(value for m in own for value in samples(m))
 
 
-def _stage(own: list[Measurement], prefix: str) -> float | None:
-    values = [s for m in own for name, samples in m.stages_s.items() if name.startswith(prefix) for s in samples]
-    return statistics.median(values) if values else None
-
-
-def _ms(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{seconds * 1e3:.1f}"
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f}"
 
 
 def _error(id: str, reference: str | None, measured: dict[str, Measured], folder: Path) -> str:
@@ -200,7 +197,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         levels = plan([get_level(name.strip()).id for name in options.levels.split(",")])
-        get_workload(options.workload)
+        workload = get_workload(options.workload)
         machine = ask_machine()
     except ValueError as error:
         parser.error(str(error))
@@ -209,7 +206,7 @@ def main() -> int:
     folder = runner.new_run_folder(options.out, options.workload)
 
     def save(measured: dict[str, Measured]) -> None:
-        write_over(folder / TABLE_FILE, table(measured, folder).encode())
+        write_over(folder / TABLE_FILE, table(measured, folder, workload).encode())
 
     with lease.gpu_lease(uuid) if is_gpu else contextlib.nullcontext():
         measured = measure(
@@ -224,7 +221,7 @@ def main() -> int:
             cache=options.cache,
             on_result=save,
         )
-    print(f"\n{folder}\n{table(measured, folder)}", flush=True)
+    print(f"\n{folder}\n{table(measured, folder, workload)}", flush=True)
     for id, own in measured.items():
         if own.why_not and own.measurements:
             print(f"* {id}: a process gave no measurement: {own.why_not}")

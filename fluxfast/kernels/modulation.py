@@ -72,7 +72,7 @@ class PrecomputedModulation:
         if self.table is None or self.current is None:
             raise ValueError("the modulation of no step is known yet: call fill() first")
         step = matches.int().argmax().view(1)
-        self.current.copy_(torch.where(matches.any(), self.table.index_select(0, step)[0], float("nan")))
+        self.current.copy_(self.table.index_select(0, step)[0].masked_fill(~matches.any(), float("nan")))
 
     def detach(self) -> None:
         """Let the blocks compute their modulation from `temb` again."""
