@@ -9,7 +9,8 @@ The one legal order of application, which is not the ladder's order:
 5. `quantization`; or the fused blocks, which quantise their own Linears, for `fused_quantize`,
    `precomputed_modulation`, `fused_qk_rope` and `merged_projections`,
 6. `compile_mode` with `inductor_flags`, or `packaging` of the same regions,
-7. CUDA graphs around what was compiled: one a step or, with `whole_loop_graph`, one for the loop,
+7. CUDA graphs around what was compiled: one a step or, with `whole_loop_graph`, one for the loop; `fast_encode`
+   adds the text encoders to both,
 8. what every step reads is computed once a call or a resolution, for `precomputed_modulation` and `fused_qk_rope`:
    before the transformer and outside of its graph. In the graph of a whole loop the modulation is within it.
 """
@@ -34,6 +35,7 @@ from fluxfast.compilation import (
     compile_forward,
     compile_transformer,
     inductor_options,
+    text_encoder_layers,
     unify_single_block_inputs,
 )
 from fluxfast.cudagraph import GraphedCallable
@@ -43,6 +45,8 @@ from fluxfast.loop import LoopPipeline
 from fluxfast.machine import effective, this_machine, why_not
 from fluxfast.staging import StagedModulation, StagedRotary
 from fluxfast.workloads import Workload
+
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 @dataclasses.dataclass
@@ -65,6 +69,7 @@ class Built:
     compiler: Compiler
     packages: list[aoti.Package] = dataclasses.field(default_factory=list)
     graphed: dict[str, GraphedCallable] = dataclasses.field(default_factory=dict)
+    text_compiler: Compiler | None = None
     modulation: StagedModulation | None = None
     rotary: StagedRotary | None = None
     _launches_before: int = 0
@@ -75,8 +80,9 @@ class Built:
         return COUNT.launches - self._launches_before
 
     def forwards(self, calls: int, num_steps: int) -> dict[str, int]:
-        """How often loop, transformer and decoder ran in Python during `calls` calls; a graph replay does not count."""
-        ran = {"loop": calls} | {name: graph.function_calls for name, graph in self.graphed.items()}
+        """How often loop and models ran in Python during `calls` pipeline calls; a graph's replay does not count."""
+        ran = dict.fromkeys(("loop", *TEXT_ENCODERS), calls)
+        ran |= {name: graph.function_calls for name, graph in self.graphed.items()}
         return {"transformer": ran["loop"] * num_steps, "decoder": calls} | ran
 
     def prove(self, calls: int, num_steps: int) -> list[proof.Fact]:
@@ -151,6 +157,11 @@ def build(
         else:
             compile_transformer(pipeline.transformer, built.compiler, workload.compile_scope)
             compile_forward(pipeline.vae.decoder, built.compiler)
+    if applied.compile_mode != "none" and applied.fast_encode:
+        # Without max-autotune's search, which would add every GEMM shape of T5-XXL and CLIP to a cold process.
+        built.text_compiler = Compiler({})
+        for layer in text_encoder_layers(pipeline.text_encoder, pipeline.text_encoder_2):
+            compile_forward(layer, built.text_compiler)
     if applied.precomputed_modulation and applied.has_fused_blocks and applied.whole_loop_graph:
         built.modulation = pipeline.modulation = StagedModulation(pipeline)
     if applied.compile_mode != "none" and machine.device == "cuda":
@@ -217,6 +228,9 @@ def capture(built: Built, applied: Level) -> None:
     steps_graph = ("transformer", pipeline.transformer, "forward")
     if applied.whole_loop_graph:
         steps_graph = ("loop", pipeline, "denoise")
-    for name, owner, method in (steps_graph, ("decoder", pipeline.vae.decoder, "forward")):
+    graphs = [steps_graph, ("decoder", pipeline.vae.decoder, "forward")]
+    if applied.fast_encode:
+        graphs += [(name, getattr(pipeline, name), "forward") for name in TEXT_ENCODERS]
+    for name, owner, method in graphs:
         built.graphed[name] = GraphedCallable(getattr(owner, method))
         setattr(owner, method, built.graphed[name])

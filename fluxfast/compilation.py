@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.models.t5.modeling_t5 import T5Block
 
 from fluxfast.levels import INDUCTOR_FLAGS, Level
 
@@ -132,6 +134,11 @@ def compile_transformer(transformer: nn.Module, compiler: Compiler, scope: str) 
         for block in blocks:
             compile_forward(block, compiler)
     return len(block_lists(transformer))
+
+
+def text_encoder_layers(*encoders: nn.Module) -> list[nn.Module]:
+    """The layers of CLIP and T5 encoders."""
+    return [m for encoder in encoders for m in encoder.modules() if isinstance(m, CLIPEncoderLayer | T5Block)]
 
 
 def compile_forward(module: nn.Module, compiler: Compiler) -> None:

@@ -47,6 +47,7 @@ class Level:
         merged_projections: QKV and MLP of a single block as one GEMM, 3072 -> 21504 in FLUX.1.
         whole_loop_graph: the denoising loop, scheduler included, is one CUDA graph instead of one a step; schedule and
             noise are staged, and an image's bytes are made on the GPU.
+        fast_encode: both text encoders compiled layer by layer and, on CUDA, in one CUDA graph each.
     """
 
     id: str
@@ -64,6 +65,7 @@ class Level:
     fused_qk_rope: bool = False
     merged_projections: bool = False
     whole_loop_graph: bool = False
+    fast_encode: bool = False
 
     def then(self, id: str, **change: Any) -> Level:
         """The next rung: this level with one field changed.
@@ -142,6 +144,7 @@ PRECOMPUTED_MODULATION = FUSED_QUANTIZE.then("precomputed_modulation", precomput
 FUSED_QK_ROPE = PRECOMPUTED_MODULATION.then("fused_qk_rope", fused_qk_rope=True)
 MERGED_PROJECTIONS = FUSED_QK_ROPE.then("merged_projections", merged_projections=True)
 WHOLE_LOOP_GRAPH = MERGED_PROJECTIONS.then("whole_loop_graph", whole_loop_graph=True)
+FAST_ENCODE = WHOLE_LOOP_GRAPH.then("fast_encode", fast_encode=True)
 
 BEYOND: tuple[Level, ...] = (
     FLOAT8_ROWWISE,
@@ -150,6 +153,7 @@ BEYOND: tuple[Level, ...] = (
     FUSED_QK_ROPE,
     MERGED_PROJECTIONS,
     WHOLE_LOOP_GRAPH,
+    FAST_ENCODE,
 )
 """Rungs past flux-fast that no GPU has timed yet, so they are beside the ladder: a rung that gains moves onto it.
 

@@ -7,7 +7,7 @@ first that does not hold. Counting both ways catches a step that did nothing and
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fluxfast.attention import Fa3Fp8Processor
-from fluxfast.compilation import block_lists
+from fluxfast.compilation import block_lists, text_encoder_layers
 from fluxfast.errors import StepNotApplied
 from fluxfast.kernels.linear import RowwiseFloat8Linear
 from fluxfast.levels import INDUCTOR_FLAGS, Level
@@ -177,6 +177,22 @@ def fused_block_facts(built: Built, calls: int, loops: int, forwards: int) -> li
     return facts
 
 
+def text_encoder_facts(built: Built, forwards: Mapping[str, int]) -> list[Fact]:
+    """What ran of the text encoders' compiled layers."""
+    compiler, on = built.text_compiler, built.level.fast_encode
+    calls = sum(
+        forwards[name] * len(text_encoder_layers(getattr(built.pipeline, name)))
+        for name in ("text_encoder", "text_encoder_2")
+    )
+    return [
+        # CLIP's layer, T5's first, which makes the position bias, and T5's others.
+        Fact("fast_encode", "compiled graphs of text encoder layers",
+             len(compiler.graphs) if compiler else 0, _all_if(on, 3)),
+        Fact("fast_encode", "calls of compiled text encoder layers",
+             compiler.calls if compiler else 0, _all_if(on, calls)),
+    ]  # fmt: skip
+
+
 def _flagged(configs: Iterable[dict[str, Any]]) -> int:
     return sum(all(config.get(name) == value for name, value in INDUCTOR_FLAGS.items()) for config in configs)
 
@@ -215,6 +231,7 @@ def run_facts(built: Built, calls: int, steps: int) -> list[Fact]:
              built.fa3_launches, _all_if(level.attention != "sdpa", forwards["transformer"] * blocks)),
     ]  # fmt: skip
     facts += fused_block_facts(built, calls, forwards["loop"], forwards["transformer"])
+    facts += text_encoder_facts(built, forwards)
     through = getattr(built.pipeline, "loops", 0)
     facts.append(
         Fact("whole_loop_graph", "calls whose denoising loop is one function",
@@ -226,6 +243,8 @@ def run_facts(built: Built, calls: int, steps: int) -> list[Fact]:
             ("compile_mode", "transformer", _all_if(stepwise, calls * steps)),
             ("compile_mode", "decoder", _all_if(compiled, calls)),
             ("whole_loop_graph", "loop", _all_if(compiled and level.whole_loop_graph, calls)),
+            ("fast_encode", "text_encoder", _all_if(level.fast_encode, calls)),
+            ("fast_encode", "text_encoder_2", _all_if(level.fast_encode, calls)),
         ):
             replays = built.graphed[name].replays if name in built.graphed else 0
             facts.append(Fact(field, f"CUDA graph replays of the {name}", replays, expected))
