@@ -136,10 +136,10 @@ class StagedRotary:
         self.fills = 0
         self._known: dict[tuple[int, ...], tuple[list[tuple[torch.Tensor | None, int]], Tables]] = {}
         self._ids: dict[Hashable, torch.Tensor] = {}
-        if isinstance(pipeline, LoopPipeline):
-            self._forward, pipeline.denoise = pipeline.denoise, self
-        else:
-            self._forward, pipeline.transformer.forward = pipeline.transformer.forward, self
+        owner: Any = pipeline if isinstance(pipeline, LoopPipeline) else pipeline.transformer
+        method = "denoise" if isinstance(pipeline, LoopPipeline) else "forward"
+        self._forward = getattr(owner, method)
+        setattr(owner, method, self)
         self._encode_prompt, self._image_ids = pipeline.encode_prompt, pipeline._prepare_latent_image_ids
         pipeline.encode_prompt, pipeline._prepare_latent_image_ids = self.encode_prompt, self.image_ids
 
