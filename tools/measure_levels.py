@@ -62,7 +62,7 @@ class Measured:
 
 
 def plan(levels: Sequence[str]) -> list[str]:
-    """The levels in their order, each followed by its parent unless that came before; fp32, by far the slowest, last."""
+    """The levels in their order, each followed by its parent unless that came before; fp32, the slowest, last."""
     wanted = [id for level in levels for id in (level, get_level(level).parent) if id is not None]
     return sorted(dict.fromkeys(wanted), key=lambda id: id == "fp32")
 
