@@ -6,9 +6,13 @@ The one legal order of application, which is not the ladder's order:
 2. `fused_projections` (before float8, which would convert the separate projections),
 3. `memory_format` (before anything records strides),
 4. `attention` (before compilation traces the processor),
-5. `quantization`,
+5. `quantization`; or the fused blocks, which quantise their own Linears, for `fused_quantize`,
+   `precomputed_modulation`, `fused_qk_rope` and `merged_projections`,
 6. `compile_mode` with `inductor_flags`, or `packaging` of the same regions,
-7. CUDA graphs around what was compiled.
+7. CUDA graphs around what was compiled: one a step or, with `whole_loop_graph`, one for the loop; `fast_encode`
+   adds the text encoders to both,
+8. what every step reads is computed once a call or a resolution, for `precomputed_modulation` and `fused_qk_rope`:
+   before the transformer and outside of its graph. In the graph of a whole loop the modulation is within it.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from typing import Any
 import torch
 from diffusers import FluxPipeline
 
-from fluxfast import aoti, proof, steps
+from fluxfast import aoti, fused, proof, steps
 from fluxfast.attention import COUNT
 from fluxfast.checkpoints import load
 from fluxfast.compilation import (
@@ -31,13 +35,18 @@ from fluxfast.compilation import (
     compile_forward,
     compile_transformer,
     inductor_options,
+    text_encoder_layers,
     unify_single_block_inputs,
 )
 from fluxfast.cudagraph import GraphedCallable
 from fluxfast.errors import LevelUnavailable
 from fluxfast.levels import DEFAULTS, Level
+from fluxfast.loop import LoopPipeline
 from fluxfast.machine import effective, this_machine, why_not
+from fluxfast.staging import StagedModulation, StagedRotary
 from fluxfast.workloads import Workload
+
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 
 @dataclasses.dataclass
@@ -60,6 +69,9 @@ class Built:
     compiler: Compiler
     packages: list[aoti.Package] = dataclasses.field(default_factory=list)
     graphed: dict[str, GraphedCallable] = dataclasses.field(default_factory=dict)
+    text_compiler: Compiler | None = None
+    modulation: StagedModulation | None = None
+    rotary: StagedRotary | None = None
     _launches_before: int = 0
 
     @property
@@ -68,9 +80,10 @@ class Built:
         return COUNT.launches - self._launches_before
 
     def forwards(self, calls: int, num_steps: int) -> dict[str, int]:
-        """How often transformer and decoder ran in Python during `calls` calls; a graph replay does not count."""
-        eager = {"transformer": calls * num_steps, "decoder": calls}
-        return eager | {name: graph.function_calls for name, graph in self.graphed.items()}
+        """How often loop and models ran in Python during `calls` pipeline calls; a graph's replay does not count."""
+        ran = dict.fromkeys(("loop", *TEXT_ENCODERS), calls)
+        ran |= {name: graph.function_calls for name, graph in self.graphed.items()}
+        return {"transformer": ran["loop"] * num_steps, "decoder": calls} | ran
 
     def prove(self, calls: int, num_steps: int) -> list[proof.Fact]:
         """All facts, after exactly `calls` calls of `num_steps` steps.
@@ -123,6 +136,8 @@ def build(
 
     on_stage("load")
     pipeline = load(workload.checkpoint, getattr(torch, applied.dtype), machine.device)
+    if applied.whole_loop_graph:
+        pipeline = LoopPipeline.of(pipeline)
     on_stage("apply")
     facts = apply_static_fields(pipeline, applied, target)
     built = Built(
@@ -135,13 +150,26 @@ def build(
         compiler=Compiler(inductor_options(applied)),
     )
     if applied.compile_mode != "none":
+        if workload.compile_scope == "blocks" and not applied.has_fused_blocks:
+            unify_single_block_inputs(pipeline.transformer)
         if applied.packaging == "aoti":
             package(built, workload, cache_dir or Path(tempfile.mkdtemp(prefix="fluxfast-")))
         else:
             compile_transformer(pipeline.transformer, built.compiler, workload.compile_scope)
             compile_forward(pipeline.vae.decoder, built.compiler)
-        if machine.device == "cuda":
-            capture(built)
+    if applied.compile_mode != "none" and applied.fast_encode:
+        # Without max-autotune's search, which would add every GEMM shape of T5-XXL and CLIP to a cold process.
+        built.text_compiler = Compiler({})
+        for layer in text_encoder_layers(pipeline.text_encoder, pipeline.text_encoder_2):
+            compile_forward(layer, built.text_compiler)
+    if applied.precomputed_modulation and applied.has_fused_blocks and applied.whole_loop_graph:
+        built.modulation = pipeline.modulation = StagedModulation(pipeline)
+    if applied.compile_mode != "none" and machine.device == "cuda":
+        capture(built, applied)
+    if applied.precomputed_modulation and applied.has_fused_blocks and not applied.whole_loop_graph:
+        built.modulation = StagedModulation(pipeline)
+    if applied.fused_qk_rope and applied.has_fused_blocks:
+        built.rotary = StagedRotary(pipeline)
     built._launches_before = COUNT.launches
     return built
 
@@ -162,8 +190,12 @@ def apply_static_fields(pipeline: FluxPipeline, applied: Level, target: Level) -
     if applied.attention != "sdpa":
         steps.fa3_attention(pipeline, cast_outside=applied.attention == "fa3_fp8")
     facts += proof.attention_facts(pipeline.transformer, target)
-    if applied.quantization == "float8_tensorwise":
+    if applied.has_fused_blocks:
+        fused.fuse(pipeline.transformer, applied)
+    elif applied.quantization == "float8_tensorwise":
         steps.float8_tensorwise(pipeline)
+    elif applied.quantization == "float8_rowwise":
+        steps.float8_rowwise(pipeline)
     facts += proof.quantization_facts(pipeline.transformer, target)
     proof.require(target, facts)
     return facts
@@ -175,7 +207,6 @@ def package(built: Built, workload: Workload, cache_dir: Path) -> None:
     if workload.compile_scope == "full":
         regions = {"transformer": [pipeline.transformer]}
     else:
-        unify_single_block_inputs(pipeline.transformer)
         regions = dict(zip(("double", "single"), map(list, block_lists(pipeline.transformer)), strict=True))
     regions["decoder"] = [pipeline.vae.decoder]
     # The last instance of a class is exported: the first single block carries the input hook.
@@ -191,8 +222,15 @@ def package(built: Built, workload: Workload, cache_dir: Path) -> None:
             built.packages.append(made)
 
 
-def capture(built: Built) -> None:
+def capture(built: Built, applied: Level) -> None:
     """Step 7: one CUDA graph around the transformer, one around the decoder, as max-autotune's mode would."""
-    for name, module in (("transformer", built.pipeline.transformer), ("decoder", built.pipeline.vae.decoder)):
-        built.graphed[name] = GraphedCallable(module.forward)
-        module.forward = built.graphed[name]
+    pipeline = built.pipeline
+    steps_graph = ("transformer", pipeline.transformer, "forward")
+    if applied.whole_loop_graph:
+        steps_graph = ("loop", pipeline, "denoise")
+    graphs = [steps_graph, ("decoder", pipeline.vae.decoder, "forward")]
+    if applied.fast_encode:
+        graphs += [(name, getattr(pipeline, name), "forward") for name in TEXT_ENCODERS]
+    for name, owner, method in graphs:
+        built.graphed[name] = GraphedCallable(getattr(owner, method))
+        setattr(owner, method, built.graphed[name])

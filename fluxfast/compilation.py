@@ -7,11 +7,14 @@ under one CUDA graph, and 10-20 s instead of 70-110 s to compile.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.models.t5.modeling_t5 import T5Block
 
 from fluxfast.levels import INDUCTOR_FLAGS, Level
 
@@ -34,19 +37,40 @@ def inductor_options(level: Level) -> dict[str, Any]:
 
 
 @dataclasses.dataclass
+class CompiledGraph:
+    """What is known of one compilation.
+
+    Attributes:
+        config: what Inductor's own config held for every option while compiling it.
+        operators: how often each operator stands in the graph, by name: "linear", "fluxfast::gelu_quantize".
+        calls: of the compiled code. A CUDA graph calls at capture only.
+    """
+
+    config: dict[str, Any]
+    operators: Counter[str]
+    calls: int = 0
+
+
+@dataclasses.dataclass
 class Compiler:
     """A Dynamo backend: Inductor with `options`, and a count of everything that passes through.
 
     Attributes:
-        graphs: compilations; a recompilation counts again.
-        calls: calls of compiled code. A CUDA graph calls at capture only.
-        seen: of each graph, what Inductor's own config held for every option while compiling it.
+        graphs: compilations; a recompilation is another one.
     """
 
     options: dict[str, Any]
-    graphs: int = 0
-    calls: int = 0
-    seen: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    graphs: list[CompiledGraph] = dataclasses.field(default_factory=list)
+
+    @property
+    def calls(self) -> int:
+        """Calls of compiled code."""
+        return sum(graph.calls for graph in self.graphs)
+
+    def calls_of(self, *operators: str, beside: str | None = None) -> int:
+        """How often operators of these names ran within compiled code; only in graphs that hold `beside`, if given."""
+        graphs = [graph for graph in self.graphs if beside is None or graph.operators[beside]]
+        return sum(graph.calls * graph.operators[name] for graph in graphs for name in operators)
 
     def __call__(self, graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Compile one graph. Called by Dynamo."""
@@ -54,15 +78,21 @@ class Compiler:
         from torch._inductor.compile_fx import compile_fx
 
         with config.patch(self.options):
-            self.seen.append({name: getattr(config, name) for name in MAX_AUTOTUNE | INDUCTOR_FLAGS})
+            seen = {name: getattr(config, name) for name in MAX_AUTOTUNE | INDUCTOR_FLAGS}
+            # Before Inductor, which takes the graph apart.
+            record = CompiledGraph(seen, Counter(_name(n.target) for n in graph.graph.nodes if n.op == "call_function"))
             compiled = compile_fx(graph, example_inputs)
-        self.graphs += 1
+        self.graphs.append(record)
 
         def call(*args: Any) -> Any:
-            self.calls += 1
+            record.calls += 1
             return compiled(*args)
 
         return call
+
+
+def _name(target: Any) -> str:
+    return target.name() if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
 
 
 def block_lists(transformer: nn.Module) -> tuple[nn.ModuleList, nn.ModuleList]:
@@ -100,11 +130,15 @@ def compile_transformer(transformer: nn.Module, compiler: Compiler, scope: str) 
     if scope == "full":
         compile_forward(transformer, compiler)
         return 1
-    unify_single_block_inputs(transformer)
     for blocks in block_lists(transformer):
         for block in blocks:
             compile_forward(block, compiler)
     return len(block_lists(transformer))
+
+
+def text_encoder_layers(*encoders: nn.Module) -> list[nn.Module]:
+    """The layers of CLIP and T5 encoders."""
+    return [m for encoder in encoders for m in encoder.modules() if isinstance(m, CLIPEncoderLayer | T5Block)]
 
 
 def compile_forward(module: nn.Module, compiler: Compiler) -> None:

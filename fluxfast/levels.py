@@ -14,7 +14,7 @@ Dtype = Literal["float32", "bfloat16"]
 CompileMode = Literal["none", "max-autotune"]
 MemoryFormat = Literal["contiguous", "channels_last"]
 Attention = Literal["sdpa", "fa3_fp8", "fa3_fp8_cast_inside"]
-Quantization = Literal["none", "float8_tensorwise"]
+Quantization = Literal["none", "float8_tensorwise", "float8_rowwise"]
 Packaging = Literal["jit", "aoti"]
 
 
@@ -33,9 +33,21 @@ class Level:
         attention: "fa3_fp8" casts q, k, v to e4m3 without scales in front of FlashAttention-3, so that Inductor can
             fuse the cast; "fa3_fp8_cast_inside" casts inside the opaque op, as flux-fast does.
         quantization: "float8_tensorwise" is torchao's dynamic float8 with one scale a tensor, on every Linear of the
-            transformer.
+            transformer; "float8_rowwise" has one scale a row, on the blocks' Linears only: AdaLN, embedders and the
+            output projection stay as they are.
         inductor_flags: flux-fast's `INDUCTOR_FLAGS` on top of max-autotune.
         packaging: "aoti" replaces torch.compile of the blocks by torch.export + AOTInductor packages.
+        fused_quantize: Triton kernels that end in a row's maximum and e4m3: GELU, GELU + concatenation, LayerNorm +
+            modulation, the same behind the gated residual. The single blocks hand on the joint text and image stream,
+            because a kernel that Inductor cannot see into would need the concatenation in memory in every block.
+        precomputed_modulation: every AdaLN shift, scale and gate of all steps in one pass before the loop, again for
+            every pipeline call; the time and text embedding goes with it.
+        fused_qk_rope: one Triton kernel for QK RMSNorm, RoPE, concatenation and the e4m3 cast, and RoPE's tables once
+            per resolution instead of in every forward.
+        merged_projections: QKV and MLP of a single block as one GEMM, 3072 -> 21504 in FLUX.1.
+        whole_loop_graph: the denoising loop, scheduler included, is one CUDA graph instead of one a step; schedule and
+            noise are staged, and an image's bytes are made on the GPU.
+        fast_encode: both text encoders compiled layer by layer and, on CUDA, in one CUDA graph each.
     """
 
     id: str
@@ -48,6 +60,12 @@ class Level:
     quantization: Quantization = "none"
     inductor_flags: bool = False
     packaging: Packaging = "jit"
+    fused_quantize: bool = False
+    precomputed_modulation: bool = False
+    fused_qk_rope: bool = False
+    merged_projections: bool = False
+    whole_loop_graph: bool = False
+    fast_encode: bool = False
 
     def then(self, id: str, **change: Any) -> Level:
         """The next rung: this level with one field changed.
@@ -64,6 +82,11 @@ class Level:
         return {name: getattr(self, name) for name in FIELDS}
 
     @property
+    def has_fused_blocks(self) -> bool:
+        """Whether the transformer runs on the blocks of `fluxfast.kernels`, which quantise their own Linears."""
+        return self.quantization == "float8_rowwise" and any(getattr(self, field) for field in FUSED_BLOCK_FIELDS)
+
+    @property
     def own_field(self) -> str | None:
         """The field in which this level differs from its parent; None for the first rung."""
         if self.parent is None:
@@ -73,6 +96,12 @@ class Level:
 
 
 FIELDS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(Level) if f.name not in ("id", "parent"))
+FUSED_BLOCK_FIELDS: tuple[str, ...] = (
+    "fused_quantize",
+    "precomputed_modulation",
+    "fused_qk_rope",
+    "merged_projections",
+)
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Level) if f.name in FIELDS}
 
 INDUCTOR_FLAGS: dict[str, bool] = {
@@ -108,7 +137,32 @@ LADDER: tuple[Level, ...] = (
 FLUX_FAST = AOTI.then("flux_fast", attention="fa3_fp8_cast_inside")
 """flux-fast's exact last recipe. Beside the ladder, not on it: it exists to be compared with."""
 
-LEVELS: dict[str, Level] = {level.id: level for level in (*LADDER, FLUX_FAST)}
+FLOAT8_ROWWISE = FA3_FP8.then("float8_rowwise", quantization="float8_rowwise")
+
+FUSED_QUANTIZE = FLOAT8_ROWWISE.then("fused_quantize", fused_quantize=True)
+PRECOMPUTED_MODULATION = FUSED_QUANTIZE.then("precomputed_modulation", precomputed_modulation=True)
+FUSED_QK_ROPE = PRECOMPUTED_MODULATION.then("fused_qk_rope", fused_qk_rope=True)
+MERGED_PROJECTIONS = FUSED_QK_ROPE.then("merged_projections", merged_projections=True)
+WHOLE_LOOP_GRAPH = MERGED_PROJECTIONS.then("whole_loop_graph", whole_loop_graph=True)
+FAST_ENCODE = WHOLE_LOOP_GRAPH.then("fast_encode", fast_encode=True)
+
+BEYOND: tuple[Level, ...] = (
+    FLOAT8_ROWWISE,
+    FUSED_QUANTIZE,
+    PRECOMPUTED_MODULATION,
+    FUSED_QK_ROPE,
+    MERGED_PROJECTIONS,
+    WHOLE_LOOP_GRAPH,
+    FAST_ENCODE,
+)
+"""Rungs past flux-fast that no GPU has timed yet, so they are beside the ladder: a rung that gains moves onto it.
+
+They branch off at `fa3_fp8`, compiled just in time. Not at `inductor_flags`: its coordinate descent takes minutes a
+process, and its `epilogue_fusion=False` forbids what these rungs want Inductor to do around the GEMMs. Not at `aoti`:
+the Triton operations would be compiled ahead of time once more for every rung while they change.
+"""
+
+LEVELS: dict[str, Level] = {level.id: level for level in (*LADDER, FLUX_FAST, *BEYOND)}
 
 
 def get_level(id: str) -> Level:

@@ -8,10 +8,12 @@ import importlib.util
 
 import torch
 
-from fluxfast.levels import DEFAULTS, Level
+from fluxfast.levels import DEFAULTS, FUSED_BLOCK_FIELDS, Level
 
 FA3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")
 """FlashAttention-3's own build, and the forward-only wheel of PyPI's `fa3-fwd`."""
+
+TRITON_FIELDS = ("fused_quantize", "fused_qk_rope")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,36 +24,56 @@ class Machine:
         device: "cuda" or "cpu".
         capability: CUDA compute capability, None without a GPU.
         fa3_module: the first of `FA3_MODULES` that is installed, None if neither is.
+        triton: whether Triton is installed.
     """
 
     device: str
     capability: tuple[int, int] | None
     fa3_module: str | None
+    triton: bool
+
+    @property
+    def found(self) -> str:
+        """What there is to compute on, for reasons: "9.0", or "cpu"."""
+        return f"{self.capability[0]}.{self.capability[1]}" if self.capability else self.device
 
 
 @functools.cache
 def this_machine() -> Machine:
     """The machine this process runs on; device 0 of CUDA where there is one."""
     fa3_module = next((name for name in FA3_MODULES if importlib.util.find_spec(name) is not None), None)
+    triton = importlib.util.find_spec("triton") is not None
     if not torch.cuda.is_available():
-        return Machine(device="cpu", capability=None, fa3_module=fa3_module)
-    return Machine(device="cuda", capability=torch.cuda.get_device_capability(), fa3_module=fa3_module)
+        return Machine(device="cpu", capability=None, fa3_module=fa3_module, triton=triton)
+    capability = torch.cuda.get_device_capability()
+    return Machine(device="cuda", capability=capability, fa3_module=fa3_module, triton=triton)
 
 
 def unavailable(level: Level, machine: Machine) -> dict[str, str]:
     """Fields of `level` that `machine` cannot run, each with the reason."""
     reasons = {}
     if level.attention != "sdpa" and (machine.capability != (9, 0) or machine.fa3_module is None):
-        found = f"{machine.capability[0]}.{machine.capability[1]}" if machine.capability else machine.device
         reasons["attention"] = (
             f"{level.attention}: needs compute capability 9.0 and one of {', '.join(FA3_MODULES)}; "
-            f"found {found} and {machine.fa3_module or 'neither module'}"
+            f"found {machine.found} and {machine.fa3_module or 'neither module'}"
         )
     if level.quantization != "none" and machine.capability is not None and machine.capability < (8, 9):
         reasons["quantization"] = (
-            f"{level.quantization}: needs compute capability 8.9 or newer for float8 GEMMs; "
-            f"found {machine.capability[0]}.{machine.capability[1]}"
+            f"{level.quantization}: needs compute capability 8.9 or newer for float8 GEMMs; found {machine.found}"
         )
+    for field in TRITON_FIELDS:
+        if getattr(level, field) and (machine.capability != (9, 0) or not machine.triton):
+            reasons[field] = (
+                f"{field}: its Triton kernels need compute capability 9.0 and Triton; found {machine.found} and "
+                f"{'Triton' if machine.triton else 'no Triton'}"
+            )
+    if level.whole_loop_graph and machine.capability is None:
+        reasons["whole_loop_graph"] = f"whole_loop_graph: needs CUDA graphs; found {machine.found}"
+    if level.fused_qk_rope and "attention" in reasons:
+        reasons.setdefault("fused_qk_rope", f"fused_qk_rope: casts for {reasons['attention']}")
+    if "quantization" in reasons:
+        built_on_it = {field: f"{field}: is built on {reasons['quantization']}" for field in FUSED_BLOCK_FIELDS}
+        reasons |= {field: reason for field, reason in built_on_it.items() if getattr(level, field)}
     return reasons
 
 

@@ -7,7 +7,7 @@ first that does not hold. Counting both ways catches a step that did nothing and
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,11 @@ import torch
 from torch import nn
 
 from fluxfast.attention import Fa3Fp8Processor
+from fluxfast.compilation import block_lists, text_encoder_layers
 from fluxfast.errors import StepNotApplied
+from fluxfast.kernels.linear import RowwiseFloat8Linear
 from fluxfast.levels import INDUCTOR_FLAGS, Level
-from fluxfast.steps import UNFUSED, attentions, float8_candidates, linears
+from fluxfast.steps import UNFUSED, attentions, block_linears, blocks_of, float8_candidates, linears
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
@@ -96,18 +98,99 @@ def attention_facts(transformer: nn.Module, level: Level) -> list[Fact]:
     return [Fact("attention", "FA3 attention processors", on, _all_if(level.attention != "sdpa", len(modules)))]
 
 
-def quantization_facts(transformer: nn.Module, level: Level) -> list[Fact]:
-    """Linears with a float8 weight, and Linears that their shape keeps out."""
+def scaling(linear: nn.Module) -> str | None:
+    """How a Linear's float8 weight is scaled: "tensor", "row", or None if it has none."""
     from torchao.quantization import Float8Tensor
 
+    if isinstance(linear, RowwiseFloat8Linear):
+        return "row"
+    if not isinstance(linear.weight, Float8Tensor):
+        return None
+    return "row" if tuple(linear.weight.block_size) == (1, linear.in_features) else "tensor"
+
+
+def quantization_facts(transformer: nn.Module, level: Level) -> list[Fact]:
+    """Linears with a float8 weight of the level's scaling, and those that must not have one."""
+    everywhere = [m for m in transformer.modules() if isinstance(m, nn.Linear | RowwiseFloat8Linear)]
+    if level.quantization == "float8_rowwise":
+        inner = block_linears(transformer)
+        right = sum(scaling(m) == "row" for m in inner)
+        other = sum(scaling(m) is not None for m in everywhere) - sum(scaling(m) is not None for m in inner)
+        return [
+            Fact("quantization", "block Linears with row-wise float8 weights", right, len(inner)),
+            Fact("quantization", "Linears outside the blocks or of AdaLN with float8 weights", other, 0),
+        ]
     candidates = float8_candidates(transformer)
-    converted = sum(isinstance(m.weight, Float8Tensor) for m in linears(transformer))
-    on = level.quantization != "none"
+    on = level.quantization == "float8_tensorwise"
+    # A level without float8 must not have it in any form, one with a scale a tensor in no other.
+    converted = sum(scaling(m) == "tensor" if on else scaling(m) is not None for m in everywhere)
     facts = [Fact("quantization", "Linears with float8 weights", converted, _all_if(on, len(candidates)))]
     if on:
         skipped = len(linears(transformer)) - len(candidates)
         facts.append(Fact("quantization", "Linears skipped for their shape", skipped, 0))
     return facts
+
+
+QUANTIZING = ("gelu_quantize", "layernorm_modulate_quantize", "residual_layernorm_modulate_quantize")
+"""Triton operations of a double block, each once a stream."""
+QUANTIZING_SINGLE = ("layernorm_modulate_quantize", "gelu_concat_quantize")
+
+
+def fused_block_facts(built: Built, calls: int, loops: int, forwards: int) -> list[Fact]:
+    """What ran during `calls` pipeline calls, `loops` loops and `forwards` forwards of the transformer in Python.
+
+    Compiled code is counted by the operators in its graphs and the graphs' calls.
+    """
+    level, compiler = built.level, built.compiler
+    double, single = (len(blocks) for blocks in block_lists(built.pipeline.transformer))
+    kernels = {f"fluxfast::{name}" for name in QUANTIZING + QUANTIZING_SINGLE}
+    gemms = 8 * double + (2 if level.merged_projections else 3) * single
+    launches = forwards * (double * 2 * len(QUANTIZING) + single * len(QUANTIZING_SINGLE))
+    facts = [
+        Fact("fused_quantize", "launches of Triton's quantising kernels",
+             compiler.calls_of(*kernels), _all_if(level.fused_quantize, launches)),
+        Fact("precomputed_modulation", "modulation tables computed",
+             built.modulation.fills if built.modulation else 0,
+             # Within the graph of a whole loop the table is computed in every replay, and in Python at capture.
+             _all_if(level.precomputed_modulation, loops if level.whole_loop_graph else calls)),
+    ]  # fmt: skip
+    facts += [
+        Fact("fused_qk_rope", "launches of Triton's QK norm and RoPE kernel",
+             compiler.calls_of("fluxfast::qk_norm_rope_quantize"),
+             _all_if(level.fused_qk_rope, forwards * (double + single))),
+        # Once for the one resolution of all calls.
+        Fact("fused_qk_rope", "RoPE tables computed",
+             built.rotary.fills if built.rotary else 0, _all_if(level.fused_qk_rope, 1)),
+        Fact("merged_projections", "single blocks with QKV and MLP in one GEMM",
+             sum(getattr(block, "proj_mlp", block) is None for block in blocks_of(built.pipeline.transformer)),
+             _all_if(level.merged_projections, single)),
+        Fact("merged_projections", "float8 GEMMs called by the fused blocks",
+             compiler.calls_of("_scaled_mm"), _all_if(level.has_fused_blocks, forwards * gemms)),
+    ]  # fmt: skip
+    if level.has_fused_blocks and built.scope == "blocks":
+        # All other Linears of these blocks are float8 GEMMs of another name; the VAE's attention has no such GEMM.
+        adaln = forwards * (2 * double + single)
+        facts.append(
+            Fact("precomputed_modulation", "AdaLN Linears called by the blocks",
+                 compiler.calls_of("linear", beside="_scaled_mm"), _all_if(not level.precomputed_modulation, adaln))
+        )  # fmt: skip
+    return facts
+
+
+def text_encoder_facts(built: Built, forwards: Mapping[str, int]) -> list[Fact]:
+    """What ran of the text encoders' compiled layers."""
+    compiler, on = built.text_compiler, built.level.fast_encode
+    calls = sum(
+        forwards[name] * len(text_encoder_layers(getattr(built.pipeline, name)))
+        for name in ("text_encoder", "text_encoder_2")
+    )
+    return [
+        # CLIP's layer, T5's first, which makes the position bias, and T5's others.
+        Fact("fast_encode", "compiled graphs of text encoder layers",
+             len(compiler.graphs) if compiler else 0, _all_if(on, 3)),
+        Fact("fast_encode", "calls of compiled text encoder layers",
+             compiler.calls if compiler else 0, _all_if(on, calls)),
+    ]  # fmt: skip
 
 
 def _flagged(configs: Iterable[dict[str, Any]]) -> int:
@@ -123,20 +206,20 @@ def run_facts(built: Built, calls: int, steps: int) -> list[Fact]:
     level = built.level
     compiled = level.compile_mode != "none"
     packaged = compiled and level.packaging == "aoti"
-    blocks = len(attentions(built.pipeline.transformer))
+    blocks = len(blocks_of(built.pipeline.transformer))
     regions = blocks if built.scope == "blocks" else 1
     forwards = built.forwards(calls, steps)
     region_calls = forwards["transformer"] * regions + forwards["decoder"]
     classes = (2 if built.scope == "blocks" else 1) + 1
     expected_graphs = _all_if(compiled and not packaged, classes)
     # Both ways of compiling leave the options that Inductor really had; a package's are in its manifest.
-    configs = [*built.compiler.seen, *(package.options for package in built.packages)]
+    configs = [*(graph.config for graph in built.compiler.graphs), *(package.options for package in built.packages)]
     facts = [
         # Before compile_mode's: regions that were not packaged are compiled just in time, and packaging is at fault.
         Fact("packaging", "AOTInductor packages loaded", len(built.packages), _all_if(packaged, classes)),
         Fact("packaging", "calls of packages",
              sum(package.calls for package in built.packages), _all_if(packaged, region_calls)),
-        Fact("compile_mode", "compiled graphs, recompilations included", built.compiler.graphs, expected_graphs),
+        Fact("compile_mode", "compiled graphs, recompilations included", len(built.compiler.graphs), expected_graphs),
         Fact("compile_mode", "graphs or packages with max_autotune",
              sum(config.get("max_autotune") is True for config in configs), _all_if(compiled, classes)),
         Fact("compile_mode", "graph breaks", sum(torch._dynamo.utils.counters["graph_break"].values()), 0),
@@ -147,10 +230,22 @@ def run_facts(built: Built, calls: int, steps: int) -> list[Fact]:
         Fact("attention", "launches of the FA3 op",
              built.fa3_launches, _all_if(level.attention != "sdpa", forwards["transformer"] * blocks)),
     ]  # fmt: skip
+    facts += fused_block_facts(built, calls, forwards["loop"], forwards["transformer"])
+    facts += text_encoder_facts(built, forwards)
+    through = getattr(built.pipeline, "loops", 0)
+    facts.append(
+        Fact("whole_loop_graph", "calls whose denoising loop is one function",
+             through, _all_if(level.whole_loop_graph, calls))
+    )  # fmt: skip
     if built.device == "cuda":
-        for name, per_call in (("transformer", steps), ("decoder", 1)):
+        stepwise = compiled and not level.whole_loop_graph
+        for field, name, expected in (
+            ("compile_mode", "transformer", _all_if(stepwise, calls * steps)),
+            ("compile_mode", "decoder", _all_if(compiled, calls)),
+            ("whole_loop_graph", "loop", _all_if(compiled and level.whole_loop_graph, calls)),
+            ("fast_encode", "text_encoder", _all_if(level.fast_encode, calls)),
+            ("fast_encode", "text_encoder_2", _all_if(level.fast_encode, calls)),
+        ):
             replays = built.graphed[name].replays if name in built.graphed else 0
-            facts.append(
-                Fact("compile_mode", f"CUDA graph replays of the {name}", replays, _all_if(compiled, calls * per_call))
-            )
+            facts.append(Fact(field, f"CUDA graph replays of the {name}", replays, expected))
     return facts

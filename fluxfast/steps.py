@@ -5,6 +5,8 @@ torch.compile is in `compilation.py`, packages in `aoti.py`, CUDA graphs in `cud
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from diffusers import FluxPipeline
 from diffusers.models.attention_processor import Attention
@@ -12,6 +14,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import nn
 
 from fluxfast.attention import Fa3Fp8Processor, fa3_fp8, fa3_fp8_cast_inside
+from fluxfast.kernels.linear import RowwiseFloat8Linear
 
 UNFUSED = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 """Projections that a fused attention no longer calls."""
@@ -56,41 +59,73 @@ def linears(model: nn.Module) -> list[nn.Linear]:
     return [m for m in model.modules() if isinstance(m, nn.Linear)]
 
 
+def blocks_of(transformer: nn.Module) -> list[nn.Module]:
+    """The transformer's blocks, double ones first."""
+    return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+
+
+def block_linears(transformer: nn.Module) -> list[nn.Module]:
+    """Linears of the blocks that work on every token, quantised ones included: all but AdaLN's, which see one row."""
+    return [
+        module
+        for block in blocks_of(transformer)
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear | RowwiseFloat8Linear) and not name.startswith(("norm", "adaln"))
+    ]
+
+
 def float8_tensorwise(pipeline: FluxPipeline) -> None:
-    """torchao's dynamic float8, one scale a tensor, on every Linear of the transformer.
+    """torchao's dynamic float8, one scale a tensor, on every Linear of the transformer."""
+    from torchao.quantization import PerTensor
+
+    _float8(pipeline.transformer, float8_candidates(pipeline.transformer), PerTensor())
+
+
+def float8_rowwise(pipeline: FluxPipeline) -> None:
+    """torchao's dynamic float8, one scale a row, on the Linears of the blocks.
+
+    AdaLN's products are matrix-vector, whose time is the bandwidth of their weights; embedders and the output
+    projection are small and sensitive. torchao's own benchmark leaves the same layers out.
+    """
+    from torchao.quantization import PerRow
+
+    _float8(pipeline.transformer, block_linears(pipeline.transformer), PerRow())
+
+
+def _float8(transformer: nn.Module, chosen: list[nn.Module], granularity: Any) -> None:
+    """Convert the chosen Linears.
 
     torchao's config refuses machines without float8 GEMMs. On a CPU the same `Float8Tensor` weights are made directly;
     its matrix product is then done in float32 on the dequantised operands.
     """
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerTensor, quantize_
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, quantize_
     from torchao.quantization.quantize_.common import KernelPreference
 
-    transformer = pipeline.transformer
     if transformer.device.type == "cuda":
         config = Float8DynamicActivationFloat8WeightConfig(
-            granularity=PerTensor(),
+            granularity=granularity,
             kernel_preference=KernelPreference.TORCH,
             # The level `inductor_flags` sets Inductor's flags; torchao would set two of them here, for the process.
             set_inductor_config=False,
         )
-        quantize_(transformer, config)
+        quantize_(transformer, config, filter_fn=lambda module, name: module in chosen)
         return
-    for linear in float8_candidates(transformer):
-        linear.weight = nn.Parameter(_float8_tensor(linear.weight), requires_grad=False)
+    for linear in chosen:
+        linear.weight = nn.Parameter(_float8_tensor(linear.weight, granularity), requires_grad=False)
 
 
-def _float8_tensor(weight: torch.Tensor) -> torch.Tensor:
+def _float8_tensor(weight: torch.Tensor, granularity: Any) -> torch.Tensor:
     from torchao.float8.inference import Float8MMConfig
-    from torchao.quantization import Float8Tensor, PerTensor
+    from torchao.quantization import Float8Tensor
     from torchao.quantization.quantize_.common import KernelPreference
     from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
 
     return Float8Tensor.from_hp(
         weight,
-        granularity=PerTensor(),
+        granularity=granularity,
         mm_config=Float8MMConfig(use_fast_accum=True),
         kernel_preference=KernelPreference.TORCH,
         act_quant_kwargs=QuantizeTensorToFloat8Kwargs(
-            granularity=PerTensor(), kernel_preference=KernelPreference.TORCH
+            granularity=granularity, kernel_preference=KernelPreference.TORCH
         ),
     )

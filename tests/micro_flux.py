@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
@@ -15,22 +16,23 @@ BLOCKS = 2
 STEPS = 2
 
 
-def micro_transformer() -> FluxTransformer2DModel:
+def micro_transformer(**change: Any) -> FluxTransformer2DModel:
     """One double and one single block, two heads of 128; text widths are those of the shipped text encoders.
 
     Not one head: torchao 0.18 takes a 128 x 128 weight with one scale for a blockwise one and wants Triton.
     """
-    return FluxTransformer2DModel(
-        in_channels=64,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=128,
-        num_attention_heads=2,
-        joint_attention_dim=128,
-        pooled_projection_dim=128,
-        guidance_embeds=False,
-        axes_dims_rope=(16, 56, 56),
-    ).eval()
+    configuration = {
+        "in_channels": 64,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 128,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 128,
+        "pooled_projection_dim": 128,
+        "guidance_embeds": False,
+        "axes_dims_rope": (16, 56, 56),
+    }
+    return FluxTransformer2DModel(**(configuration | change)).eval()
 
 
 def micro_vae() -> AutoencoderKL:
@@ -50,11 +52,15 @@ def micro_vae() -> AutoencoderKL:
     ).eval()
 
 
+def micro_pipeline(**transformer: Any) -> FluxPipeline:
+    """A micro FLUX with the shipped text encoders and tokenizers; `transformer` changes its configuration."""
+    torch.manual_seed(0)
+    return FluxPipeline.from_pretrained(SHIPPED, transformer=micro_transformer(**transformer), vae=micro_vae())
+
+
 def make_micro_flux(folder: Path) -> Workload:
     """Save a micro checkpoint with the shipped text encoders and tokenizers in `folder`; two steps at 64 x 64 px."""
-    torch.manual_seed(0)
-    pipeline = FluxPipeline.from_pretrained(SHIPPED, transformer=micro_transformer(), vae=micro_vae())
-    pipeline.save_pretrained(folder)
+    micro_pipeline().save_pretrained(folder)
     return dataclasses.replace(
         TINY,
         id="micro",

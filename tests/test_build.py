@@ -8,21 +8,21 @@ from collections.abc import Iterator
 import pytest
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
+from fake_hopper import CPU, HOPPER, pretend_to_be
 from micro_flux import BLOCKS, STEPS
 from torch import nn
 
 from fluxfast import build as building
 from fluxfast import steps
-from fluxfast.attention import COUNT, reference_fp8_attention
+from fluxfast.attention import reference_fp8_attention
 from fluxfast.build import Built, build, generate
 from fluxfast.errors import LevelUnavailable, StepNotApplied
 from fluxfast.levels import BF16, COMPILE, FA3_FP8, FLOAT8, FUSED_QKV, LADDER, Level, get_level
-from fluxfast.machine import Machine, why_not
+from fluxfast.machine import why_not
 from fluxfast.workloads import Workload
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts of a CPU; a GPU is held by perf_tests")
 
-CPU = Machine(device="cpu", capability=None, fa3_module=None)
 # The package of `aoti` is built once, in a test of its own.
 ON_CPU = [level.id for level in LADDER if why_not(level, CPU) is None and level.packaging == "jit"]
 SABOTAGED = [(level.id, level.own_field) for level in LADDER if level.own_field and why_not(level, CPU) is None]
@@ -59,24 +59,10 @@ def run_and_prove(built: Built, workload: Workload) -> dict[str, int]:
     return {fact.what: fact.observed for fact in built.prove(calls=1, num_steps=STEPS)}
 
 
-@torch.library.custom_op("fluxfast_tests::fp8_attention", mutates_args=())
-def fp8_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """The FA3 op's numerics and count where there is no Hopper."""
-    COUNT.launches += 1
-    return reference_fp8_attention(query, key, value).contiguous()
-
-
-@fp8_attention.register_fake
-def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(query, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
-
-
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that says it is a Hopper with FA3 and computes on the CPU."""
-    machine = Machine(device="cpu", capability=(9, 0), fa3_module="flash_attn_interface")
-    monkeypatch.setattr(building, "this_machine", lambda: machine)
-    monkeypatch.setattr(steps, "fa3_fp8", fp8_attention)
+    pretend_to_be(HOPPER, monkeypatch)
 
 
 @pytest.mark.parametrize("id", ON_CPU)

@@ -325,6 +325,22 @@ def test_another_measurement_is_incomparable(change, words):
     )
 
 
+def test_an_optimisation_newer_than_the_baseline_was_off_in_it():
+    """A field that the baseline does not know, and its facts, are no difference as long as the field is off."""
+    fact = Proof(field="fused_quantize", what="launches", observed=0, expected=0)
+    tonight, old = run(), baseline()
+    stored = old.levels["aoti"]
+    fields = {name: value for name, value in stored.fields.items() if name != "fused_quantize"}
+    old = with_level(old, "aoti", fields=fields)
+    measurement = tonight["aoti"][0].measurement
+    more = measurement.model_copy(update={"proofs": [*measurement.proofs, fact]})
+    tonight["aoti"] = [result.model_copy(update={"measurement": more}) for result in tonight["aoti"]]
+    assert gate.judge_structure("aoti", tonight["aoti"], old).ok and latency("aoti", tonight, old).ok
+    assert gate.judge_structure("aoti", tonight["aoti"], baseline()).rule == "facts"
+    on = [r.model_copy(update={"fields": r.fields | {"fused_quantize": True}}) for r in tonight["aoti"]]
+    assert gate.judge_structure("aoti", on, old).outcome is Outcome.INCOMPARABLE
+
+
 def test_no_baseline_is_not_ok_and_names_the_command():
     """Missing altogether or for one level, for every judge."""
     tonight, without = run(), baseline(levels=IDS[:-1])

@@ -8,15 +8,15 @@ import re
 
 import pytest
 
-from fluxfast.levels import DEFAULTS, FIELDS, FLUX_FAST, FP32, LADDER, LEVELS, Level, get_level
+from fluxfast.levels import BEYOND, DEFAULTS, FIELDS, FLUX_FAST, FP32, LADDER, LEVELS, Level, get_level
 from fluxfast.machine import FA3_MODULES, Machine, effective, unavailable, why_not
 from fluxfast.workloads import TINY, WORKLOADS, Workload, get_workload
 
-CPU = Machine(device="cpu", capability=None, fa3_module=None)
-ADA_WITH_FA3 = Machine(device="cuda", capability=(8, 9), fa3_module="fa3_fwd_interface")
-AMPERE = Machine(device="cuda", capability=(8, 0), fa3_module=None)
-HOPPER = Machine(device="cuda", capability=(9, 0), fa3_module="flash_attn_interface")
-HOPPER_WITHOUT_FA3 = Machine(device="cuda", capability=(9, 0), fa3_module=None)
+CPU = Machine(device="cpu", capability=None, fa3_module=None, triton=True)
+ADA_WITH_FA3 = Machine(device="cuda", capability=(8, 9), fa3_module="fa3_fwd_interface", triton=True)
+AMPERE = Machine(device="cuda", capability=(8, 0), fa3_module=None, triton=True)
+HOPPER = Machine(device="cuda", capability=(9, 0), fa3_module="flash_attn_interface", triton=True)
+HOPPER_WITHOUT_FA3 = Machine(device="cuda", capability=(9, 0), fa3_module=None, triton=True)
 OTHER_VALUE = {int: 7, float: 1.25, str: "other"}
 
 
@@ -32,6 +32,15 @@ def test_level_differs_from_its_parent_in_one_field(level: Level) -> None:
     parent = get_level(level.parent) if level.parent else level
     different = [name for name in FIELDS if getattr(level, name) != getattr(parent, name)]
     assert different == ([level.own_field] if level.parent else [])
+
+
+def test_rungs_without_a_measurement_are_beside_the_ladder() -> None:
+    """Their ids are frozen too; they form a chain of their own that branches off at fa3_fp8."""
+    fused = "fused_quantize precomputed_modulation fused_qk_rope merged_projections"
+    ids = f"float8_rowwise {fused} whole_loop_graph fast_encode"
+    assert " ".join(level.id for level in BEYOND) == ids
+    assert [level.parent for level in BEYOND] == ["fa3_fp8", *(level.id for level in BEYOND[:-1])]
+    assert not set(BEYOND) & set(LADDER) and all(level.packaging == "jit" for level in BEYOND)
 
 
 def test_ladder_is_a_chain() -> None:
@@ -94,6 +103,21 @@ def test_unavailable_fields_say_what_is_missing(machine: Machine, words: dict[st
     rest, reasons = effective(LADDER[-1], machine)
     assert reasons.keys() == words.keys() and unavailable(rest, machine) == {}
     assert all(re.search(words[field], reason) for field, reason in reasons.items())
+
+
+@pytest.mark.parametrize(
+    ("machine", "words"),
+    [
+        (CPU, "its Triton kernels need compute capability 9.0 and Triton; found cpu and Triton"),
+        (ADA_WITH_FA3, "need compute capability 9.0 and Triton; found 8.9"),
+        (dataclasses.replace(HOPPER, triton=False), "found 9.0 and no Triton"),
+        (AMPERE, "is built on float8_rowwise: needs compute capability 8.9"),
+    ],
+)
+def test_triton_rung_says_what_is_missing(machine: Machine, words: str) -> None:
+    """Neither a machine without Hopper nor one without Triton times PyTorch's operations as the kernels'."""
+    reason = why_not(get_level("fused_quantize"), machine)
+    assert reason is not None and reason.startswith("fused_quantize: ") and words in reason
 
 
 def test_level_is_left_out_only_for_its_own_field() -> None:

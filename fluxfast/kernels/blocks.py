@@ -130,9 +130,9 @@ class FusedFluxSingleTransformerBlock(_ModulatedBlock):
 
     Attributes:
         merged_projections: QKV and MLP as one GEMM (3072 -> 21504 in FLUX.1).
-        joins, splits: whether the block concatenates text and image first, and whether it takes them apart at its end.
-            In a chain only the first joins and only the last splits; between them `hidden_states` is the joint
-            stream, and `encoder_hidden_states` goes along untouched, as the reminder of how many text tokens there are.
+        chained: `hidden_states` is the joint stream, text first, on the way in and out, and `encoder_hidden_states`
+            goes along untouched, as the reminder of how many text tokens there are. Otherwise the block concatenates
+            the two streams first and takes them apart at its end, as diffusers' does.
     """
 
     def __init__(
@@ -142,12 +142,11 @@ class FusedFluxSingleTransformerBlock(_ModulatedBlock):
         attention: Attention,
         ops: BlockOps,
         merged_projections: bool = False,
-        joins: bool = True,
-        splits: bool = True,
+        chained: bool = False,
     ) -> None:
         super().__init__([block.norm], attention, ops)
         qkv = qkv_linears(block.attn)
-        self.merged_projections, self.joins, self.splits = merged_projections, joins, splits
+        self.merged_projections, self.chained = merged_projections, chained
         self.to_qkv = ops.linear([*qkv, block.proj_mlp] if merged_projections else qkv)
         self.proj_mlp = None if merged_projections else ops.linear([block.proj_mlp])
         self.proj_out = ops.linear([block.proj_out])
@@ -162,12 +161,12 @@ class FusedFluxSingleTransformerBlock(_ModulatedBlock):
         image_rotary_emb: Rotary,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Image (B, S, D) and text (B, T, D) streams -> (text, image), or the joint stream: see `joins`, `splits`."""
+        """Image (B, S, D) and text (B, T, D) streams -> (text, image), or the joint stream: see `chained`."""
         modulation = self._modulation(temb, joint_attention_kwargs)
-        x = torch.cat([encoder_hidden_states, hidden_states], dim=1) if self.joins else hidden_states
+        x = hidden_states if self.chained else torch.cat([encoder_hidden_states, hidden_states], dim=1)
         x = self.forward_modulated(x, modulation, image_rotary_emb)
         tokens = encoder_hidden_states.shape[1]
-        return (x[:, :tokens], x[:, tokens:]) if self.splits else (encoder_hidden_states, x)
+        return (encoder_hidden_states, x) if self.chained else (x[:, :tokens], x[:, tokens:])
 
     def forward_modulated(self, x: torch.Tensor, modulation: torch.Tensor, rotary: Rotary) -> torch.Tensor:
         """The joint stream (B, T + S, D) through the block, as a function of tensors alone, for export."""

@@ -7,7 +7,7 @@ layer serves all steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 
 import torch
 from torch import nn
@@ -18,8 +18,9 @@ from fluxfast.kernels.blocks import _ModulatedBlock
 class PrecomputedModulation:
     """One static tensor that the blocks read their modulation from, and the table of all steps that refreshes it.
 
-    Usage: `fill` before the loop, whenever prompt, steps, guidance or batch change; `select(i)` before step i. Both the
-    first `fill` for a batch size and `detach` give the blocks other tensors: capture CUDA graphs after it.
+    Usage: `fill` before the loop, whenever prompt, steps, guidance or batch change; `select(i)` before step i.
+    `detach` and a `fill` for another batch size give the blocks other tensors; those of one batch size are kept, so a
+    CUDA graph that was captured with them stays right.
 
     Attributes:
         current: (B, total width) in the type of the modulation Linears; each block holds a view of its columns.
@@ -30,21 +31,19 @@ class PrecomputedModulation:
         self.blocks: list[_ModulatedBlock] = list(blocks)
         self.current: torch.Tensor | None = None
         self.table: torch.Tensor | None = None
+        self._static: dict[Hashable, torch.Tensor] = {}
 
     @torch.no_grad()
     def fill(self, tembs: torch.Tensor) -> None:
-        """Compute the table from the embeddings of all steps, (steps, B, D), and select step 0.
-
-        Static addresses are kept while the batch size, type and device stay the same.
-        """
+        """Compute the table from the embeddings of all steps, (steps, B, D), and select step 0."""
         steps, batch, _ = tembs.shape
         flat = tembs.flatten(0, 1)
         self.table = torch.cat([block.compute_modulation(flat) for block in self.blocks], dim=-1)
         self.table = self.table.unflatten(0, (steps, batch))
         like = self.table[0]
-        current = self.current
-        if current is None or (current.shape, current.dtype, current.device) != (like.shape, like.dtype, like.device):
-            self.current = torch.empty_like(like)
+        current = self._static.setdefault((like.shape, like.dtype, like.device), torch.empty_like(like))
+        if current is not self.current:
+            self.current = current
             widths = [block.modulation_width for block in self.blocks]
             for block, view in zip(self.blocks, self.current.split(widths, dim=-1), strict=True):
                 block.modulation = view
@@ -62,8 +61,22 @@ class PrecomputedModulation:
             raise ValueError(f"step {step} is outside the {len(self.table)} steps that fill() got")
         self.current.copy_(self.table[step])
 
+    def select_where(self, matches: torch.Tensor) -> None:
+        """Select the first step whose entry in `matches`, (steps,) of bool, is true, without asking the device.
+
+        If there is none everything becomes NaN: a wrong modulation would draw a plausible wrong image.
+
+        Raises:
+            ValueError: before `fill`.
+        """
+        if self.table is None or self.current is None:
+            raise ValueError("the modulation of no step is known yet: call fill() first")
+        step = matches.int().argmax().view(1)
+        self.current.copy_(self.table.index_select(0, step)[0].masked_fill(~matches.any(), float("nan")))
+
     def detach(self) -> None:
         """Let the blocks compute their modulation from `temb` again."""
         self.current = self.table = None
+        self._static.clear()
         for block in self.blocks:
             block.modulation = None

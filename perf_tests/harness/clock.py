@@ -57,8 +57,9 @@ class Clock:
 class StageClock:
     """Wraps the stages of a pipeline so that every call leaves marks.
 
-    Stages: `text_encode`, `step_0` ... `step_N` (one transformer forward each), `decode`, `postprocess`. What lies
-    between them (noise, scheduler, host work) is the whole call less their sum.
+    Stages: `text_encode`, `step_0` ... `step_N` (one transformer forward each) or, where the loop is one CUDA graph,
+    `denoise` for all of them, `decode`, `postprocess`. What lies between them (noise, scheduler, host work) is the
+    whole call less their sum.
 
     Attributes:
         first_step_output: of the latest call, the first denoising step's output.
@@ -72,7 +73,10 @@ class StageClock:
         self._marks: list[tuple[str, Mark, Mark]] = []
         self._steps = 0
         pipeline.encode_prompt = self._timed(pipeline.encode_prompt, lambda: "text_encode")
-        pipeline.transformer.forward = self._timed(pipeline.transformer.forward, self._step_name, self._keep_step)
+        if hasattr(pipeline, "denoise"):
+            pipeline.denoise = self._timed(pipeline.denoise, lambda: "denoise", self._keep_loop)
+        else:
+            pipeline.transformer.forward = self._timed(pipeline.transformer.forward, self._step_name, self._keep_step)
         pipeline.vae.decode = self._timed(pipeline.vae.decode, lambda: "decode")
         postprocess = pipeline.image_processor.postprocess
 
@@ -109,6 +113,9 @@ class StageClock:
     def _keep_step(self, output: Any) -> None:
         if self._steps == 1:
             self.first_step_output = output[0]
+
+    def _keep_loop(self, output: Any) -> None:
+        self.first_step_output = output[1]
 
     def _timed(
         self, function: Callable[..., Any], name: Callable[[], str], keep: Callable[[Any], None] = lambda output: None

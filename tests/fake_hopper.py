@@ -1,0 +1,57 @@
+"""A machine that says it is a Hopper and computes on the CPU, so that what a Hopper would run can be counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from fluxfast import build as building
+from fluxfast import steps
+from fluxfast.attention import COUNT, reference_fp8_attention
+from fluxfast.kernels import reference
+from fluxfast.machine import Machine
+
+CPU = Machine(device="cpu", capability=None, fa3_module=None, triton=True)
+HOPPER = Machine(device="cpu", capability=(9, 0), fa3_module="flash_attn_interface", triton=True)
+
+
+@torch.library.custom_op("fluxfast_tests::fp8_attention", mutates_args=())
+def fp8_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The FA3 op's numerics and count where there is no Hopper."""
+    COUNT.launches += 1
+    return reference_fp8_attention(query, key, value).contiguous()
+
+
+@fp8_attention.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(query, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
+
+
+def pretend_to_be(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`build` asks for this machine and is told `machine`; FA3's op computes on the CPU."""
+    monkeypatch.setattr(building, "this_machine", lambda: machine)
+    monkeypatch.setattr(steps, "fa3_fp8", fp8_attention)
+
+
+def triton_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Triton operations compute as their references do; to Dynamo they stay what they are."""
+    for name, operation in triton_operations().items():
+        # What a custom operator calls where no kernel of the device's own is registered.
+        monkeypatch.setitem(operation._backend_fns, None, getattr(reference, name))
+
+
+def triton_operations() -> dict[str, Any]:
+    """The operations that the fused blocks use, by name."""
+    pytest.importorskip("triton", reason="Triton is not installed: pip install 'fluxfast-perf[dev]'")
+    from fluxfast.kernels import activations, norms, qkv
+
+    operations = (
+        activations.gelu_quantize,
+        activations.gelu_concat_quantize,
+        norms.layernorm_modulate_quantize,
+        norms.residual_layernorm_modulate_quantize,
+        qkv.qk_norm_rope_quantize,
+    )
+    return {operation._name: operation for operation in operations}

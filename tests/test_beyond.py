@@ -1,0 +1,126 @@
+"""The rungs beside the ladder, built for real on a tiny model, and each sabotaged.
+
+What is counted is in the graphs that Dynamo hands to the compiler, so Inductor itself is left out: a level takes two
+seconds instead of thirty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from fake_hopper import CPU, HOPPER, pretend_to_be, triton_on_a_cpu
+from micro_flux import BLOCKS, STEPS
+from torch import nn
+
+from fluxfast import build as building
+from fluxfast.build import Built, build, generate
+from fluxfast.errors import LevelUnavailable, StepNotApplied
+from fluxfast.levels import BEYOND, get_level
+from fluxfast.machine import why_not
+from fluxfast.workloads import Workload
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts of a CPU; a GPU is held by perf_tests")
+
+IDS = [level.id for level in BEYOND]
+ON_CPU = [level.id for level in BEYOND if why_not(level, CPU) is None]
+
+
+@pytest.fixture(autouse=True)
+def dynamo_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Compiled regions run the graph that Dynamo made, in eager mode."""
+    from torch._inductor import compile_fx
+
+    monkeypatch.setattr(compile_fx, "compile_fx", lambda graph, example_inputs: graph)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that says it is a Hopper and computes on the CPU, Triton's operations as their references do."""
+    pretend_to_be(HOPPER, monkeypatch)
+    triton_on_a_cpu(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def small_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A convolution and a Linear for the VAE's decoder, whose tracing would take most of the time."""
+    load = building.load
+
+    def load_small(*args, **kwargs):
+        pipeline = load(*args, **kwargs)
+        pipeline.vae.decoder = SmallDecoder().to(pipeline.dtype)
+        return pipeline
+
+    monkeypatch.setattr(building, "load", load_small)
+
+
+class SmallDecoder(nn.Conv2d):
+    def __init__(self) -> None:
+        super().__init__(16, 3, 3, padding=1)
+        self.attention = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.attention(super().forward(x).movedim(1, -1)).movedim(-1, 1)
+        return x.repeat_interleave(8, -1).repeat_interleave(8, -2)
+
+
+def run_and_prove(built: Built, workload: Workload, calls: int = 2) -> dict[str, int]:
+    """Two images, then the proof: what was counted, by its description."""
+    for _ in range(calls):
+        assert generate(built, workload).images[0].size == (workload.width, workload.height)
+    return {fact.what: fact.observed for fact in built.prove(calls=calls, num_steps=STEPS)}
+
+
+@pytest.mark.parametrize("id", IDS)
+def test_rung_builds_generates_and_proves_on_a_hopper(micro: Workload, hopper: None, id: str) -> None:
+    """Every rung draws on a Hopper with nothing taken out, in as many graphs as before."""
+    built = build(micro, get_level(id))
+    facts = run_and_prove(built, micro)
+    assert built.unavailable == {}
+    assert facts["compiled graphs, recompilations included"] == 3
+    assert facts["launches of the FA3 op"] == 2 * STEPS * BLOCKS
+
+
+@pytest.mark.parametrize("id", IDS)
+def test_rung_left_out_is_noticed(micro: Workload, hopper: None, id: str) -> None:
+    """A rung without the field that it adds never passes as itself: the error names both."""
+    field = get_level(id).own_field
+    with pytest.raises(StepNotApplied, match=rf"level '{id}' \({field}="):
+        run_and_prove(build(micro, get_level(id), unapplied=field), micro, calls=1)
+
+
+@pytest.mark.parametrize("id", sorted(set(IDS) - set(ON_CPU)))
+def test_rung_that_a_cpu_cannot_be_is_refused_there(micro: Workload, id: str) -> None:
+    """PyTorch's own operations are never passed off as the kernels'."""
+    with pytest.raises(LevelUnavailable, match=f"'{id}' cannot run on this machine: {id}: "):
+        build(micro, get_level(id))
+
+
+def test_last_rung_on_a_cpu(micro: Workload) -> None:
+    """What a CPU can honestly do of all rungs is proven there too, and the rest is named."""
+    assert ON_CPU == ["float8_rowwise", "precomputed_modulation", "merged_projections", "fast_encode"]
+    built = build(micro, BEYOND[-1])
+    facts = run_and_prove(built, micro)
+    assert set(built.unavailable) == {"attention", "fused_quantize", "fused_qk_rope", "whole_loop_graph"}
+    assert facts["modulation tables computed"] == 2 and facts["AdaLN Linears called by the blocks"] == 0
+    assert facts["float8 GEMMs called by the fused blocks"] == 2 * STEPS * (8 + 2)
+
+
+def test_row_wise_level_leaves_other_linears_alone(micro: Workload) -> None:
+    """All eight and three block Linears are converted; AdaLN, embedders and the output projection are not."""
+    facts = {fact.what: fact.observed for fact in build(micro, get_level("float8_rowwise")).facts}
+    assert facts["block Linears with row-wise float8 weights"] == 11
+
+
+def test_float8_everywhere_is_not_row_wise(micro: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One scale a tensor on every Linear, flux-fast's recipe, does not pass as the row-wise level."""
+    from fluxfast import steps
+
+    monkeypatch.setattr(steps, "float8_rowwise", steps.float8_tensorwise)
+    with pytest.raises(StepNotApplied, match="0 block Linears with row-wise float8 weights, expected 11"):
+        build(micro, get_level("float8_rowwise"))

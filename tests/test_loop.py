@@ -1,0 +1,116 @@
+"""The pipeline whose denoising loop is one function draws what FluxPipeline draws, bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from micro_flux import micro_pipeline
+
+from fluxfast.fused import sdpa
+from fluxfast.kernels.fuse import fuse_blocks
+from fluxfast.kernels.ops import EXACT
+from fluxfast.loop import LoopPipeline
+from fluxfast.staging import StagedModulation, StagedRotary
+from fluxfast.workloads import TINY
+from perf_tests.harness import clock, sanity
+from perf_tests.harness.clock import StageClock
+
+DEV_SCHEDULE = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
+CALLS: list[dict[str, Any]] = [
+    {"height": 64, "width": 64, "num_inference_steps": 2},
+    {"height": 32, "width": 96, "num_inference_steps": 3},
+    {"height": 64, "width": 64, "num_inference_steps": 3, "prompt": ["a blue square", "a red heart"]},
+    {"height": 64, "width": 64, "num_inference_steps": 2},
+]
+
+
+def pipelines(dev: bool, dtype: torch.dtype) -> tuple[FluxPipeline, LoopPipeline]:
+    """The stock pipeline and one with a loop, of the same components."""
+    stock = micro_pipeline(guidance_embeds=dev).to(dtype)
+    if dev:
+        stock.scheduler = FlowMatchEulerDiscreteScheduler(**DEV_SCHEDULE)
+    return stock, LoopPipeline.of(stock)
+
+
+def draw(pipeline: FluxPipeline, output_type: str = "pil", **change: Any) -> Any:
+    arguments = {"prompt": "a red heart", "guidance_scale": 3.5, "max_sequence_length": 16} | change
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipeline(**arguments, generator=generator, output_type=output_type).images
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dev", [False, True], ids=["schnell", "dev"])
+def test_loop_draws_what_flux_pipeline_draws(dev: bool, dtype: torch.dtype) -> None:
+    """Equal images, whatever size, steps and batch; dev with its guidance embedding and its dynamic shifting."""
+    stock, loop = pipelines(dev, dtype)
+    for change in CALLS:
+        for own, theirs in zip(draw(loop, **change), draw(stock, **change), strict=True):
+            assert np.array_equal(np.asarray(own), np.asarray(theirs))
+    for output_type in ("pt", "latent"):
+        assert torch.equal(draw(loop, output_type, **CALLS[1]), draw(stock, output_type, **CALLS[1]))
+    assert loop.loops == len(CALLS) + 2
+
+
+def test_pixels_are_those_of_the_stock_processor() -> None:
+    """Every value that rounding could send either way becomes the same byte, in bfloat16 and float32."""
+    _, loop = pipelines(False, torch.float32)
+    stock = super(type(loop.image_processor), loop.image_processor).postprocess
+    for dtype in (torch.float32, torch.bfloat16):
+        image = torch.linspace(-1.2, 1.2, 3 * 512 * 512).reshape(1, 3, 512, 512).to(dtype)
+        own, theirs = loop.image_processor.postprocess(image)[0], stock(image, output_type="pil")[0]
+        assert np.array_equal(np.asarray(own), np.asarray(theirs))
+
+
+def test_arguments_that_a_loop_cannot_take_are_refused() -> None:
+    """A callback that would silently never be called is an error."""
+    _, loop = pipelines(False, torch.float32)
+    with pytest.raises(TypeError, match="callback_on_step_end"):
+        draw(loop, **CALLS[0], callback_on_step_end=print)
+
+
+@pytest.mark.parametrize("dev", [False, True], ids=["schnell", "dev"])
+def test_stages_within_the_loop(dev: bool) -> None:
+    """With modulation and RoPE staged too: the same images, a table for every loop, tables of RoPE outside of it."""
+    stock, loop = pipelines(dev, torch.float32)
+    want = [draw(stock, "latent", **change) for change in CALLS]
+    fuse_blocks(loop.transformer.requires_grad_(False), attention=sdpa, ops=EXACT, chained=True)
+    loop.modulation = modulation = StagedModulation(loop)
+    within, rotary = [], None
+
+    def denoise(**kwargs: Any) -> Any:
+        within.append(rotary.fills)
+        outcome = inner(**kwargs)
+        assert rotary.fills == within[-1]
+        return outcome
+
+    inner, loop.denoise = loop.denoise, denoise
+    rotary = StagedRotary(loop)
+    for change, expected in zip(CALLS, want, strict=True):
+        torch.testing.assert_close(draw(loop, "latent", **change), expected, rtol=1e-3, atol=1e-4)
+    assert modulation.fills == len(CALLS) and within == [1, 2, 2, 2]
+
+
+def test_loop_that_runs_twice_is_a_loop_that_ran_once() -> None:
+    """A capture calls the function several times on the same tensors: nothing may be left over from the last time."""
+    _, loop = pipelines(True, torch.float32)
+    results = []
+    inner = loop.denoise
+    loop.denoise = lambda **kwargs: [results.append(inner(**kwargs)) for _ in range(2)] and results[-1]
+    draw(loop, **CALLS[0])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_clock_shows_the_loop_as_one_stage() -> None:
+    """Without steps to time, the loop's equal parts are held against the chip's limits; the first output is kept."""
+    _, loop = pipelines(False, torch.float32)
+    stages = StageClock(loop, clock.Clock("cpu"), lambda image: image)
+    _, timed = stages.round(lambda: draw(loop, **CALLS[0]), lambda seconds: None)
+    assert list(timed.stages_s) == ["text_encode", "denoise", "decode", "postprocess"]
+    assert stages.first_step_output.shape == (1, 16, 64) and stages.decoded.shape == (1, 3, 64, 64)
+    seconds = {name: [value] for name, value in timed.stages_s.items()}
+    assert sanity.step_seconds(TINY, seconds) == [timed.stages_s["denoise"] / TINY.num_inference_steps]
