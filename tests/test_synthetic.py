@@ -11,6 +11,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from fluxfast import synthetic
 from fluxfast.checkpoints import load
 from fluxfast.synthetic import CLIP_L, T5_XXL, VAE_CONFIG
+from fluxfast.workloads import RANDOM
 
 SMALL_CLIP = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
 SMALL_T5 = {"d_model": 128, "d_ff": 256, "d_kv": 64, "num_heads": 2, "num_layers": 2}
@@ -44,7 +45,7 @@ def draw(pipeline: FluxPipeline, **changes: Any) -> torch.Tensor:
     return pipeline(**arguments, generator=generator, **{"output_type": "pt"} | changes).images
 
 
-@pytest.mark.parametrize("checkpoint", synthetic.SYNTHETIC)
+@pytest.mark.parametrize("checkpoint", RANDOM)
 def test_weights_repeat(checkpoint: str) -> None:
     """Two processes on one kind of device measure the same numbers, whatever the global seed was."""
     states = []
@@ -61,7 +62,7 @@ def test_weights_repeat(checkpoint: str) -> None:
     assert [key for key, value in states[0].items() if not torch.equal(value, states[1][key])] == []
 
 
-@pytest.mark.parametrize("checkpoint", synthetic.SYNTHETIC)
+@pytest.mark.parametrize("checkpoint", RANDOM)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_signal_stays_finite_and_near_one(checkpoint: str, dtype: torch.dtype) -> None:
     """Neither the transformer nor the decoder dies or overflows; latents keep the order of the noise."""
@@ -80,7 +81,7 @@ def test_prompt_reaches_the_picture() -> None:
 
 def test_dev_has_guidance_and_schnell_has_none() -> None:
     """FLUX.1-dev embeds its guidance and shifts its schedule by resolution; schnell does neither."""
-    schnell, dev = (load(checkpoint, torch.float32, "cpu") for checkpoint in synthetic.SYNTHETIC)
+    schnell, dev = (load(checkpoint, torch.float32, "cpu") for checkpoint in RANDOM)
     assert dev.transformer.config.guidance_embeds and not schnell.transformer.config.guidance_embeds
     assert dev.scheduler.config.use_dynamic_shifting and not schnell.scheduler.config.use_dynamic_shifting
     weak, strong = (draw(dev, output_type="latent", guidance_scale=scale) for scale in (1.0, 9.0))

@@ -57,8 +57,9 @@ class Clock:
 class StageClock:
     """Wraps the stages of a pipeline so that every call leaves marks.
 
-    Stages: `text_encode`, `step_0` ... `step_N` (one transformer forward each), `decode`, `postprocess`. What lies
-    between them (noise, scheduler, host work) is the whole call less their sum.
+    Stages: `text_encode`, `step_0` ... `step_N` (one transformer forward each), `decode`, `postprocess`, and
+    `image_encode` where an image is edited. What lies between them (noise, scheduler, host work) is the whole call less
+    their sum.
 
     Attributes:
         first_step_output: of the latest call, the first denoising step's output.
@@ -73,6 +74,7 @@ class StageClock:
         self._steps = 0
         pipeline.encode_prompt = self._timed(pipeline.encode_prompt, lambda: "text_encode")
         pipeline.transformer.forward = self._timed(pipeline.transformer.forward, self._step_name, self._keep_step)
+        pipeline.vae.encode = self._timed(pipeline.vae.encode, lambda: "image_encode")
         pipeline.vae.decode = self._timed(pipeline.vae.decode, lambda: "decode")
         postprocess = pipeline.image_processor.postprocess
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fluxfast.levels import LADDER, get_level
+from fluxfast.levels import LEVELS, get_level
 from fluxfast.workloads import Workload
 from perf_tests.harness import fidelity, gate, store
 from perf_tests.harness.files import read_png, write_over
@@ -125,7 +125,7 @@ class Session:
         Empty if the stored run has none: it was measured against another baseline, or none.
         """
         needed = [level, get_level(level).parent, self.policy.divisor(level)]
-        levels = [known.id for known in LADDER if known.id in needed and known.id in self.results]
+        levels = [known for known in LEVELS if known in needed and known in self.results]
         folder = self.folder / CONFIRM / level
         if self.measure is None:
             return read_run(folder, levels) if folder.is_dir() else {}
@@ -276,7 +276,7 @@ class Session:
 def with_references(levels: Sequence[str], unavailable: Mapping[str, str]) -> list[str]:
     """`levels`, their parents, bf16 and fp32, in ladder order, less what this machine cannot run."""
     needed = {*levels, EXACT_LEVEL, REFERENCE_LEVEL, *(get_level(level).parent for level in levels)}
-    return [level.id for level in LADDER if level.id in needed and level.id not in unavailable]
+    return [level for level in LEVELS if level in needed and level not in unavailable]
 
 
 def worst(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field, ValidationError
 
-from fluxfast.levels import LADDER
+from fluxfast.levels import LEVELS
 from perf_tests.harness import store
 from perf_tests.harness.schema import Result, Strict
 
@@ -41,9 +41,8 @@ def read_facts(folder: Path) -> RunFacts:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the top"
         raise store.ResultError(f"{path} is damaged at {where}: {first['msg']}; measure again") from error
-    ladder = [level.id for level in LADDER]
-    if odd := [level for level in (*facts.levels, *facts.unavailable) if level not in ladder]:
-        raise store.ResultError(f"{path} holds levels {', '.join(odd)}, which this checkout's ladder does not have")
+    if odd := [level for level in (*facts.levels, *facts.unavailable) if level not in LEVELS]:
+        raise store.ResultError(f"{path} holds levels {', '.join(odd)}, which this checkout does not have")
     return facts
 
 

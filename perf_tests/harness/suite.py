@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fluxfast.levels import LADDER, get_level
+from fluxfast.levels import LADDER, LEVELS, get_level
 from fluxfast.workloads import get_workload
 from perf_tests.harness import faults, gpu, lease, runner, store
 from perf_tests.harness.progress import CPU_DEADLINES, GPU_DEADLINES, ProgressPrinter
@@ -23,7 +23,8 @@ from perf_tests.harness.schema import Outcome, Result, Verdict
 from perf_tests.harness.session import Session
 from perf_tests.harness.stored_run import RunFacts, read_facts
 
-LEVELS = [level.id for level in LADDER]
+WHOLE_LADDER = "ladder"
+"""In `--levels`: every level on the ladder that this machine can run."""
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -48,11 +49,13 @@ class Suite:
         self.verdicts: dict[str, Verdict] = {}
         self.accepted: list[Verdict] = []
         self.quarantine = load_quarantine(option.quarantine, datetime.datetime.now(datetime.UTC).date())
+        self._why_workload = ""
         facts = read_facts(option.replay) if option.replay else self._new_facts(option)
         if option.workload not in (None, facts.workload):
             raise ValueError(f"--workload {option.workload}: the stored run {option.replay} is of {facts.workload!r}")
         workload = get_workload(facts.workload)
-        self.expected = _chosen_levels(option.levels, facts.levels, facts.unavailable)
+        runnable = facts.levels if option.replay else [level for level in LEVELS if level not in facts.unavailable]
+        self.expected = _chosen_levels(option.levels, facts.levels, runnable, facts.unavailable)
         if self.is_recording and (option.inject or (left := set(facts.levels) - set(self.expected))):
             why = "--inject" if option.inject else f"--levels without {', '.join(sorted(left))}"
             raise ValueError(f"a baseline holds the whole ladder, unbroken: leave {why} away to record or update one")
@@ -82,6 +85,12 @@ class Suite:
             self.session.make_folder = lambda: runner.new_run_folder(option.results, _git_sha())
 
     @property
+    def shown(self) -> list[str]:
+        """Levels that have tests: the ladder, and what was asked for or stored beside it."""
+        ladder = {level.id for level in LADDER}
+        return [level for level in LEVELS if level in ladder or level in self.expected]
+
+    @property
     def voids(self) -> list[Verdict]:
         """What could not be judged."""
         return [verdict for verdict in self.verdicts.values() if verdict.outcome is Outcome.VOID]
@@ -104,10 +113,11 @@ class Suite:
         return f"{red[0]} is quarantined and {self.verdicts[red[0]].outcome.value}" if red else None
 
     def _new_facts(self, option: Any) -> RunFacts:
-        machine = ask_machine()
+        machine = ask_machine(option.workload)
         is_gpu = machine["device"] == "cuda"
-        workload = get_workload(option.workload or ("schnell" if machine["capability"] == [9, 0] else "tiny"))
-        unavailable = {level: why for level, why in machine["levels"].items() if why and level in LEVELS}
+        workload = get_workload(machine["workload"])
+        self._why_workload = machine["why_workload"]
+        unavailable = {level: why for level, why in machine["levels"].items() if why}
         processes = option.processes
         if processes is None:
             processes = MIN_PROCESSES if self.is_recording else 3 if is_gpu else 1
@@ -118,7 +128,7 @@ class Suite:
             slug=gpu.slug(_first_gpu() if is_gpu else 0),
             workload=workload.id,
             workload_digest=workload.digest,
-            levels=[level for level in LEVELS if level not in unavailable],
+            levels=[level.id for level in LADDER if level.id not in unavailable],
             unavailable=unavailable,
             processes=processes,
         )
@@ -128,7 +138,11 @@ class Suite:
         capture = self.config.pluginmanager.getplugin("capturemanager")
         results: dict[str, list[Result]] = {level: [] for level in levels}
         with capture.global_and_fixture_disabled(), lease.gpu_lease(self._gpu):
-            print(f"\nmeasuring {', '.join(levels)} in {processes} process(es) each, into {folder}", file=sys.stderr)
+            print(
+                f"\nworkload {self.session.workload.id} ({self._why_workload})\n"
+                f"measuring {', '.join(levels)} in {processes} process(es) each, into {folder}",
+                file=sys.stderr,
+            )
             printer = ProgressPrinter(self._deadlines, len(levels) * processes)
             try:
                 for level, process in runner.schedule(levels, processes):
@@ -148,13 +162,14 @@ class Suite:
         return results
 
 
-def ask_machine() -> dict[str, Any]:
-    """What this machine can run, from a process that may import torch.
+def ask_machine(workload: str | None = None) -> dict[str, Any]:
+    """What this machine can run, from a process that may import torch, and the workload if none was chosen.
 
     Raises:
-        ValueError: with what that process said, if it could not tell.
+        ValueError: with what that process said, if it could not tell or the workload's checkpoint is not here.
     """
-    command = [sys.executable, "-m", "fluxfast", "levels", "--json"]
+    chosen = [] if workload is None else ["--workload", workload]
+    command = [sys.executable, "-m", "fluxfast", "levels", "--json", *chosen]
     asked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if asked.returncode != 0:
         last = (asked.stderr.strip().splitlines() or ["it said nothing"])[-1]
@@ -183,16 +198,21 @@ def _point_benchmark_at(option: Any, path: Path | None) -> None:
         option.benchmark_storage = str(path.parent)
 
 
-def _chosen_levels(asked: str | None, available: Sequence[str], unavailable: dict[str, str]) -> list[str]:
+def _chosen_levels(
+    asked: str | None, ladder: Sequence[str], runnable: Sequence[str], unavailable: dict[str, str]
+) -> list[str]:
+    """The ladder unless `asked` says otherwise; levels beside the ladder are measured only by name."""
     if asked is None:
-        return list(available)
-    names = [get_level(name.strip()).id for name in asked.split(",")]
+        return list(ladder)
+    names: list[str] = []
+    for word in map(str.strip, asked.split(",")):
+        names += ladder if word == WHOLE_LADDER else [get_level(word).id]
     for name in names:
         if name in unavailable:
             raise ValueError(f"--levels {name}: {unavailable[name]}")
-        if name not in available:
-            raise ValueError(f"--levels {name}: not on this run's ladder; choose from {', '.join(available)}")
-    return [level for level in available if level in names]
+        if name not in runnable:
+            raise ValueError(f"--levels {name}: not in this run; choose from {', '.join(runnable)}")
+    return [level for level in LEVELS if level in names]
 
 
 def _injections(specs: Sequence[str], levels: Sequence[str]) -> dict[str, str]:
