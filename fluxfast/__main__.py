@@ -46,7 +46,7 @@ def main() -> int:
 
 
 def list_levels(asked: str | None, as_json: bool) -> int:
-    """Print every level with the reason if this machine cannot run it, and the workload that the suite would measure."""
+    """Print every level with the reason if this machine cannot run it, and the workload to measure."""
     from fluxfast.machine import this_machine, why_not
 
     machine = this_machine()

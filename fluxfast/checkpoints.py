@@ -6,7 +6,7 @@ import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import FluxKontextPipeline, FluxPipeline
@@ -27,7 +27,7 @@ CONFIGS = {
 }
 """The parts of a FluxPipeline. Without its config.json transformers loads a text encoder with random weights."""
 
-Pipeline = FluxPipeline | FluxKontextPipeline
+Pipeline: TypeAlias = FluxPipeline | FluxKontextPipeline
 
 
 def pipeline_class(workload: Workload) -> type[Pipeline]:
@@ -101,7 +101,7 @@ def resolve(checkpoint: str) -> Path:
         )
     from huggingface_hub import try_to_load_from_cache
 
-    # Looks at the disk only. Not `snapshot_download`: offline it refuses a snapshot without the files that are left out.
+    # Looks at the disk only. Not `snapshot_download`: it refuses a snapshot without the files that `_fetch` leaves out.
     index = try_to_load_from_cache(hub["repo"], "model_index.json", revision=hub["revision"])
     if not isinstance(index, str):
         raise CheckpointError(

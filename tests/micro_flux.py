@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxKontextPipeline, FluxPipeline, FluxTransformer2DModel
 
 from fluxfast.checkpoints import TINY as SHIPPED
 from fluxfast.workloads import TINY, Workload
@@ -15,7 +15,7 @@ BLOCKS = 2
 STEPS = 2
 
 
-def micro_transformer() -> FluxTransformer2DModel:
+def micro_transformer(guidance_embeds: bool = False) -> FluxTransformer2DModel:
     """One double and one single block, two heads of 128; text widths are those of the shipped text encoders.
 
     Not one head: torchao 0.18 takes a 128 x 128 weight with one scale for a blockwise one and wants Triton.
@@ -28,7 +28,7 @@ def micro_transformer() -> FluxTransformer2DModel:
         num_attention_heads=2,
         joint_attention_dim=128,
         pooled_projection_dim=128,
-        guidance_embeds=False,
+        guidance_embeds=guidance_embeds,
         axes_dims_rope=(16, 56, 56),
     ).eval()
 
@@ -65,4 +65,19 @@ def make_micro_flux(folder: Path) -> Workload:
         max_sequence_length=16,
         warmup_rounds=1,
         rounds=1,
+    )
+
+
+def make_micro_kontext(folder: Path) -> Workload:
+    """The same as a FLUX.1-Kontext-dev: it has a guidance embedding and edits the still life at 64 x 64 px."""
+    workload = make_micro_flux(folder / "flux")
+    torch.manual_seed(0)
+    plain = FluxPipeline.from_pretrained(workload.checkpoint, transformer=micro_transformer(guidance_embeds=True))
+    FluxKontextPipeline(**plain.components).save_pretrained(folder / "kontext")
+    return dataclasses.replace(
+        workload,
+        id="micro_kontext",
+        checkpoint=str(folder / "kontext"),
+        guidance_scale=2.5,
+        input_image="still_life_1",
     )

@@ -34,9 +34,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("fluxfast", "FLUX performance suite")
     group.addoption(
         "--workload",
-        help=f"one of {', '.join(WORKLOADS)} (-hub: released weights, -full: the transformer compiled as one graph), or "
-        "WORKLOAD@CHECKPOINT; default: schnell-hub on a Hopper GPU with its weights in the local cache, schnell on one "
-        "without, tiny elsewhere",
+        help=f"one of {', '.join(WORKLOADS)} (-hub: released weights, -full: the transformer compiled as one graph), "
+        "or WORKLOAD@CHECKPOINT; default: on a Hopper GPU schnell-hub if its weights are in the local cache, else "
+        "schnell; tiny elsewhere",
     )
     group.addoption(
         "--levels",

@@ -66,7 +66,7 @@ class Suite:
         _point_benchmark_at(option, path)
         is_gpu = facts.slug != gpu.CPU_SLUG
         self._deadlines = GPU_DEADLINES if is_gpu else CPU_DEADLINES
-        self._gpu = str(_first_gpu()) if is_gpu else None
+        self._gpu = str(_first_gpu()) if is_gpu and not option.replay else None
         self.session = Session(
             folder=option.replay or option.results,
             workload=workload,
