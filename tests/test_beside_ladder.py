@@ -53,7 +53,7 @@ def test_default_run_has_no_test_of_it(tmp_path: Path) -> None:
 
 
 def test_recorded_and_judged_in_one_run_with_the_ladder(tmp_path: Path) -> None:
-    """A run of both becomes a baseline, is green against it, red if flux_fast alone is slower, and tells both ratios."""
+    """A run of both becomes a baseline, is green against it, red if flux_fast is slower, and tells both ratios."""
     levels = (*LEVELS, BESIDE)
     recorded = run_suite(
         tmp_path, "--replay", write_run(tmp_path / "run5", 5, levels), "--record-baseline",

@@ -59,6 +59,8 @@ class Suite:
         if self.is_recording and (option.inject or (left := set(facts.levels) - set(self.expected))):
             why = "--inject" if option.inject else f"--levels without {', '.join(sorted(left))}"
             raise ValueError(f"a baseline holds the whole ladder, unbroken: leave {why} away to record or update one")
+        if self.is_recording and "@" in workload.id:
+            raise ValueError(f"a baseline belongs to a workload by its name, and {workload.id!r} takes other weights")
         self.injections = _injections(option.inject, self.expected)
         folder = option.baselines / facts.slug
         path = store.find_baseline(folder, workload.id) if folder.is_dir() else None
