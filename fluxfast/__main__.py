@@ -8,10 +8,14 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fluxfast.errors import FluxFastError
+from fluxfast.errors import CheckpointError, FluxFastError
 from fluxfast.levels import LADDER, LEVELS, get_level
-from fluxfast.workloads import WORKLOADS, get_workload
+from fluxfast.workloads import RANDOM, WORKLOADS, Workload, get_workload
+
+if TYPE_CHECKING:
+    from fluxfast.machine import Machine
 
 
 def main() -> int:
@@ -19,11 +23,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m fluxfast", description="FLUX.1, one optimisation at a time.")
     commands = parser.add_subparsers(dest="command", required=True)
     levels = commands.add_parser("levels", help="what this machine can run, and why not")
-    levels.add_argument("--json", action="store_true", help="level id -> reason or null, and the device")
+    levels.add_argument("--json", action="store_true", help="the same for programs, with the workload to measure")
+    levels.add_argument("--workload", help="check that its checkpoint is here; default: the best that is")
     draw = commands.add_parser("generate", help="draw one image")
     draw.add_argument("prompt", nargs="?", help="default: the workload's own")
     draw.add_argument("--level", default=LADDER[-1].id, help="one of " + ", ".join(LEVELS))
-    draw.add_argument("--workload", default="tiny", help="one of " + ", ".join(WORKLOADS))
+    draw.add_argument(
+        "--workload",
+        default="tiny",
+        help=f"one of {', '.join(WORKLOADS)} (-hub: released weights, -full: the transformer compiled as one graph); "
+        "WORKLOAD@CHECKPOINT takes the weights from owner/name@<40-hex> in the local Hugging Face cache, or from the "
+        "absolute path of a folder",
+    )
     draw.add_argument("--seed", type=int, default=None)
     draw.add_argument("-o", "--output", type=Path, required=True)
     commands.add_parser("bench", help="measure levels into one table, one plot and their images; `bench -h` tells more")
@@ -32,26 +43,31 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         if arguments.command == "levels":
-            return list_levels(as_json=arguments.json)
+            return list_levels(arguments.workload, as_json=arguments.json)
         return draw_image(arguments)
     except (FluxFastError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def list_levels(as_json: bool) -> int:
-    """Print every level with the reason if this machine cannot run it."""
+def list_levels(asked: str | None, as_json: bool) -> int:
+    """Print every level with the reason if this machine cannot run it, and the workload to measure."""
     from fluxfast.machine import this_machine, why_not
 
     machine = this_machine()
     reasons = {level.id: why_not(level, machine) for level in LEVELS.values()}
+    workload, why = chosen_workload(asked) if asked else default_workload(machine)
     if as_json:
-        print(json.dumps({"device": machine.device, "capability": machine.capability, "levels": reasons}))
+        print(json.dumps({
+            "device": machine.device, "capability": machine.capability, "levels": reasons,
+            "workload": workload.id, "why_workload": why,
+        }))  # fmt: skip
         return 0
     for level in LEVELS.values():
         field = level.own_field
         change = f"{field}={getattr(level, field)}" if field else f"dtype={level.dtype}"
         print(f"{level.id:16}{change:34}{reasons[level.id] or 'runs here'}")
+    print(f"workload: {workload.id} ({why})")
     return 0
 
 
@@ -67,6 +83,32 @@ def run_bench(options: list[str]) -> int:
     sys.argv = ["perf_tests", "bench", *options]
     runpy.run_module("perf_tests", run_name="__main__")
     raise AssertionError("perf_tests ends with SystemExit")
+
+
+def default_workload(machine: Machine) -> tuple[Workload, str]:
+    """What the suite measures where none is named, and why: schnell on a Hopper, released weights if they are here."""
+    if machine.capability != (9, 0):
+        return get_workload("tiny"), f"no Hopper GPU, found {machine.device}"
+    released = get_workload("schnell-hub")
+    try:
+        return chosen_workload(released.id)
+    except CheckpointError as error:
+        return get_workload("schnell"), f"random weights, because {error}"
+
+
+def chosen_workload(id: str) -> tuple[Workload, str]:
+    """The workload called `id`, and which weights it has.
+
+    Raises:
+        CheckpointError: if its checkpoint is not on this machine's disk.
+    """
+    workload = get_workload(id)
+    if workload.checkpoint not in ("tiny", *RANDOM):
+        # Only now: it imports diffusers.
+        from fluxfast.checkpoints import find, pipeline_class
+
+        find(workload.checkpoint, pipeline_class(workload))
+    return workload, f"checkpoint {workload.checkpoint}"
 
 
 def draw_image(arguments: argparse.Namespace) -> int:

@@ -24,11 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxPipeline
 
 from fluxfast import aoti, fused, proof, steps
 from fluxfast.attention import COUNT
-from fluxfast.checkpoints import load
+from fluxfast.checkpoints import Pipeline, load, pipeline_class
 from fluxfast.compilation import (
     Compiler,
     block_lists,
@@ -40,6 +39,7 @@ from fluxfast.compilation import (
 )
 from fluxfast.cudagraph import GraphedCallable
 from fluxfast.errors import LevelUnavailable
+from fluxfast.input_images import draw
 from fluxfast.levels import DEFAULTS, Level
 from fluxfast.loop import LoopPipeline
 from fluxfast.machine import effective, this_machine, why_not
@@ -60,7 +60,7 @@ class Built:
         facts: the counts taken while building.
     """
 
-    pipeline: FluxPipeline
+    pipeline: Pipeline
     level: Level
     unavailable: dict[str, str]
     device: str
@@ -103,7 +103,23 @@ def generate(built: Built, workload: Workload, **overrides: Any) -> Any:
         The `FluxPipelineOutput`; its `images[0]` is (height, width) RGB unless `overrides` say otherwise.
     """
     generator = torch.Generator("cpu").manual_seed(workload.seed)
-    return built.pipeline(**(workload.call_arguments() | {"generator": generator} | overrides))
+    return built.pipeline(
+        **(workload.call_arguments() | input_arguments(workload) | {"generator": generator} | overrides)
+    )
+
+
+def input_arguments(workload: Workload) -> dict[str, Any]:
+    """Further keyword arguments where an image is edited: it, and that neither it nor the output changes size.
+
+    Without them `FluxKontextPipeline` brings both to about a megapixel, whatever `height` and `width` say.
+    """
+    if workload.input_image is None:
+        return {}
+    return {
+        "image": draw(workload.input_image, workload.height, workload.width),
+        "max_area": workload.height * workload.width,
+        "_auto_resize": False,
+    }
 
 
 def build(
@@ -135,7 +151,7 @@ def build(
     applied = dataclasses.replace(target, **({unapplied: DEFAULTS[unapplied]} if unapplied else {}))
 
     on_stage("load")
-    pipeline = load(workload.checkpoint, getattr(torch, applied.dtype), machine.device)
+    pipeline = load(workload.checkpoint, getattr(torch, applied.dtype), machine.device, kind=pipeline_class(workload))
     if applied.whole_loop_graph:
         pipeline = LoopPipeline.of(pipeline)
     on_stage("apply")
@@ -174,7 +190,7 @@ def build(
     return built
 
 
-def apply_static_fields(pipeline: FluxPipeline, applied: Level, target: Level) -> list[proof.Fact]:
+def apply_static_fields(pipeline: Pipeline, applied: Level, target: Level) -> list[proof.Fact]:
     """Steps 2 to 5, each followed by its count; `applied` is done, `target` is what the counts must show.
 
     Raises:

@@ -1,19 +1,19 @@
-"""Checkpoint name -> a plain diffusers `FluxPipeline`. Safetensors only, and never the network."""
+"""Checkpoint name -> a plain diffusers pipeline. Safetensors only, and never the network."""
 
 from __future__ import annotations
 
 import json
-import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxKontextPipeline, FluxPipeline
 
 from fluxfast.errors import CheckpointError
-from fluxfast.synthetic import SYNTHETIC, make_synthetic
+from fluxfast.synthetic import make_synthetic
+from fluxfast.workloads import HUB_NAME, RANDOM, Workload
 
 TINY = Path(__file__).parent / "assets" / "tiny_flux"
 CONFIGS = {
@@ -27,32 +27,58 @@ CONFIGS = {
 }
 """The parts of a FluxPipeline. Without its config.json transformers loads a text encoder with random weights."""
 
-_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})")
+Pipeline: TypeAlias = FluxPipeline | FluxKontextPipeline
 
 
-def load(checkpoint: str, dtype: torch.dtype, device: str) -> FluxPipeline:
-    """A `FluxPipeline` on `device`.
+def pipeline_class(workload: Workload) -> type[Pipeline]:
+    """Of diffusers: the one that draws from text, or the one that edits an image."""
+    return FluxPipeline if workload.input_image is None else FluxKontextPipeline
+
+
+def load(checkpoint: str, dtype: torch.dtype, device: str, kind: type[Pipeline] = FluxPipeline) -> Pipeline:
+    """A pipeline on `device`.
 
     Args:
         checkpoint: as in `Workload.checkpoint`.
         dtype: of all weights.
         device: "cpu" or "cuda".
+        kind: `pipeline_class` of the workload.
 
     Raises:
         CheckpointError: naming the missing or damaged file, or how to fetch the checkpoint.
     """
-    if checkpoint in SYNTHETIC:
+    if checkpoint in RANDOM:
         pipeline = make_synthetic(checkpoint, dtype, device, tokenizers=TINY)
+        # Both kinds have the same parts.
+        pipeline = kind(**pipeline.components)
     else:
-        folder = resolve(checkpoint)
-        check_folder(folder)
-        pipeline = FluxPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True).to(
-            device
-        )
+        folder = find(checkpoint, kind)
+        pipeline = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, local_files_only=True).to(device)
     pipeline.set_progress_bar_config(disable=True)
     for model in (pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
         model.requires_grad_(False).eval()
     return pipeline
+
+
+def find(checkpoint: str, kind: type[Pipeline] = FluxPipeline) -> Path:
+    """The local folder of a checkpoint, every file of it looked at.
+
+    Raises:
+        CheckpointError: as `resolve` and `check_folder`.
+    """
+    folder = resolve(checkpoint)
+    try:
+        check_folder(folder, kind.__name__)
+    except CheckpointError as error:
+        if hub := HUB_NAME.fullmatch(checkpoint):
+            raise CheckpointError(f"{error}; `{_fetch(**hub.groupdict())}` fetches what is missing") from None
+        raise
+    return folder
+
+
+def _fetch(repo: str, revision: str) -> str:
+    """The command that fetches a pipeline, without the copy of the transformer in Black Forest Labs' own format."""
+    return f'hf download {repo} --revision {revision} --exclude "flux1-*"'
 
 
 def resolve(checkpoint: str) -> Path:
@@ -63,38 +89,45 @@ def resolve(checkpoint: str) -> Path:
     """
     if checkpoint == "tiny":
         return TINY
-    hub = _HUB.fullmatch(checkpoint)
+    hub = HUB_NAME.fullmatch(checkpoint)
     if hub is None:
         folder = Path(checkpoint)
         if folder.is_dir():
             return folder
-        known = ", ".join(("tiny", *SYNTHETIC))
+        known = ", ".join(("tiny", *RANDOM))
         raise CheckpointError(
             f"checkpoint {checkpoint!r} is no folder and none of {known}, and not of the form "
             "owner/name@<40-hex revision>: give one of these"
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub import try_to_load_from_cache
 
-    try:
-        return Path(snapshot_download(hub["repo"], revision=hub["revision"], local_files_only=True))
-    except LocalEntryNotFoundError:
+    # Looks at the disk only. Not `snapshot_download`: it refuses a snapshot without the files that `_fetch` leaves out.
+    index = try_to_load_from_cache(hub["repo"], "model_index.json", revision=hub["revision"])
+    if not isinstance(index, str):
         raise CheckpointError(
             f"checkpoint {checkpoint} is not in the local Hugging Face cache, and a timed process does not download: "
-            f"run `hf download {hub['repo']} --revision {hub['revision']}` first"
-        ) from None
+            f"run `{_fetch(**hub.groupdict())}` first (where its licence has to be accepted, accept it on "
+            f"https://huggingface.co/{hub['repo']} and run `hf auth login`)"
+        )
+    return Path(index).parent
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, kind: str = "FluxPipeline") -> None:
     """Look at every file of a pipeline folder before diffusers does.
+
+    Args:
+        kind: name of the pipeline's class.
 
     Raises:
         CheckpointError: naming the first file that is missing, truncated or not safetensors.
     """
     index = folder / "model_index.json"
     entries = _read_json(index)
-    if entries.get("_class_name") != "FluxPipeline":
-        raise CheckpointError(f"checkpoint file {index} does not describe a FluxPipeline: fetch the checkpoint again")
+    if (found := entries.get("_class_name")) != kind:
+        raise CheckpointError(
+            f"checkpoint file {index} does not describe a {kind} but {found!r}: name a checkpoint of this workload's "
+            "kind, or fetch it again"
+        )
     for name, config in CONFIGS.items():
         part = folder / name
         if name not in entries or not part.is_dir():

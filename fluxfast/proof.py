@@ -92,10 +92,16 @@ def memory_format_facts(vae: nn.Module, level: Level) -> list[Fact]:
 
 
 def attention_facts(transformer: nn.Module, level: Level) -> list[Fact]:
-    """Attention modules whose processor is FA3's."""
+    """Attention modules whose processor is FA3's, and those among them that cast within the op."""
     modules = attentions(transformer)
-    on = sum(isinstance(m.processor, Fa3Fp8Processor) for m in modules)
-    return [Fact("attention", "FA3 attention processors", on, _all_if(level.attention != "sdpa", len(modules)))]
+    ours = [m.processor for m in modules if isinstance(m.processor, Fa3Fp8Processor)]
+    inside = sum(not processor.cast_outside for processor in ours)
+    expected = _all_if(level.attention != "sdpa", len(modules))
+    facts = [Fact("attention", "FA3 attention processors", len(ours), expected)]
+    if ours:
+        cast_inside = level.attention == "fa3_fp8_cast_inside"
+        facts.append(Fact("attention", "casts to e4m3 within the FA3 op", inside, _all_if(cast_inside, len(modules))))
+    return facts
 
 
 def scaling(linear: nn.Module) -> str | None:

@@ -15,7 +15,6 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from torch import nn
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-SYNTHETIC = ("synthetic", "synthetic-dev")
 SEED = 0
 MODULATION_GAIN = 0.2
 """Standard deviation of shifts, scales and gates: small enough that 57 residual blocks stay in bf16's comfort."""
@@ -63,7 +62,7 @@ def make_synthetic(checkpoint: str, dtype: torch.dtype, device: str, tokenizers:
     """The FLUX.1-schnell shape ("synthetic") or FLUX.1-dev's ("synthetic-dev", with the guidance embedding).
 
     Args:
-        checkpoint: one of `SYNTHETIC`.
+        checkpoint: one of `workloads.RANDOM`.
         dtype: of all weights.
         device: where they are made; the same seed gives other numbers on another kind of device.
         tokenizers: a pipeline folder to take both tokenizers from.

@@ -1,11 +1,6 @@
 """Is any level slower than its baseline, or does an optimisation no longer pay over its parent?"""
 
-import pytest
 
-from perf_tests.harness.suite import LEVELS
-
-
-@pytest.mark.parametrize("level", LEVELS)
 def test_latency(level, suite, benchmark):
     """The whole `pipeline(...)` call takes no longer than the baseline allows."""
     suite.show(level, benchmark)

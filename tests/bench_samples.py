@@ -12,6 +12,7 @@ from baseline_samples import ENVIRONMENT
 from suite_samples import UNAVAILABLE, put, sample
 
 from fluxfast.levels import get_level
+from fluxfast.workloads import get_workload
 from perf_tests.bench import cli
 from perf_tests.harness.progress import TRACE_FILE
 from perf_tests.harness.schema import Result
@@ -55,7 +56,11 @@ def staged(level: str, process: int = 0) -> Result:
 def on_this_machine(patch: pytest.MonkeyPatch, **environment: Any) -> None:
     """The machine of `suite_samples`, without asking a process."""
     levels = {level: None for level in ("fp32", "bf16", "aoti", "flux_fast")} | UNAVAILABLE
-    patch.setattr(cli, "ask_machine", lambda: {"device": "cpu", "capability": None, "levels": levels})
+
+    def asked(workload: str | None) -> dict[str, Any]:
+        return {"device": "cpu", "capability": None, "levels": levels, "workload": get_workload(workload or "tiny").id}
+
+    patch.setattr(cli, "ask_machine", asked)
     patch.setattr(cli, "ask_environment", lambda: ENVIRONMENT.model_copy(update=environment))
 
 

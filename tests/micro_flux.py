@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxKontextPipeline, FluxPipeline, FluxTransformer2DModel
 
 from fluxfast.checkpoints import TINY as SHIPPED
 from fluxfast.workloads import TINY, Workload
@@ -71,4 +71,19 @@ def make_micro_flux(folder: Path) -> Workload:
         max_sequence_length=16,
         warmup_rounds=1,
         rounds=1,
+    )
+
+
+def make_micro_kontext(folder: Path) -> Workload:
+    """The same as a FLUX.1-Kontext-dev: it has a guidance embedding and edits the still life at 64 x 64 px."""
+    workload = make_micro_flux(folder / "flux")
+    torch.manual_seed(0)
+    plain = FluxPipeline.from_pretrained(workload.checkpoint, transformer=micro_transformer(guidance_embeds=True))
+    FluxKontextPipeline(**plain.components).save_pretrained(folder / "kontext")
+    return dataclasses.replace(
+        workload,
+        id="micro_kontext",
+        checkpoint=str(folder / "kontext"),
+        guidance_scale=2.5,
+        input_image="still_life_1",
     )

@@ -235,7 +235,7 @@ ASK = ("--axis", "torch", "--versions", "2.9.0,2.10.0,2.11.0")
         (("--good", "nine", "--bad", "2.10.0"), "'nine' is not a version"),
         (("--good", "2.9.0", "--bad", "2.10.0", "--test", "test_speed[bf16]"), "expected NAME\\[LEVEL\\]"),
         (("--good", "2.9.0", "--bad", "2.10.0", "--test", "test_latency[int4]"), "int4"),
-        (("--good", "2.9.0", "--bad", "2.10.0", "--test", "test_latency[flux_fast]"), "not on the ladder"),
+        (("--good", "2.9.0", "--bad", "2.10.0", "--test", "test_latency[quick]"), "unknown level 'quick'"),
         (("--good", "2.9.0", "--bad", "2.10.0", "--workload", "huge"), "huge"),
         (("--good", "2.9.0", "--bad", "2.10.0", "--processes", "0"), "at least 1"),
         (("--good", "2.9.0", "--bad", "2.10.0", "--against", "none"), "only test_structure"),

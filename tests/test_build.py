@@ -110,6 +110,16 @@ def test_fa3_that_never_launches_is_noticed(micro: Workload, hopper: None, monke
         run_and_prove(build(micro, eager), micro)
 
 
+def test_cast_on_the_wrong_side_of_fa3_is_noticed(
+    micro: Workload, hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """flux_fast differs from its parent in nothing else, so its processors have to tell."""
+    outside = steps.fa3_attention
+    monkeypatch.setattr(steps, "fa3_attention", lambda pipeline, cast_outside: outside(pipeline, cast_outside=True))
+    with pytest.raises(StepNotApplied, match=r"'flux_fast' .*: 0 casts to e4m3 within the FA3 op, expected 2"):
+        build(micro, get_level("flux_fast"))
+
+
 def test_fa3_without_hopper_is_refused(micro: Workload) -> None:
     """A machine without FA3 does not fall back silently at the level that adds it."""
     with pytest.raises(LevelUnavailable, match=r"'fa3_fp8' cannot run on this machine: .* capability 9.0"):

@@ -152,5 +152,28 @@ def test_hub_checkpoint_that_is_not_here_says_how_to_get_it(tmp_path: Path, monk
         load(HUB, torch.float32, "cpu")
 
 
+def test_hub_checkpoint_that_is_here_loads_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pinned snapshot of the cache, and not one packet; files that the pipeline does not need may be missing."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--black-forest-labs--FLUX.1-schnell" / "snapshots" / REVISION
+    snapshot.parent.mkdir(parents=True)
+    snapshot.symlink_to(TINY)
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    assert load(HUB, torch.float32, "cpu").transformer.config.num_layers > 0
+
+
+def test_interrupted_download_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """The missing file, and the command that fetches it."""
+    cache = tmp_path / "cache"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    snapshot = cache / "models--black-forest-labs--FLUX.1-schnell" / "snapshots" / REVISION
+    snapshot.parent.mkdir(parents=True)
+    snapshot.symlink_to(folder)
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match=f"no .safetensors file.*`hf download .*{REVISION} --exclude"):
+        load(HUB, torch.float32, "cpu")
+
+
 def no_network(*args: object, **kwargs: object) -> None:
     raise AssertionError(f"network used: {args}")

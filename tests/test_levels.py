@@ -17,7 +17,7 @@ ADA_WITH_FA3 = Machine(device="cuda", capability=(8, 9), fa3_module="fa3_fwd_int
 AMPERE = Machine(device="cuda", capability=(8, 0), fa3_module=None, triton=True)
 HOPPER = Machine(device="cuda", capability=(9, 0), fa3_module="flash_attn_interface", triton=True)
 HOPPER_WITHOUT_FA3 = Machine(device="cuda", capability=(9, 0), fa3_module=None, triton=True)
-OTHER_VALUE = {int: 7, float: 1.25, str: "other"}
+OTHER_VALUE = {int: 7, float: 1.25, str: "other", type(None): "other"}
 
 
 def test_ids_are_frozen() -> None:

@@ -27,9 +27,9 @@ from fluxfast.levels import BEYOND, FLUX_FAST, get_level
 from fluxfast.workloads import Workload, get_workload
 from perf_tests.harness import fidelity, gpu, lease, runner, sanity
 from perf_tests.harness.files import write_over
+from perf_tests.harness.machine import ask_machine
 from perf_tests.harness.progress import CPU_DEADLINES, GPU_DEADLINES, Deadlines, ProgressPrinter
 from perf_tests.harness.schema import Measurement, Result
-from perf_tests.harness.suite import ask_machine
 
 FIRST = (BEYOND[0].id, "bf16", BEYOND[-1].id, *(level.id for level in BEYOND[1:-1]), FLUX_FAST.id, "fp32")
 """The rung that the others stand on, what errors are against, the whole stack; then what each rung is worth."""
@@ -198,7 +198,7 @@ def main() -> int:
     try:
         levels = plan([get_level(name.strip()).id for name in options.levels.split(",")])
         workload = get_workload(options.workload)
-        machine = ask_machine()
+        machine = ask_machine(options.workload)
     except ValueError as error:
         parser.error(str(error))
     is_gpu = machine["device"] == "cuda"

@@ -21,7 +21,6 @@ from perf_tests.harness.machine import (
     ask_environment,
     ask_machine,
     chosen_levels,
-    default_workload,
     first_gpu,
     git_sha,
 )
@@ -88,21 +87,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _new_facts(options: argparse.Namespace) -> RunFacts:
-    machine = ask_machine()
+    machine = ask_machine(options.workload)
     is_gpu = machine["device"] == "cuda"
-    workload = get_workload(options.workload or default_workload(machine))
+    workload = get_workload(machine["workload"])
     unavailable = {level: why for level, why in machine["levels"].items() if why}
     processes = options.processes if options.processes is not None else 3 if is_gpu else 1
     if processes < 1:
         raise ValueError(f"--processes is {processes}, expected at least 1")
-    # What is beside the ladder is measured only if it is named.
-    candidates = LEVELS if options.levels is not None else [level.id for level in LADDER]
-    available = [level for level in candidates if level not in unavailable]
+    runnable = [level for level in LEVELS if level not in unavailable]
+    ladder = [level.id for level in LADDER if level.id in runnable]
     return RunFacts(
         slug=gpu.slug(first_gpu() if is_gpu else 0),
         workload=workload.id,
         workload_digest=workload.digest,
-        levels=chosen_levels(options.levels, available, unavailable),
+        levels=chosen_levels(options.levels, ladder, runnable, unavailable),
         unavailable=unavailable,
         processes=processes,
     )

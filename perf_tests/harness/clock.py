@@ -58,8 +58,8 @@ class StageClock:
     """Wraps the stages of a pipeline so that every call leaves marks.
 
     Stages: `text_encode`, `step_0` ... `step_N` (one transformer forward each) or, where the loop is one CUDA graph,
-    `denoise` for all of them, `decode`, `postprocess`. What lies between them (noise, scheduler, host work) is the
-    whole call less their sum.
+    `denoise` for all of them, `decode`, `postprocess`, and `image_encode` where an image is edited. What lies between
+    them (noise, scheduler, host work) is the whole call less their sum.
 
     Attributes:
         first_step_output: of the latest call, the first denoising step's output.
@@ -77,6 +77,7 @@ class StageClock:
             pipeline.denoise = self._timed(pipeline.denoise, lambda: "denoise", self._keep_loop)
         else:
             pipeline.transformer.forward = self._timed(pipeline.transformer.forward, self._step_name, self._keep_step)
+        pipeline.vae.encode = self._timed(pipeline.vae.encode, lambda: "image_encode")
         pipeline.vae.decode = self._timed(pipeline.vae.decode, lambda: "decode")
         postprocess = pipeline.image_processor.postprocess
 

@@ -11,19 +11,25 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fluxfast.levels import get_level
+from fluxfast.levels import LEVELS, get_level
 from perf_tests.harness import gpu
 from perf_tests.harness.runner import ROOT
 from perf_tests.harness.schema import Environment
 
+WHOLE_LADDER = "ladder"
+"""In `--levels`: every level on the ladder that this machine can run."""
 
-def ask_machine() -> dict[str, Any]:
+
+def ask_machine(workload: str | None = None) -> dict[str, Any]:
     """What this machine can run, from a process that may import torch: `device`, `capability`, `levels`.
 
+    And `workload` with `why_workload`: the one that was asked for, or this machine's default.
+
     Raises:
-        ValueError: with what that process said, if it could not tell.
+        ValueError: with what that process said, if it could not tell or the workload's checkpoint is not here.
     """
-    answer: dict[str, Any] = json.loads(_last_line_of("fluxfast", "levels", "--json"))
+    chosen = [] if workload is None else ["--workload", workload]
+    answer: dict[str, Any] = json.loads(_last_line_of("fluxfast", "levels", "--json", *chosen))
     return answer
 
 
@@ -40,11 +46,6 @@ def ask_environment() -> Environment:
         raise ValueError(f"this machine's environment cannot be read from {line[:80]!r}") from error
 
 
-def default_workload(machine: Mapping[str, Any]) -> str:
-    """The full shape on a Hopper GPU, the shipped tiny checkpoint elsewhere."""
-    return "schnell" if machine["capability"] == [9, 0] else "tiny"
-
-
 def first_gpu() -> int | str:
     """The GPU that workers will use, as NVML knows it."""
     return gpu.first_visible(os.environ.get("CUDA_VISIBLE_DEVICES"))
@@ -56,21 +57,25 @@ def git_sha() -> str:
     return found.stdout.strip() or "nogit"
 
 
-def chosen_levels(asked: str | None, available: Sequence[str], unavailable: Mapping[str, str]) -> list[str]:
-    """The levels of a comma-separated list in the order of `available`; all of those for None.
+def chosen_levels(
+    asked: str | None, ladder: Sequence[str], runnable: Sequence[str], unavailable: Mapping[str, str]
+) -> list[str]:
+    """The levels of a comma-separated list, lowest first; `ladder` for None, and for the word itself in the list.
 
     Raises:
-        ValueError: a level that is unknown, that this machine cannot run, or that is not among `available`.
+        ValueError: a level that is unknown, that this machine cannot run, or that is not among `runnable`.
     """
     if asked is None:
-        return list(available)
-    names = [get_level(name.strip()).id for name in asked.split(",")]
+        return list(ladder)
+    names: list[str] = []
+    for word in map(str.strip, asked.split(",")):
+        names += ladder if word == WHOLE_LADDER else [get_level(word).id]
     for name in names:
         if name in unavailable:
             raise ValueError(f"--levels {name}: {unavailable[name]}")
-        if name not in available:
-            raise ValueError(f"--levels {name}: not on this run's ladder; choose from {', '.join(available)}")
-    return [level for level in available if level in names]
+        if name not in runnable:
+            raise ValueError(f"--levels {name}: not in this run; choose from {', '.join(runnable)}")
+    return [level for level in LEVELS if level in names]
 
 
 def _last_line_of(*module: str) -> str:

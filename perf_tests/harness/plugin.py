@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 
+from fluxfast.workloads import WORKLOADS
 from perf_tests.harness import culprit, gpu, record, store
 from perf_tests.harness.files import StoreError
+from perf_tests.harness.machine import WHOLE_LADDER
+from perf_tests.harness.obstacles import measured
 from perf_tests.harness.recording import machine_info
 from perf_tests.harness.schema import Outcome, Verdict
-from perf_tests.harness.session import Session
+from perf_tests.harness.session import REFERENCE_LEVEL, Session
 from perf_tests.harness.suite import ROOT, Suite
 
 INCONCLUSIVE = 9
@@ -32,8 +35,17 @@ SUITE = pytest.StashKey[Suite]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The suite's own options."""
     group = parser.getgroup("fluxfast", "FLUX performance suite")
-    group.addoption("--workload", help="default: schnell on a Hopper GPU, tiny elsewhere")
-    group.addoption("--levels", help="comma-separated; default: every level that this machine can run")
+    group.addoption(
+        "--workload",
+        help=f"one of {', '.join(WORKLOADS)} (-hub: released weights, -full: the transformer compiled as one graph), "
+        "or WORKLOAD@CHECKPOINT; default: on a Hopper GPU schnell-hub if its weights are in the local cache, else "
+        "schnell; tiny elsewhere",
+    )
+    group.addoption(
+        "--levels",
+        help=f"comma-separated; '{WHOLE_LADDER}', the default, is every level of the ladder that this machine can run; "
+        "levels beside the ladder, as flux_fast, are measured by name",
+    )
     group.addoption(
         "--processes", type=int, help="fresh processes a level; default: 3 on a GPU, 1 on a CPU, 5 to record"
     )
@@ -119,8 +131,8 @@ class Judge:
 
     def require_image_workload(self) -> None:
         """Skip image metrics where the weights are random: they would judge noise."""
-        if self.session.workload.checkpoint.startswith("synthetic"):
-            pytest.skip("the synthetic checkpoint draws noise; images are judged with --workload tiny")
+        if self.session.workload.has_random_weights:
+            pytest.skip("random weights draw noise; images are judged with --workload tiny or released weights (-hub)")
 
     def require(self, verdict: Verdict) -> None:
         """Turn a verdict into the outcome of this test."""
@@ -161,6 +173,12 @@ def installed_versions() -> dict[str, str | None]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[axis] = importlib.metadata.version(axis)
     return versions
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test a level of this run."""
+    if (own := metafunc.config.stash.get(SUITE, None)) and {"level", "suite"} <= set(metafunc.fixturenames):
+        metafunc.parametrize("level", own.shown)
 
 
 @pytest.fixture
@@ -221,7 +239,24 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.section("fluxfast verdicts")
     for node, verdict in own.verdicts.items():
         terminalreporter.write_line(f"{verdict.outcome.value:12} {node.rpartition('::')[2]:32} {verdict.message[:200]}")
+    for line in speeds(own.session):
+        terminalreporter.write_line(line)
     terminalreporter.write_line(f"run: {own.session.folder} (judge it again with --replay)")
+
+
+def speeds(session: Session) -> list[str]:
+    """One line a measured level: median of its processes' medians, and how much faster that is than bf16 and parent."""
+    medians = {
+        level: statistics.median(statistics.median(m.samples_s) for m in measured(results))
+        for level, results in session.results.items()
+        if measured(results)
+    }
+    lines = []
+    for level, own_s in medians.items():
+        over = dict.fromkeys((REFERENCE_LEVEL, session.policy.parents.get(level)))
+        against = [f"x{medians[other] / own_s:.3f} of {other}" for other in over if other in medians and other != level]
+        lines.append(f"{level:16}{own_s:8.4f} s  {', '.join(against)}")
+    return lines
 
 
 @pytest.hookimpl(optionalhook=True)

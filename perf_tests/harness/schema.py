@@ -110,7 +110,8 @@ class Measurement(Strict):
     """One a round: the whole `pipeline(...)` call on `clock`, seconds."""
     wall_s: Annotated[list[Seconds], Field(min_length=1)]
     stages_s: dict[str, list[Finite]]
-    """`text_encode`, `step_0` ... or `denoise`, `decode`, `postprocess`: one a round each, on `clock`, seconds."""
+    """`text_encode`, `step_0` ... or `denoise`, `decode`, `postprocess`, `image_encode` where an image is edited: one a
+    round each, on `clock`, seconds."""
     load_s: Seconds
     apply_s: Seconds
     """Steps applied, packages compiled ahead of time; just-in-time compilation falls into `warmup_s`."""

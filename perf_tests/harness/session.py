@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fluxfast.levels import LADDER, LEVELS
+from fluxfast.levels import LEVELS
 from fluxfast.workloads import Workload
 from perf_tests.harness import fidelity, gate, store
 from perf_tests.harness.files import read_png, write_over
@@ -125,7 +125,7 @@ class Session:
         Empty if the stored run has none: it was measured against another baseline, or none.
         """
         needed = [level, self.policy.parents.get(level), self.policy.divisor(level)]
-        levels = [known.id for known in LADDER if known.id in needed and known.id in self.results]
+        levels = [known for known in LEVELS if known in needed and known in self.results]
         folder = self.folder / CONFIRM / level
         if self.measure is None:
             return read_run(folder, levels) if folder.is_dir() else {}

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from fluxfast.levels import LADDER
+from fluxfast.levels import LADDER, LEVELS
 from fluxfast.workloads import get_workload
 from perf_tests.harness import faults, gpu, lease, runner, store
-from perf_tests.harness.machine import ask_machine, chosen_levels, default_workload, first_gpu, git_sha
+from perf_tests.harness.machine import ask_machine, chosen_levels, first_gpu, git_sha
 from perf_tests.harness.progress import CPU_DEADLINES, GPU_DEADLINES, ProgressPrinter
 from perf_tests.harness.quarantine import load_quarantine
 from perf_tests.harness.recording import MIN_PROCESSES
@@ -21,7 +21,6 @@ from perf_tests.harness.schema import Outcome, Result, Verdict
 from perf_tests.harness.session import Session
 from perf_tests.harness.stored_run import RunFacts, read_facts
 
-LEVELS = [level.id for level in LADDER]
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -46,20 +45,21 @@ class Suite:
         self.verdicts: dict[str, Verdict] = {}
         self.accepted: list[Verdict] = []
         self.quarantine = load_quarantine(option.quarantine, datetime.datetime.now(datetime.UTC).date())
+        self._why_workload = ""
         facts = read_facts(option.replay) if option.replay else self._new_facts(option)
         if option.workload not in (None, facts.workload):
             raise ValueError(f"--workload {option.workload}: the stored run {option.replay} is of {facts.workload!r}")
         workload = get_workload(facts.workload)
-        ladder = [level for level in facts.levels if level in LEVELS]
-        if not ladder:
-            raise ValueError(f"the stored run {option.replay} holds no level of the ladder, and only those are judged")
-        self.expected = chosen_levels(option.levels, ladder, facts.unavailable)
+        runnable = facts.levels if option.replay else [level for level in LEVELS if level not in facts.unavailable]
+        self.expected = chosen_levels(option.levels, facts.levels, runnable, facts.unavailable)
         if option.partial_baseline and (option.update_baseline or option.baselines.resolve() == ROOT / "baselines"):
             raise ValueError("--partial-baseline goes with --record-baseline and a --baselines folder of your own")
-        left = set() if option.partial_baseline else set(ladder) - set(self.expected)
+        left = set() if option.partial_baseline else set(facts.levels) - set(self.expected)
         if self.is_recording and (option.inject or left):
             why = "--inject" if option.inject else f"--levels without {', '.join(sorted(left))}"
             raise ValueError(f"a baseline holds the whole ladder, unbroken: leave {why} away to record or update one")
+        if self.is_recording and "@" in workload.id:
+            raise ValueError(f"a baseline belongs to a workload by its name, and {workload.id!r} takes other weights")
         self.injections = _injections(option.inject, self.expected)
         folder = option.baselines / facts.slug
         path = store.find_baseline(folder, workload.id) if folder.is_dir() else None
@@ -67,7 +67,7 @@ class Suite:
         _point_benchmark_at(option, path)
         is_gpu = facts.slug != gpu.CPU_SLUG
         self._deadlines = GPU_DEADLINES if is_gpu else CPU_DEADLINES
-        self._gpu = str(first_gpu()) if is_gpu else None
+        self._gpu = str(first_gpu()) if is_gpu and not option.replay else None
         self.session = Session(
             folder=option.replay or option.results,
             workload=workload,
@@ -84,6 +84,12 @@ class Suite:
             self.session.results  # noqa: B018  # a partial run is refused here and not test by test
         else:
             self.session.make_folder = lambda: runner.new_run_folder(option.results, git_sha())
+
+    @property
+    def shown(self) -> list[str]:
+        """Levels that have tests: the ladder, and what was asked for or stored beside it."""
+        ladder = {level.id for level in LADDER}
+        return [level for level in LEVELS if level in ladder or level in self.expected]
 
     @property
     def voids(self) -> list[Verdict]:
@@ -108,10 +114,11 @@ class Suite:
         return f"{red[0]} is quarantined and {self.verdicts[red[0]].outcome.value}" if red else None
 
     def _new_facts(self, option: Any) -> RunFacts:
-        machine = ask_machine()
+        machine = ask_machine(option.workload)
         is_gpu = machine["device"] == "cuda"
-        workload = get_workload(option.workload or default_workload(machine))
-        unavailable = {level: why for level, why in machine["levels"].items() if why and level in LEVELS}
+        workload = get_workload(machine["workload"])
+        self._why_workload = machine["why_workload"]
+        unavailable = {level: why for level, why in machine["levels"].items() if why}
         processes = option.processes
         if processes is None:
             processes = MIN_PROCESSES if self.is_recording else 3 if is_gpu else 1
@@ -122,7 +129,7 @@ class Suite:
             slug=gpu.slug(first_gpu() if is_gpu else 0),
             workload=workload.id,
             workload_digest=workload.digest,
-            levels=[level for level in LEVELS if level not in unavailable],
+            levels=[level.id for level in LADDER if level.id not in unavailable],
             unavailable=unavailable,
             processes=processes,
         )
@@ -132,7 +139,11 @@ class Suite:
         capture = self.config.pluginmanager.getplugin("capturemanager")
         results: dict[str, list[Result]] = {level: [] for level in levels}
         with capture.global_and_fixture_disabled(), lease.gpu_lease(self._gpu):
-            print(f"\nmeasuring {', '.join(levels)} in {processes} process(es) each, into {folder}", file=sys.stderr)
+            print(
+                f"\nworkload {self.session.workload.id} ({self._why_workload})\n"
+                f"measuring {', '.join(levels)} in {processes} process(es) each, into {folder}",
+                file=sys.stderr,
+            )
             printer = ProgressPrinter(self._deadlines, len(levels) * processes)
             try:
                 for level, process in runner.schedule(levels, processes):

@@ -9,13 +9,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from fluxfast.levels import LADDER
 from perf_tests.bisect.environments import BuildError, Recipe, build
 from perf_tests.harness import gpu, lease, runner
 from perf_tests.harness.cpu import cpu_name
 from perf_tests.harness.files import locked
 from perf_tests.harness.machine import ask_machine, first_gpu
 from perf_tests.harness.progress import CPU_DEADLINES, GPU_DEADLINES
-from perf_tests.harness.suite import LEVELS
 from perf_tests.sweep.cells import Cell
 
 WORKER = ("-m", "perf_tests.harness.worker")
@@ -65,8 +65,9 @@ def describe_machine() -> Machine:
     """What this machine is and can run; asks torch, in a process of its own."""
     asked = ask_machine()
     slug = gpu.slug(first_gpu()) if asked["device"] == "cuda" else gpu.CPU_SLUG
+    ladder = {level.id for level in LADDER}
     kind = cpu_name() if slug == gpu.CPU_SLUG else slug
-    return Machine(kind, slug, {level: why for level, why in asked["levels"].items() if why and level in LEVELS})
+    return Machine(kind, slug, {level: why for level, why in asked["levels"].items() if why and level in ladder})
 
 
 def run_cell(order: Order) -> Delivery:

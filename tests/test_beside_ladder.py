@@ -1,0 +1,79 @@
+"""`flux_fast` and whatever else is beside the ladder: measured by name, in one run with it, judged like any level."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import pytest
+from suite_samples import LEVELS, SPEED_S, changed, put, run_suite, sample, write_run
+from test_session import Machine, session
+
+from fluxfast.levels import LADDER, get_level
+from perf_tests.harness.machine import chosen_levels
+
+BESIDE = "flux_fast"
+IDS = [level.id for level in LADDER]
+ALL = [*IDS, BESIDE]
+
+
+@pytest.fixture(autouse=True)
+def known_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The made-up machine runs flux_fast a little slower than its parent."""
+    monkeypatch.setitem(SPEED_S, BESIDE, SPEED_S["aoti"] * 1.05)
+    monkeypatch.setattr("suite_samples.LEVELS", (*LEVELS, BESIDE))
+
+
+def test_only_its_name_brings_it_in() -> None:
+    """The default is the ladder; `ladder` and names combine, in the order of the levels."""
+    assert chosen_levels(None, IDS, ALL, {}) == IDS
+    assert chosen_levels("flux_fast,bf16", IDS, ALL, {}) == ["bf16", BESIDE]
+    assert chosen_levels("flux_fast, ladder", IDS, ALL, {}) == ALL
+    with pytest.raises(ValueError, match="--levels flux_fast: needs Hopper"):
+        chosen_levels("flux_fast", IDS, IDS, {BESIDE: "needs Hopper"})
+    with pytest.raises(ValueError, match="--levels flux_fast: not in this run; choose from fp32"):
+        chosen_levels("flux_fast", IDS, IDS, {})
+
+
+def test_its_references_come_along(tmp_path: Path) -> None:
+    """bf16, fp32 and its parent are measured with it, and once more to confirm it."""
+    machine = Machine()
+    own = session(tmp_path, machine, [BESIDE])
+    own.structure(BESIDE)
+    assert machine.calls[0][0] == ("fp32", "bf16", get_level(BESIDE).parent, BESIDE)
+    own.confirm(BESIDE)
+    assert machine.calls[1][0] == ("bf16", get_level(BESIDE).parent, BESIDE)
+
+
+def test_default_run_has_no_test_of_it(tmp_path: Path) -> None:
+    """It is neither measured nor skipped where nobody asked for it."""
+    ran = run_suite(tmp_path, "--replay", write_run(tmp_path / "run"), paths=("perf_tests/test_structure.py",))
+    assert ran.status == 0, ran.text
+    assert set(ran.outcomes) == {f"test_structure[{level}]" for level in IDS}
+
+
+def test_recorded_and_judged_in_one_run_with_the_ladder(tmp_path: Path) -> None:
+    """A run of both becomes a baseline, is green against it, red if flux_fast is slower, and tells both ratios."""
+    levels = (*LEVELS, BESIDE)
+    recorded = run_suite(
+        tmp_path, "--replay", write_run(tmp_path / "run5", 5, levels), "--record-baseline",
+        paths=("perf_tests/test_structure.py",),
+    )  # fmt: skip
+    assert recorded.status == 0, recorded.text
+    run = write_run(tmp_path / "run", 1, levels)
+    ran = run_suite(tmp_path, "--replay", run, "--benchmark-compare")
+    assert ran.status == 0, ran.text
+    assert len([name for name in ran.of("passed") if BESIDE in name]) == 5
+    medians = {level: statistics.median(sample(level).measurement.samples_s) for level in ("bf16", "aoti", BESIDE)}
+    over_bf16, over_parent = (medians[level] / medians[BESIDE] for level in ("bf16", "aoti"))
+    assert f"x{over_bf16:.3f} of bf16, x{over_parent:.3f} of aoti" in ran.text
+    put(run, sample(BESIDE, 0, 1.4))
+    ran = run_suite(tmp_path, "--replay", run, "--benchmark-compare", paths=("perf_tests/test_latency.py",))
+    assert ran.of("failure") == {f"test_latency[{BESIDE}]"}
+    put(run, changed(BESIDE, transformer_weight_bytes=1))
+    ran = run_suite(
+        tmp_path, "--replay", run, "--levels=bf16,float8,flux_fast", "--benchmark-compare",
+        paths=("perf_tests/test_memory.py",),
+    )  # fmt: skip
+    assert ran.of("failure") == {f"test_memory[{BESIDE}]"}
+    assert ran.of("passed") == {"test_memory[bf16]", "test_memory[float8]"}
