@@ -5,7 +5,11 @@ from __future__ import annotations
 import importlib
 import sys
 
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "export": ("perf_tests.export", "a run as records of the PyTorch OSS benchmark database"),
+    "history": ("perf_tests.history.cli", "list nights, show where levels changed, rebuild"),
+    "report": ("perf_tests.report.cli", "a run as one HTML page, and as Markdown"),
+}
 """Name -> the module whose `main(arguments) -> exit status` runs it, and what it does in a line."""
 
 
