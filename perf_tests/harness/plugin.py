@@ -40,9 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--cache", type=Path, default=ROOT / ".cache", help="compiled code, kept between runs")
     group.addoption("--baselines", type=Path, default=ROOT / "baselines", help="folder of baselines")
     group.addoption("--quarantine", type=Path, default=ROOT / "perf_tests" / "quarantine.toml", help="excused tests")
-    group.addoption(
-        "--history", type=Path, help="SQLite file that runs append to; default: history.db below --results"
-    )
+    group.addoption("--history", type=Path, help="SQLite file that runs append to; default: history.db below --results")
     group.addoption("--replay", type=Path, help="judge a stored run again, without a machine")
     group.addoption("--record-baseline", action="store_true", help="store this run as a new baseline if nothing is red")
     group.addoption("--update-baseline", action="store_true", help="rewrite what moved beyond a third of its limit")

@@ -22,12 +22,19 @@ class ReadOnlySession(Session):
     """A `Session` that leaves the run's folder as it is: no difference maps, and every image is scored once."""
 
     _scores: dict[str, list[dict[str, float]]] = dataclasses.field(default_factory=dict)
+    _images: dict[tuple[str, int], Any] = dataclasses.field(default_factory=dict)
 
     def image_scores(self, level: str, stored: Any) -> list[dict[str, float]]:
         """As `Session.image_scores`, remembered; `stored` is always `stored_reference()`."""
         if level not in self._scores:
             self._scores[level] = super().image_scores(level, stored)
         return self._scores[level]
+
+    def image(self, level: str, index: int) -> Any:
+        """As `Session.image`, read once."""
+        if (level, index) not in self._images:
+            self._images[level, index] = super().image(level, index)
+        return self._images[level, index]
 
     def show_difference(self, level: str) -> str:
         """Where the maps are drawn instead."""

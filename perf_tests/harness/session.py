@@ -229,9 +229,7 @@ class Session:
     def worst_process(self, level: str) -> int:
         """Index of the process whose image has the largest FLIP in one tile."""
         scores = self.image_scores(level, self.stored_reference())
-        return max(
-            range(len(scores)), key=lambda at: max(scores[at].get(f"flip_worst_tile{s}", 0.0) for s in SUFFIXES)
-        )
+        return max(range(len(scores)), key=lambda at: max(scores[at].get(f"flip_worst_tile{s}", 0.0) for s in SUFFIXES))
 
     def show_difference(self, level: str) -> str:
         """Write the difference maps of a level's worst process beside its image; a sentence that names the files."""
@@ -290,4 +288,5 @@ def worst(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {
         metric: (max if gate.direction(metric) == "higher_is_worse" else min)(own[metric] for own in scores)
         for metric in scores[0]
+        if all(metric in own for own in scores)  # PSNR has no value for identical images
     }

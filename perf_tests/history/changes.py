@@ -24,8 +24,10 @@ MIN_NIGHTS = 20
 """Fewer nights do not tell how far nights differ when nothing changed."""
 MIN_SEGMENT = 5
 """A change lasts at least so many nights; a single odd night is the gate's to judge."""
+ODD = 4.0
+"""Standard deviations from the neighbours' median beyond which a night counts as odd."""
 PENALTY = 6.0
-"""Of one change, times log(nights), in variances. `tools/simulate_changes.py` says how often it is wrong."""
+"""Of one change, times log(nights), in variances. `python -m tools.simulate_changes` says how often it is wrong."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +71,7 @@ def find_changes(
     nights = trend(points)
     if len(nights) < MIN_NIGHTS:
         return []
-    logs = np.log([night.value for night in nights])
+    logs = _without_odd_nights(np.log([night.value or math.nan for night in nights]))
     edges = _edges(logs)
     found = []
     for before, at, after in zip(edges, edges[1:], edges[2:], strict=False):
@@ -120,6 +122,16 @@ def _noise(logs: np.ndarray[Any, Any]) -> float:
     return float(1.4826 * np.median(np.abs(steps - np.median(steps))) / math.sqrt(2))
 
 
+def _without_odd_nights(logs: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Nights far from their neighbours' median are drawn to `ODD` standard deviations from it; steps stay."""
+    window = 2 * MIN_SEGMENT - 1
+    # "reflect" has the last night once: tonight alone, however odd, is not its own neighbourhood.
+    padded = np.pad(logs, window // 2, mode="reflect")
+    middle = np.median(np.lib.stride_tricks.sliding_window_view(padded, window), axis=1)
+    allowed = ODD * _noise(logs)
+    return np.clip(logs, middle - allowed, middle + allowed)
+
+
 def _explain(changes: list[Change], steps: Sequence[AnnotatedStep]) -> list[Change]:
     """Each step explains one change: the nearest of its direction, seen up to `LONGEST` before it was accepted.
 
@@ -152,5 +164,5 @@ def creep(points: Sequence[Point], changes: Sequence[Change]) -> float | None:
     dates = [night.date[:10] for night in nights]
     start = bisect.bisect_left(dates, changes[last].date) if last >= 0 else 0
     first, after = bisect.bisect_left(dates, unknown[0].date), bisect.bisect_left(dates, unknown[-1].date)
-    logs = np.log([night.value for night in nights])
+    logs = _without_odd_nights(np.log([night.value or math.nan for night in nights]))
     return math.exp(float(logs[after:].mean() - logs[start:first].mean()))

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from fluxfast.levels import LADDER
 from perf_tests.harness import store as baselines
 from perf_tests.harness.files import StoreError
 from perf_tests.harness.replay import ROOT
@@ -79,9 +80,22 @@ def _table(found: Sequence[Point], asked: argparse.Namespace) -> list[str]:
         return ["no night fits"]
     if asked.json:
         return [json.dumps(vars(point)) for point in found]
+    order = [level.id for level in LADDER]
+    found = sorted(found, key=lambda p: (p.date, p.run, order.index(p.level) if p.level in order else len(order)))
     runs = [list(own) for _, own in itertools.groupby(found, key=lambda point: point.run)][-asked.last :]
     if asked.level or asked.run:
-        header = ["date", "slug", "workload", "level", "value", "unit", "of baseline", "verdict", "not in trends", "run"]
+        header = [
+            "date",
+            "slug",
+            "workload",
+            "level",
+            "value",
+            "unit",
+            "of baseline",
+            "verdict",
+            "not in trends",
+            "run",
+        ]
         return _aligned([header, *(_level_row(point) for own in runs for point in own)])
     header = ["date", "slug", "workload", "levels", "verdict", "not in trends", "run"]
     return _aligned([header, *(_run_row(own) for own in runs)])

@@ -134,9 +134,13 @@ def read_night(folder: Path) -> Night:
     Raises:
         StoreError: if it is partial, damaged or of another schema.
     """
-    folder = folder.resolve()
-    session = open_run(folder, None)
     record = read_record(folder) if (folder / VERDICTS_FILE).exists() else None
+    return night_of(open_run(folder, None), record)
+
+
+def night_of(session: Session, record: RunRecord | None) -> Night:
+    """A run as the history keeps it; `record` is its `verdicts.json`, None if it left none."""
+    folder = session.folder.resolve()
     judged = record.judged if record else []
     first = next(iter(session.results.values()))[0]
     return Night(

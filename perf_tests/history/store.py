@@ -162,9 +162,7 @@ def _insert(connection: sqlite3.Connection, run: str, level: LevelNight) -> None
 
 def _document(connection: sqlite3.Connection, content: dict[str, Any]) -> str:
     digest = canonical_digest(content)[:16]
-    connection.execute(
-        "INSERT OR IGNORE INTO document VALUES (?, ?)", (digest, json.dumps(content, sort_keys=True))
-    )
+    connection.execute("INSERT OR IGNORE INTO document VALUES (?, ?)", (digest, json.dumps(content, sort_keys=True)))
     return digest
 
 
