@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ FIRST = datetime.datetime(2026, 1, 1, 3, 0)
 TESTS = ("test_structure", "test_latency", "test_image", "test_step_error", "test_memory")
 
 
+@functools.cache
 def judged(level: str, outcome: Outcome = Outcome.PASS) -> list[Judged]:
     """Five tests, of which the one of latency says `outcome`."""
     return [

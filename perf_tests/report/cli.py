@@ -25,9 +25,9 @@ def main(arguments: Sequence[str]) -> int:
     output = asked.output or asked.run / "report.html"
     beside = asked.run.resolve().parent / store.NAME
     try:
+        from perf_tests.report.gather import build_report
         from perf_tests.report.html import render_html
         from perf_tests.report.markdown import error_lines, render_markdown
-        from perf_tests.report.gather import build_report
 
         history = asked.history or (beside if beside.exists() else None)
         report = build_report(asked.run, asked.baselines, history)
