@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fluxfast.levels import LADDER
 from fluxfast.workloads import get_workload
 from perf_tests.harness import store
-from perf_tests.harness.files import StoreError
+from perf_tests.harness.files import Picture, StoreError
 from perf_tests.harness.schema import Outcome, Verdict
 from perf_tests.harness.session import Session
 from perf_tests.harness.stored_run import read_facts
@@ -19,26 +21,33 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclasses.dataclass
 class ReadOnlySession(Session):
-    """A `Session` that leaves the run's folder as it is: no difference maps, and every image is scored once."""
+    """A `Session` that leaves the run's folder as it is: no difference maps are written.
 
-    _scores: dict[str, list[dict[str, float]]] = dataclasses.field(default_factory=dict)
+    An image is read once, and a pair of equal images is scored once: processes of one level often draw the same picture.
+    """
+
     _images: dict[tuple[str, int], Any] = dataclasses.field(default_factory=dict)
-
-    def image_scores(self, level: str, stored: Any) -> list[dict[str, float]]:
-        """As `Session.image_scores`, remembered; `stored` is always `stored_reference()`."""
-        if level not in self._scores:
-            self._scores[level] = super().image_scores(level, stored)
-        return self._scores[level]
+    _scores: dict[tuple[str, str], dict[str, float | None]] = dataclasses.field(default_factory=dict)
 
     def image(self, level: str, index: int) -> Any:
-        """As `Session.image`, read once."""
+        """As `Session.image`."""
         if (level, index) not in self._images:
             self._images[level, index] = super().image(level, index)
         return self._images[level, index]
 
+    def _compare(self, image: Any, reference: Any, level: str) -> dict[str, float | None]:
+        pair = _digest(image), _digest(reference)
+        if pair not in self._scores:
+            self._scores[pair] = super()._compare(image, reference, level)
+        return self._scores[pair]
+
     def show_difference(self, level: str) -> str:
         """Where the maps are drawn instead."""
         return f"Look at {self.image_path(level, self.worst_process(level))} and at the difference map of the report."
+
+
+def _digest(picture: Picture) -> str:
+    return hashlib.sha256(f"{picture.shape}".encode() + picture.tobytes()).hexdigest()
 
 
 def open_run(folder: Path, baselines: Path | None) -> ReadOnlySession:
@@ -57,12 +66,15 @@ def open_run(folder: Path, baselines: Path | None) -> ReadOnlySession:
         workload = get_workload(facts.workload)
     except ValueError as error:
         raise store.ResultError(f"{folder}: {error}") from error
+    levels = [level.id for level in LADDER if level.id in facts.levels]
+    if not levels:
+        raise store.ResultError(f"{folder} holds no level of the ladder, and only those are judged")
     place = (baselines or ROOT / "baselines") / facts.slug
     path = store.find_baseline(place, workload.id) if baselines is not None and place.is_dir() else None
     session = ReadOnlySession(
         folder=folder,
         workload=workload,
-        levels=facts.levels,
+        levels=levels,
         unavailable=facts.unavailable,
         processes=facts.processes,
         slug=facts.slug,

@@ -132,7 +132,7 @@ def _rungs(session: ReadOnlySession, findings: dict[str, dict[str, Finding]]) ->
             continue
         latency = findings.get(known.id, {}).get("test_latency")
         numbers = latency.verdict.numbers if latency else {}
-        seconds, parent = times.get(known.id), times.get(known.parent or "")
+        seconds, parent = times.get(known.id), times.get(session.policy.parents.get(known.id) or "")
         sound = measured(session.results[known.id])
         rungs.append(
             Rung(

@@ -22,7 +22,7 @@ from perf_tests.report.model import Report
 FOLDER = Path(__file__).parent
 
 
-def environment(**filters: Callable[..., Any]) -> jinja2.Environment:
+def templates(**filters: Callable[..., Any]) -> jinja2.Environment:
     """Jinja for the templates of this folder: autoescape always on, a misspelt name is an error."""
     own = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER),
@@ -42,7 +42,7 @@ def render_html(report: Report, target: Path) -> str:
     Args:
         target: where it will lie; links to files of the run are relative to it.
     """
-    own = environment(link=lambda path: _link(path, target), inside=lambda path: str(path.relative_to(report.run)))
+    own = templates(link=lambda path: _link(path, target), inside=lambda path: str(path.relative_to(report.run)))
     script = own.get_template("page.js").render().encode()
     return own.get_template("page.html.jinja").render(
         report=report,

@@ -7,7 +7,7 @@ import re
 from markupsafe import Markup, escape
 
 from perf_tests.harness.replay import FILES
-from perf_tests.report.html import environment
+from perf_tests.report.html import templates
 from perf_tests.report.model import Report
 
 LIMIT_BYTES = 1 << 20
@@ -21,7 +21,7 @@ CUT = "\n\n*Cut here: GitHub shows at most 1 MiB. The HTML report has the rest.*
 
 def render_markdown(report: Report) -> str:
     """At most `LIMIT_BYTES` of UTF-8: sections that no longer fit are left out from the end, and it says so."""
-    text = environment(cell=_cell).get_template("summary.md.jinja").render(report=report)
+    text = templates(cell=_cell).get_template("summary.md.jinja").render(report=report)
     return _cut(text, LIMIT_BYTES)
 
 
