@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 class ReadOnlySession(Session):
     """A `Session` that leaves the run's folder as it is: no difference maps are written.
 
-    An image is read once, and a pair of equal images is scored once: processes of one level often draw the same picture.
+    An image is read once, and a pair of equal images is scored once: processes often draw the same one.
     """
 
     _images: dict[tuple[str, int], Any] = dataclasses.field(default_factory=dict)
