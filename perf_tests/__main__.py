@@ -8,7 +8,10 @@ import sys
 COMMANDS: dict[str, tuple[str, str]] = {
     "bench": ("perf_tests.bench.cli", "measure levels into one table, one plot and their images"),
     "bisect": ("perf_tests.bisect.cli", "find the version of a package that made a test red"),
+    "export": ("perf_tests.export", "a run as records of the PyTorch OSS benchmark database"),
+    "history": ("perf_tests.history.cli", "list nights, show where levels changed, rebuild"),
     "issues": ("perf_tests.issues", "open a GitHub issue for each new regression, close it when green"),
+    "report": ("perf_tests.report.cli", "a run as one HTML page, and as Markdown"),
     "sweep": ("perf_tests.sweep.cli", "levels x workloads x versions over the GPUs of a Ray cluster"),
 }
 """Name -> the module whose `main(arguments) -> exit status` runs it, and what it does in a line."""

@@ -21,6 +21,8 @@ from perf_tests.harness.recording import machine_info
 from perf_tests.harness.schema import Outcome, Verdict
 from perf_tests.harness.session import REFERENCE_LEVEL, Session
 from perf_tests.harness.suite import ROOT, Suite
+from perf_tests.history import night
+from perf_tests.history import store as history
 
 INCONCLUSIVE = 9
 """Exit status of a run without a red test in which a level could not be judged: throttled or shared, twice."""
@@ -53,6 +55,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--cache", type=Path, default=ROOT / ".cache", help="compiled code, kept between runs")
     group.addoption("--baselines", type=Path, default=ROOT / "baselines", help="folder of baselines")
     group.addoption("--quarantine", type=Path, default=ROOT / "perf_tests" / "quarantine.toml", help="excused tests")
+    group.addoption("--history", type=Path, help="SQLite file that runs append to; default: history.db below --results")
     group.addoption("--replay", type=Path, help="judge a stored run again, without a machine")
     group.addoption("--record-baseline", action="store_true", help="store this run as a new baseline if nothing is red")
     group.addoption(
@@ -216,8 +219,14 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     elif exitstatus == 0 and own.voids:
         reporter.write_line("\ninconclusive: the machine was disturbed twice; see the skipped tests", yellow=True)
         session.exitstatus = INCONCLUSIVE
-    if not own.is_recording:
-        return
+    if own.is_recording:
+        _record(own, session, reporter)
+    if own.verdicts and (session.config.option.history or not session.config.option.replay):
+        _remember(own, int(session.exitstatus), reporter)
+
+
+def _record(own: Suite, session: pytest.Session, reporter: Any) -> None:
+    """Store the run as a baseline, or say why not."""
     try:
         if reason := "the run is not green" if session.exitstatus != 0 else own.not_recordable():
             raise store.BaselineError(reason)
@@ -229,6 +238,16 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     except StoreError as error:
         reporter.write_line(f"\nno baseline was written: {error}", red=True)
         session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
+
+
+def _remember(own: Suite, exit_status: int, reporter: Any) -> None:
+    """Leave the verdicts beside the results and add the night to the history; no failure of either costs the run."""
+    option, folder = own.config.option, own.session.folder
+    try:
+        night.write_record(folder, own.baseline_name, exit_status, own.judged())
+        history.append(option.history or option.results / history.NAME, [night.read_night(folder)])
+    except StoreError as error:
+        reporter.write_line(f"\nnot in the history: {error}", yellow=True)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

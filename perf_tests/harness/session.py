@@ -7,6 +7,7 @@ gives the same verdicts again.
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 from fluxfast.levels import LEVELS
 from fluxfast.workloads import Workload
 from perf_tests.harness import fidelity, gate, store
-from perf_tests.harness.files import read_png, write_over
+from perf_tests.harness.files import MAX_PNG_BYTES, read_bytes, read_png, write_over
 from perf_tests.harness.obstacles import obstacle
 from perf_tests.harness.schema import Baseline, Environment, Outcome, Result, Verdict
 from perf_tests.harness.stored_run import RUN_FILE, RunFacts, read_run
@@ -212,9 +213,10 @@ class Session:
         measurement = self.results[level][index].measurement
         assert measurement is not None
         path = self._place(level, index) / measurement.step_output
+        raw = read_bytes(path, MAX_PNG_BYTES, store.ResultError)
         try:
-            return np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            return np.load(io.BytesIO(raw), allow_pickle=False)
+        except (OSError, ValueError, EOFError, MemoryError) as error:
             raise store.ResultError(f"{path}: the step's output cannot be read ({error}); measure again") from error
 
     def stored_reference(self) -> Any:
@@ -224,13 +226,14 @@ class Session:
         path = self.baseline_folder / self.baseline.reference_image
         return read_png(path, self.baseline.reference_sha256, store.BaselineError)
 
+    def worst_process(self, level: str) -> int:
+        """Index of the process whose image has the largest FLIP in one tile."""
+        scores = self.image_scores(level, self.stored_reference())
+        return max(range(len(scores)), key=lambda at: max(scores[at].get(f"flip_worst_tile{s}", 0.0) for s in SUFFIXES))
+
     def show_difference(self, level: str) -> str:
         """Write the difference maps of a level's worst process beside its image; a sentence that names the files."""
-        stored = self.stored_reference()
-        scores = self.image_scores(level, stored)
-        index = max(
-            range(len(scores)), key=lambda at: max(scores[at].get(f"flip_worst_tile{s}", 0.0) for s in SUFFIXES)
-        )
+        stored, index = self.stored_reference(), self.worst_process(level)
         path = self.image_path(level, index)
         references = {"stored": stored}
         if level != REFERENCE_LEVEL:
@@ -239,7 +242,8 @@ class Session:
         for name, reference in references.items():
             if reference is not None:
                 paths.append(str(path.with_name(f"difference_from_{name}.png")))
-                Path(paths[-1]).write_bytes(fidelity.difference_map(self.image(level, index), reference))
+                # Not through a link that lies there: the folder may be someone else's.
+                write_over(Path(paths[-1]), fidelity.difference_map(self.image(level, index), reference))
         return f"Look at {path} and at {' and '.join(paths)}."
 
     def unmeasured(self) -> list[str]:
@@ -285,4 +289,5 @@ def worst(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {
         metric: (max if gate.direction(metric) == "higher_is_worse" else min)(own[metric] for own in scores)
         for metric in scores[0]
+        if all(metric in own for own in scores)  # PSNR has no value for identical images
     }

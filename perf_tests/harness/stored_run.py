@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError
 
 from fluxfast.levels import LEVELS
 from perf_tests.harness import store
+from perf_tests.harness.files import MAX_JSON_BYTES, read_bytes
 from perf_tests.harness.schema import Result, Strict
 
 RUN_FILE = "run.json"
@@ -34,9 +35,9 @@ def read_facts(folder: Path) -> RunFacts:
     """
     path = folder / RUN_FILE
     try:
-        facts = RunFacts.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise store.ResultError(f"{path} cannot be read ({error.strerror}): name the folder of one run") from error
+        facts = RunFacts.model_validate_json(read_bytes(path, MAX_JSON_BYTES, store.ResultError))
+    except store.ResultError as error:
+        raise store.ResultError(f"{error}; name the folder of one run") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the top"
@@ -66,6 +67,8 @@ def read_run(
             )
         results[level] = []
         for path in sorted(paths, key=lambda path: int(path.parent.name)):
+            if path.parent.resolve() != folder.resolve() / level / path.parent.name:
+                raise store.ResultError(f"{path} leads out of the run {folder}; put the result itself there")
             result = store.read_result(path)
             if (result.level, str(result.process)) != (level, path.parent.name):
                 raise store.ResultError(f"{path} is of level {result.level!r}, process {result.process}; measure again")

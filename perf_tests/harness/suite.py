@@ -20,6 +20,7 @@ from perf_tests.harness.recording import MIN_PROCESSES
 from perf_tests.harness.schema import Outcome, Result, Verdict
 from perf_tests.harness.session import Session
 from perf_tests.harness.stored_run import RunFacts, read_facts
+from perf_tests.history.night import Judged
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,6 +31,7 @@ class Suite:
     Attributes:
         expected: levels that have to be measured and judged, or the run is not green.
         verdicts: of the tests so far, by node id.
+        baseline_name: file that judges this run; None if none does.
         accepted: verdicts that `--update-baseline --reason` is about to accept.
 
     Raises:
@@ -64,6 +66,7 @@ class Suite:
         folder = option.baselines / facts.slug
         path = store.find_baseline(folder, workload.id) if folder.is_dir() else None
         is_compared = bool(option.benchmark_compare)
+        self.baseline_name = path.name if path and is_compared else None
         _point_benchmark_at(option, path)
         is_gpu = facts.slug != gpu.CPU_SLUG
         self._deadlines = GPU_DEADLINES if is_gpu else CPU_DEADLINES
@@ -112,6 +115,17 @@ class Suite:
         """Why a green run may not become a baseline: quarantine excuses a test, not a number."""
         red = [node for node, verdict in self.verdicts.items() if not verdict.ok and verdict not in self.accepted]
         return f"{red[0]} is quarantined and {self.verdicts[red[0]].outcome.value}" if red else None
+
+    def judged(self) -> list[Judged]:
+        """What each test said, as the run's folder keeps it."""
+        return [
+            Judged(
+                test=node.rpartition("::")[2].partition("[")[0],
+                verdict=verdict,
+                excuse=None if verdict.ok or node not in self.quarantine else self.quarantine[node].issue,
+            )
+            for node, verdict in self.verdicts.items()
+        ]
 
     def _new_facts(self, option: Any) -> RunFacts:
         machine = ask_machine(option.workload)

@@ -1,0 +1,53 @@
+"""The trends that a report draws, from the history."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from fluxfast.levels import LADDER
+from perf_tests.harness.schema import AnnotatedStep
+from perf_tests.history import changes, store
+from perf_tests.history.night import Night
+from perf_tests.report.charts import Trend, trend_chart
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Nights:
+    """One chart a level of the history, in ladder order; levels that the ladder no longer has come last."""
+
+    trends: list[Trend]
+    has_this: bool = False
+
+    @property
+    def changes(self) -> list[changes.Change]:
+        """Every change that no one has accepted."""
+        return [change for trend in self.trends for change in trend.changes if change.known is None]
+
+
+def read_nights(history: Path, night: Night, steps: Sequence[AnnotatedStep]) -> Nights:
+    """Every level of the machine, workload and method of `night`.
+
+    Raises:
+        StoreError: if the history cannot be read.
+    """
+    points = store.points(
+        history,
+        slug=night.slug,
+        workload=night.workload,
+        workload_digest=night.workload_digest,
+        method=night.method,
+    )
+    documents = store.documents(history)
+    order = [level.id for level in LADDER]
+    by_level: dict[str, list[store.Point]] = {}
+    for point in points:
+        by_level.setdefault(point.level, []).append(point)
+    trends = []
+    for level in sorted(by_level, key=lambda level: (order.index(level) if level in order else len(order), level)):
+        found = changes.find_changes(by_level[level], steps, documents)
+        own = [step for step in steps if step.level == level]
+        creep = changes.creep(by_level[level], found)
+        trends.append(trend_chart(level, by_level[level], own, found, creep, night.run))
+    return Nights(trends=trends, has_this=any(point.run == night.run for point in points))

@@ -1,0 +1,202 @@
+"""The history: what a night leaves, what keeps a number out of the trends, and that it can always be made again."""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+from history_samples import level_night, night, nights
+from report_samples import RUN, replace, stored_run
+from suite_samples import changed, failed, run_suite
+
+from perf_tests.harness.quarantine import LONGEST
+from perf_tests.harness.schema import AnnotatedStep, Counters, Outcome, Proof, Verdict
+from perf_tests.history import changes, cli, store
+from perf_tests.history.night import Judged, read_night, read_record, write_record
+from perf_tests.history.store import HistoryError, append, points, rebuild
+
+
+def judge(run: Path, *verdicts: Verdict) -> None:
+    """Give a run its `verdicts.json`."""
+    write_record(run, "0001_tiny.json", 0, [Judged(test="test_latency", verdict=verdict) for verdict in verdicts])
+
+
+def test_corrupt_history_does_not_cost_the_run(tmp_path: Path) -> None:
+    """The run stays green, its verdicts lie beside its results, and the message says how to rebuild."""
+    run, path = stored_run(tmp_path), tmp_path / "results" / "history.db"
+    path.write_bytes(b"not SQLite at all" * 100)
+    structure = ("perf_tests/test_structure.py",)
+    ran = run_suite(tmp_path, "--replay", run, "--history", path, paths=structure)
+    assert ran.status == 0, ran.text
+    assert "not in the history" in ran.text
+    assert "history --rebuild" in ran.text
+    assert {own.test for own in read_record(run).judged} == {"test_structure"}
+    assert read_record(run).date == "2026-09-01T01:02:03Z"
+    held, left = rebuild(path, tmp_path / "results")
+    assert (held, len(left)) == (1, 1)
+    assert path.with_name("history.db.damaged").read_bytes().startswith(b"not SQLite")
+    assert [point.outcomes for point in points(path)] == ["test_structure=pass"] * 4
+
+
+def test_replay_leaves_nothing_unless_asked(tmp_path: Path) -> None:
+    """A replay measures nothing, so it is no night of its own."""
+    run = stored_run(tmp_path)
+    assert run_suite(tmp_path, "--replay", run, paths=("perf_tests/test_structure.py",)).status == 0
+    assert not (run / "verdicts.json").exists()
+    assert not (tmp_path / "results" / "history.db").exists()
+
+
+def test_what_is_kept_of_a_level(tmp_path: Path) -> None:
+    """Process medians, what the gate compares, its ratio and limit, environment, fields, and every test's outcome."""
+    run = stored_run(tmp_path, 2)
+    numbers = {"ratio": 1.25, "limit": 0.05}
+    judge(run, Verdict(outcome=Outcome.REGRESSED, level="compile", rule="interval", message="slow", numbers=numbers))
+    append(tmp_path / "h.db", [read_night(run)])
+    (point,) = points(tmp_path / "h.db", level="compile")
+    assert (point.run, point.date, point.slug, point.unit) == (RUN, "2026-09-01T01:02:03Z", "cpu", "of bf16")
+    assert point.value == pytest.approx(0.8, rel=0.01)
+    assert (point.ratio, point.limit, point.outcomes, point.mark) == (1.25, 0.05, "test_latency=regressed", None)
+    assert store.documents(tmp_path / "h.db")[point.environment or ""]["torch"] == "2.13.0"
+    with sqlite3.connect(tmp_path / "h.db") as connection:
+        (medians,) = connection.execute("SELECT medians_s FROM level WHERE level = 'compile'").fetchone()
+        assert connection.execute("SELECT message FROM verdict").fetchone() == ("slow",)
+    assert medians.count(",") == 1, "two processes"
+
+
+@pytest.mark.parametrize(
+    ("result", "mark"),
+    [
+        (changed("compile", result={"injection": "latency=+30%"}), "injected latency=+30%"),
+        (failed("compile"), "failed: oom"),
+        (changed("compile", result={"counters": Counters(foreign_pids=[7])}), "void"),
+        (changed("compile", proofs=[Proof(field="dtype", what="x", observed=1, expected=2)]), "not proven"),
+    ],
+    ids=["injected", "failed", "void", "not proven"],
+)
+def test_no_evidence_of_speed_is_kept_but_in_no_trend(tmp_path: Path, result: object, mark: str) -> None:
+    """Such a level is listed with its mark and left out of trends."""
+    run = stored_run(tmp_path)
+    replace(run, result)
+    levels = {level.level: level for level in read_night(run).levels}
+    assert levels["compile"].mark == mark
+    assert levels["fused_qkv"].mark is None
+    append(tmp_path / "h.db", [read_night(run)])
+    assert [own.level for own in changes.trend(points(tmp_path / "h.db"))] == ["bf16", "fp32", "fused_qkv"]
+
+
+def test_a_fault_in_the_divisor_keeps_out_what_it_divides(tmp_path: Path) -> None:
+    """With bf16 slowed down on purpose every ratio to it is wrong."""
+    run = stored_run(tmp_path)
+    replace(run, changed("bf16", result={"injection": "latency=+30%"}))
+    assert {level.level: level.mark for level in read_night(run).levels} == {
+        "fp32": "no bf16", "bf16": "injected latency=+30%", "compile": "no bf16", "fused_qkv": "no bf16"
+    }  # fmt: skip
+
+
+def test_rebuild_gives_the_same_and_says_what_it_left_out(tmp_path: Path) -> None:
+    """A night that is judged is the same however it came in; a partial run is named, nights without a folder stay."""
+    run = stored_run(tmp_path)
+    judge(run, Verdict(outcome=Outcome.PASS, level="bf16", rule="interval", message="fine"))
+    append(tmp_path / "one.db", [read_night(run)])
+    partial = tmp_path / "results" / "20260902T010203Z-abc-2"
+    partial.mkdir()
+    (partial / "run.json").write_bytes((run / "run.json").read_bytes())
+    append(tmp_path / "two.db", [night(0, [level_night("bf16", 1.0)])])
+    held, left = rebuild(tmp_path / "two.db", tmp_path / "results")
+    assert held == 1
+    assert len(left) == 1
+    assert "20260902T010203Z-abc-2" in left[0]
+    assert points(tmp_path / "two.db", run=RUN) == points(tmp_path / "one.db")
+    assert len(points(tmp_path / "two.db")) == 5
+
+
+def test_locked_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the wait it is one sentence, and nothing was added."""
+    monkeypatch.setattr(store, "WAIT_S", 0.05)
+    path = tmp_path / "h.db"
+    append(path, [night(0, [level_night("bf16", 1.0)])])
+    holder = sqlite3.connect(path, isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(HistoryError, match=r"locked; the results are safe; wait .* --rebuild"):
+        append(path, [night(1, [level_night("bf16", 1.0)])])
+    holder.close()
+    assert len(points(path)) == 1
+
+
+def test_another_programs_database_is_left_alone(tmp_path: Path) -> None:
+    """Neither an append nor a rebuild adds tables to it or moves it away."""
+    path = tmp_path / "h.db"
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE theirs (x)")
+    before = path.read_bytes()
+    stored_run(tmp_path)
+    for act in (lambda: append(path, []), lambda: rebuild(path, tmp_path / "results")):
+        with pytest.raises(HistoryError, match="not a history of this suite"):
+            act()
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"SQLite format 3\0" + b"\xff" * 4000, "folder"])
+def test_unreadable_history_is_a_sentence(tmp_path: Path, content: bytes | str, capsys: object) -> None:
+    """An empty file, a broken header, a folder: exit status 2 and no traceback."""
+    path = tmp_path / "h.db"
+    path.mkdir() if isinstance(content, str) else path.write_bytes(content)
+    assert cli.main(["--history", str(path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {path}")
+
+
+def test_list_filters_and_hides_control_characters(tmp_path: Path, capsys: object) -> None:
+    """One line a night, or a level; a filter that nothing fits says so."""
+    path = tmp_path / "h.db"
+    append(path, nights(3, ["bf16", "compile"]))
+    append(path, [night(3, [level_night("bf16", 1.0, mark="injected \x1b[2J")])])
+    said = []
+    for options in ([], ["--level=compile", "--until=2026-01-02"], ["--outcome=regressed"], ["--last=1"]):
+        assert cli.main(["--history", str(path), *options]) == 0
+        said.append(capsys.readouterr().out.splitlines())
+    assert [len(lines) for lines in said] == [5, 3, 1, 2]
+    assert said[2] == ["no night fits"]
+    assert "bf16 (injected ?[2J)" in said[3][1]
+
+
+def test_change_is_found_with_what_moved(tmp_path: Path) -> None:
+    """A step well above the noise is dated to its night, and the package that moved there is named."""
+    path = tmp_path / "h.db"
+    append(path, nights(90, ["compile"], {"compile": {60: 1.03}}, noise=0.003))
+    (change,) = changes.find_changes(points(path), [], store.documents(path))
+    assert (change.date, change.known, change.moved) == ("2026-03-02", None, ["torch 2.13.0 -> 2.14.0"])
+    assert change.ratio == pytest.approx(1.03, abs=0.005)
+
+
+def test_creep_adds_up(tmp_path: Path) -> None:
+    """Ten steps that no night could show are found together, and their sum is told."""
+    path = tmp_path / "h.db"
+    append(path, nights(120, ["compile"], {"compile": {day: 1.005 for day in range(20, 110, 9)}}))
+    found = changes.find_changes(points(path), [], {})
+    assert found
+    assert 1.03 < (changes.creep(points(path), found) or 0) < 1.06
+
+
+def test_annotated_step_explains_one_change(tmp_path: Path) -> None:
+    """A step accepted some days later explains the change before it, not a second one, nor one long before."""
+    path = tmp_path / "h.db"
+    append(path, nights(120, ["compile"], {"compile": {40: 1.05, 80: 1.05}}))
+    first = changes.find_changes(points(path), [], {})
+    assert len(first) == 2
+    step = AnnotatedStep(level="compile", date="2026-03-26", ratio=1.05, reason="new kernel")
+    found = changes.find_changes(points(path), [step], {})
+    assert [change.known for change in found] == [None, "new kernel"]
+    late = step.model_copy(update={"date": "2026-05-01"})
+    assert LONGEST.days < 40
+    assert [change.known for change in changes.find_changes(points(path), [late], {})] == [None, None]
+
+
+def test_quiet_and_odd_nights_are_no_change(tmp_path: Path) -> None:
+    """Noise, and single nights far off, the last one too; under twenty nights nothing is said."""
+    path = tmp_path / "h.db"
+    quiet = nights(100, ["compile"])
+    odd = [night(day, [level_night("compile", 1.5)]) for day in (17, 50, 99)]
+    append(path, [*quiet, *odd])
+    assert changes.find_changes(points(path), [], {}) == []
+    assert changes.find_changes(points(path)[:19], [], {}) == []
