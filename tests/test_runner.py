@@ -201,10 +201,15 @@ def test_ctrl_c(tmp_path: pathlib.Path) -> None:
         wait_for(out / "grandchild")
         os.kill(os.getpid(), signal.SIGINT)
 
+    # A shell's background job, as tests run in may be, is born with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     thread = threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, "hang")
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, "hang")
+    finally:
+        signal.signal(signal.SIGINT, before)
     thread.join()
     failure = Result.model_validate_json((out / "result.json").read_bytes()).failure
     assert failure is not None and (failure.kind, failure.stage) == (ErrorKind.INTERRUPTED, "measure")
