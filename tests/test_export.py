@@ -10,6 +10,7 @@ import pytest
 from report_samples import LEVELS, RUN, replace, stored_run, write_baseline
 from suite_samples import changed, failed
 
+from fluxfast.levels import FIELDS
 from fluxfast.workloads import TINY
 from perf_tests import export
 from perf_tests.harness.replay import open_run
@@ -125,7 +126,9 @@ def test_record_written_by_hand(tmp: Path) -> None:
         for row in rows
         if (row["metric"]["name"], row["benchmark"]["extra_info"]["level"]) == ("peak_memory(MiB)", "compile")
     ]
-    assert found == BY_HAND
+    # The optimisations that came after the record was written are off.
+    later = {f"field.{field}": "false" for field in FIELDS} | BY_HAND["benchmark"]["extra_info"]
+    assert found == BY_HAND | {"benchmark": BY_HAND["benchmark"] | {"extra_info": later}}
     assert left == []
 
 

@@ -17,9 +17,9 @@ from fluxfast.workloads import HUB_NAME, REVISIONS, TINY, WORKLOADS, get_workloa
 from perf_tests.harness.sanity import require_possible_steps, step_tflop
 
 ROOT = Path(__file__).parents[1]
-CPU = Machine(device="cpu", capability=None, fa3_module=None)
-ADA = Machine(device="cuda", capability=(8, 9), fa3_module=None)
-HOPPER = Machine(device="cuda", capability=(9, 0), fa3_module=None)
+CPU = Machine(device="cpu", capability=None, fa3_module=None, triton=True)
+ADA = Machine(device="cuda", capability=(8, 9), fa3_module=None, triton=True)
+HOPPER = Machine(device="cuda", capability=(9, 0), fa3_module=None, triton=True)
 SCHNELL, DEV = WORKLOADS["schnell"], WORKLOADS["dev"]
 
 
