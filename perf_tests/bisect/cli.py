@@ -14,6 +14,7 @@ from perf_tests.bisect import answer, versions
 from perf_tests.bisect.bisection import Bisection
 from perf_tests.bisect.environments import recipe_here
 from perf_tests.bisect.oracle import NOISELESS, split_test
+from perf_tests.bisect.printed import asked_by
 from perf_tests.bisect.search import Contradiction, Found
 from perf_tests.bisect.state import Question, State, load
 from perf_tests.harness.culprit import AXES
@@ -33,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--good", required=True, metavar="VERSION")
     own.add_argument("--bad", required=True, metavar="VERSION")
     own.add_argument("--test", required=True, metavar="NAME[LEVEL]", help="e.g. 'test_latency[float8]'")
+    own.add_argument("--junit", metavar="FILE", help="instead of these four: what the first red test of a run printed")
     own.add_argument("--versions", metavar="A,B,C", help="what to search, ends included; default: ask the index")
     own.add_argument("--index-url", help="where the component lies, for nightlies")
     own.add_argument("--pre", action="store_true", help="take pre-releases")
@@ -53,7 +55,26 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command: 0 with an answer, 1 without one, 2 after one sentence if it cannot be asked, 130 if stopped."""
-    asked = parser().parse_args(arguments)
+    try:
+        question = _with_printed(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    if question is None:
+        print("no red test of that run names a package that moved since its baseline: there is nothing to search")
+        return NO_ANSWER
+    return _search(parser().parse_args(question))
+
+
+def _with_printed(arguments: Sequence[str]) -> Sequence[str] | None:
+    """The arguments, with what a red run printed in front of them if they name its JUnit file."""
+    reader = argparse.ArgumentParser(add_help=False)
+    reader.add_argument("--junit", type=Path)
+    known, more = reader.parse_known_args(list(arguments))
+    return more if known.junit is None else asked_by(known.junit, more)
+
+
+def _search(asked: argparse.Namespace) -> int:
     try:
         folder, question = question_of(asked)
         state = load(folder, question)
