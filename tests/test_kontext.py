@@ -15,9 +15,10 @@ from test_build import hopper, run_and_prove, untouched_process  # noqa: F401
 from fluxfast import input_images
 from fluxfast.build import build, generate, input_arguments
 from fluxfast.checkpoints import load
-from fluxfast.errors import CheckpointError
+from fluxfast.errors import CheckpointError, LevelUnavailable
 from fluxfast.input_images import INPUT_IMAGES, draw
 from fluxfast.levels import BF16, COMPILE, FA3_FP8, FP32, get_level
+from fluxfast.machine import Machine
 from fluxfast.workloads import WORKLOADS, Workload
 from perf_tests.harness.clock import Clock, StageClock
 
@@ -106,6 +107,14 @@ def test_checkpoint_of_the_other_kind_is_refused(kontext: Workload, micro: Workl
         load(kontext.checkpoint, torch.float32, "cpu", FluxPipeline)
     with pytest.raises(CheckpointError, match="does not describe a FluxKontextPipeline but 'FluxPipeline'"):
         load(micro.checkpoint, torch.float32, "cpu", FluxKontextPipeline)
+
+
+def test_loop_graph_is_refused(kontext: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop of one CUDA graph takes no image: one sentence before anything is loaded."""
+    hopper = Machine(device="cuda", capability=(9, 0), fa3_module="flash_attn_interface", triton=True)
+    monkeypatch.setattr("fluxfast.build.this_machine", lambda: hopper)
+    with pytest.raises(LevelUnavailable, match="draws from text alone"):
+        build(kontext, get_level("whole_loop_graph"))
 
 
 def test_text_workloads_pass_no_image() -> None:
