@@ -150,8 +150,8 @@ def build(
     target, reasons = effective(level, machine)
     if target.whole_loop_graph and workload.input_image is not None:
         raise LevelUnavailable(
-            f"level {level.id!r}: the loop of whole_loop_graph draws from text alone, and workload {workload.id!r} edits "
-            f"an image; measure another level"
+            f"level {level.id!r}: the loop of whole_loop_graph draws from text alone, and workload {workload.id!r} "
+            "edits an image; measure another level"
         )
     applied = dataclasses.replace(target, **({unapplied: DEFAULTS[unapplied]} if unapplied else {}))
 

@@ -111,8 +111,8 @@ def test_checkpoint_of_the_other_kind_is_refused(kontext: Workload, micro: Workl
 
 def test_loop_graph_is_refused(kontext: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loop of one CUDA graph takes no image: one sentence before anything is loaded."""
-    hopper = Machine(device="cuda", capability=(9, 0), fa3_module="flash_attn_interface", triton=True)
-    monkeypatch.setattr("fluxfast.build.this_machine", lambda: hopper)
+    machine = Machine(device="cuda", capability=(9, 0), fa3_module="flash_attn_interface", triton=True)
+    monkeypatch.setattr("fluxfast.build.this_machine", lambda: machine)
     with pytest.raises(LevelUnavailable, match="draws from text alone"):
         build(kontext, get_level("whole_loop_graph"))
 
