@@ -76,7 +76,8 @@ def slow_down(suite: Suite, level: str, visible: str) -> bool:
     _, _, red, _ = suite.run(
         f"{level} slowed by {percent:.1f} %", "--inject", f"{level}:latency=+{percent:.1f}%", "--benchmark-compare"
     )
-    print("  red: " + (", ".join(red) or "nothing"))
+    for test, message in red.items() or [("no test", "the slow-down was not seen")]:
+        print(f"  {test}: {message}", flush=True)
     own = red.get(f"test_latency[{level}]", "")
     return list(red) == [f"test_latency[{level}]"] and "Fired: interval and ladder" in own
 
