@@ -78,6 +78,11 @@ class Record(Strict):
     unrun: str | None = None
     """Why it was given up without a result."""
 
+    @classmethod
+    def of(cls, cell: Cell) -> Record:
+        """Of a cell that was not tried yet."""
+        return cls(workload=cell.workload, version=cell.version, level=cell.level, process=cell.process)
+
 
 def all_cells(workloads: Sequence[str], versions: Sequence[str], levels: Sequence[str], processes: int) -> list[Cell]:
     """Every cell; within a workload the versions take turns, so that a drift of the machines meets them alike."""
