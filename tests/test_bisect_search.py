@@ -158,7 +158,7 @@ def test_tie_takes_one_machine_and_the_bracket_the_others() -> None:
 def one_at_a_time(
     count: int, votes: Mapping[int, Sequence[bool]], closed: Collection[int], confirmations: int
 ) -> int | None:
-    """The order of a search on one machine, written down a second time: stored searches go on by it. None at its end."""
+    """The order of a search on one machine, written down a second time: stored searches go on by it. None: ended."""
     lead = {at: own.count(False) - own.count(True) for at, own in votes.items() if own}
 
     def is_settled(at: int) -> bool:

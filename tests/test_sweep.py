@@ -173,7 +173,9 @@ def test_without_ray_cells_run_one_after_another(
     """The command says so, and each run it leaves is one that `--replay` reads."""
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "perf_tests.sweep.ray_pool", raising=False)
-    monkeypatch.setattr("perf_tests.sweep.pools.describe_machine", lambda: Machine("a cpu", "cpu", {"fa3_fp8": "no Hopper"}))
+    monkeypatch.setattr(
+        "perf_tests.sweep.pools.describe_machine", lambda: Machine("a cpu", "cpu", {"fa3_fp8": "no Hopper"})
+    )
     monkeypatch.setattr("perf_tests.sweep.work.WORKER", FAKE_WORKER[1:])
     out = tmp_path / "out"
     options = ["--ray", "local", "--levels", "bf16,fa3_fp8", "--processes", "2"]

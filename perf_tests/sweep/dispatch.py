@@ -1,4 +1,4 @@
-"""Hands cells to machines and gives those of a lost machine to another. Knows nothing of Ray, nor what a cell is for."""
+"""Hands cells to machines, gives those of a lost machine to another. Knows neither Ray nor what a cell is for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final, Literal, Protocol
 
 from perf_tests.harness.files import dump_json, write_over
-from perf_tests.sweep.cells import Attempt, Cell, Node, Record
+from perf_tests.sweep.cells import Attempt, Cell, Node, Record, SweepFile
 from perf_tests.sweep.work import Delivery
 
 MAX_LOST: Final = 3
@@ -143,5 +143,5 @@ class Dispatch(abc.ABC):
 
     def _note(self, cell: Cell, **change: object) -> None:
         self.records[cell] = self.records[cell].model_copy(update=change)
-        records = [record.model_dump(mode="json") for record in self.records.values()]
-        write_over(self._folder / SWEEP_FILE, dump_json({"sweep_schema": 1, "cells": records}))
+        document = SweepFile(cells=list(self.records.values()))
+        write_over(self._folder / SWEEP_FILE, dump_json(document.model_dump(mode="json")))
