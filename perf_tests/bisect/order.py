@@ -28,7 +28,7 @@ class Order:
     Attributes:
         place: where the run will lie once it is gathered.
         folder: of this search on the machine, for environments.
-        kept: versions whose environments stay beside this one's.
+        kept: versions whose environments stay on the machine: the bracket's and this step's.
         baselines: to judge by; none to record them, or to judge by those of the machine's checkout or by none.
         build: makes the environment.
         run_suite: judges, or records.
@@ -46,8 +46,8 @@ class Order:
 
     def run(self) -> Delivery:
         """The files of the run's folder and `judged.json`; what was recorded below `baselines`."""
-        # Whatever else runs on this machine for this search belongs to the same step, and is among `kept`.
-        environments.prune(self.folder / ENVIRONMENTS, {*self.kept, self.version})
+        # Whatever else runs on this machine for this search belongs to the same step.
+        environments.prune(self.folder / ENVIRONMENTS, self.kept)
         try:
             with locked(self.folder / "locks" / self.version):
                 python = self.build(self.recipe, self.version, self.folder / ENVIRONMENTS / self.version)
