@@ -241,6 +241,7 @@ ASK = ("--axis", "torch", "--versions", "2.9.0,2.10.0,2.11.0")
         (("--good", "2.9.0", "--bad", "2.10.0", "--workload", "huge"), "huge"),
         (("--good", "2.9.0", "--bad", "2.10.0", "--processes", "0"), "at least 1"),
         (("--good", "2.9.0", "--bad", "2.10.0", "--against", "none"), "only test_structure"),
+        (("--good", "2.9.0", "--bad", "2.10.0", "--cache", "there"), "--cache goes with --ray"),
     ],
 )
 def test_bad_question_is_a_sentence(

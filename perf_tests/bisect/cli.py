@@ -58,9 +58,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument(
         "--ray", choices=("auto", "local"), help="several versions at once: the running cluster, or one of this machine"
     )
-    own.add_argument(
-        "--cache", type=Path, default=ROOT / ".cache", help="with --ray: for environments, on every machine"
-    )
+    own.add_argument("--cache", type=Path, help="with --ray: for environments, on every machine; default: .cache")
     return own
 
 
@@ -124,7 +122,8 @@ def _machines(asked: argparse.Namespace, folder: Path, state: State) -> Machines
     try:
         nodes = pool.nodes()
         kind = kind_of_search(folder, state, nodes)
-        several = Several(folder, state.question, recipe, pool, kind, asked.cache.resolve(), _say)
+        cache = (asked.cache or ROOT / ".cache").resolve()
+        several = Several(folder, state.question, recipe, pool, kind, cache, _say)
         idle = sorted({node.kind for node in nodes} - {kind})
         _say(
             f"up to {several.width()} version(s) at a time on {kind}{'; left idle: ' if idle else ''}{', '.join(idle)}"
@@ -148,6 +147,8 @@ def question_of(asked: argparse.Namespace) -> tuple[Path, Question]:
         raise ValueError(f"--processes is {asked.processes}, expected at least 1")
     if asked.against == "none" and name != NOISELESS:
         raise ValueError(f"--against none: {name} compares with a baseline; only {NOISELESS} can do without")
+    if asked.cache and not asked.ray:
+        raise ValueError("--cache goes with --ray; without it environments lie in the --state folder")
     if asked.good == asked.bad:
         raise ValueError(f"--good and --bad are both {asked.good}: there is nothing between them to search")
     names = (

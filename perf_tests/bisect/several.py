@@ -130,7 +130,7 @@ class Several(Dispatch):
         return ("failed", run.why) if run.kind is Kind.UNUSABLE else ("measured", run.kind.value)
 
     def _tried_on(self, cell: Cell) -> list[str]:
-        """A version that is judged again is best judged on another card: both may be a little off, not alike."""
+        """A version is best judged again on another machine: both may be a little off, but not alike."""
         own = [record for record in self.records.values() if record.version == cell.version]
         return [attempt.node for record in own for attempt in record.attempts]
 
