@@ -263,14 +263,15 @@ def test_without_ray_versions_are_judged_one_after_another(
     monkeypatch.setattr(cli, "describe_machine", lambda: machine)
     monkeypatch.setattr(cli, "Several", functools.partial(Several, **Suite().stand_ins))
     options = ["--axis", "torch", "--versions", ",".join(NAMES), "--good", NAMES[0], "--bad", NAMES[-1]]
-    options += ["--test", "test_latency[float8]", "--state", str(tmp_path / "s"), "--cache", str(tmp_path / "cache")]
-    assert cli.main([*options, "--ray", "local"]) == cli.FOUND
+    options += ["--test", "test_latency[float8]", "--state", str(tmp_path / "s")]
+    with_ray = ["--ray", "local", "--cache", str(tmp_path / "cache")]
+    assert cli.main([*options, *with_ray]) == cli.FOUND
     told = capsys.readouterr()
     assert "Ray is not installed" in told.err and "up to 1 version(s) at a time on a cpu" in told.err
     assert "first bad: torch 2.23.0" in told.out
     assert cli.main(options) == cli.FOUND
     machine = Machine("another cpu", "cpu", {})
-    for more in ([], ["--ray", "local"]):
+    for more in ([], with_ray):
         capsys.readouterr()
         assert cli.main([*options, *more]) == cli.BAD_INPUT
         assert "was begun on a cpu and there is only another cpu" in capsys.readouterr().err.splitlines()[-1]
