@@ -85,6 +85,7 @@ class Several(Dispatch):
 
     def record(self, version: str, ended: Ended) -> None:
         """On one machine; the baseline goes to the search's folder and from there to every machine."""
+        self._say(f"{self._question.axis} {version}: recording the baseline to judge by")
         self._try([version], functools.partial(self._recorded, ended), is_recording=True)
 
     def close(self) -> None:
