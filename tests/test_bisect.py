@@ -20,6 +20,7 @@ from perf_tests.bisect.environments import (
     install_commands,
     pinned_requirements,
 )
+from perf_tests.bisect.machines import Here
 from perf_tests.bisect.oracle import Case, classify
 from perf_tests.bisect.search import Contradiction, Found
 from perf_tests.bisect.state import STATE_FILE, Judged, Kind, Question, State, load
@@ -69,7 +70,8 @@ class Night:
 
 def bisect(tmp: Path, night: Night, asked: Question | None = None, state: State | None = None) -> Bisection:
     own = state or load(tmp, asked or question())
-    return Bisection(own, tmp, RECIPE, lambda line: None, build=night.build, judge=night.judge, record=night.record)
+    night_here = {"build": night.build, "judge": night.judge, "record": night.record}
+    return Bisection(own, tmp, lambda line: None, Here(tmp, own.question, RECIPE, lambda line: None, **night_here))
 
 
 def since(first_bad: str) -> Callable[[str, int], Kind | str]:
@@ -239,6 +241,7 @@ ASK = ("--axis", "torch", "--versions", "2.9.0,2.10.0,2.11.0")
         (("--good", "2.9.0", "--bad", "2.10.0", "--workload", "huge"), "huge"),
         (("--good", "2.9.0", "--bad", "2.10.0", "--processes", "0"), "at least 1"),
         (("--good", "2.9.0", "--bad", "2.10.0", "--against", "none"), "only test_structure"),
+        (("--good", "2.9.0", "--bad", "2.10.0", "--cache", "there"), "--cache goes with --ray"),
     ],
 )
 def test_bad_question_is_a_sentence(

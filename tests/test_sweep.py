@@ -14,7 +14,9 @@ from perf_tests.harness.runner import run_level
 from perf_tests.harness.stored_run import read_facts, read_run
 from perf_tests.sweep import cli
 from perf_tests.sweep.cells import AS_INSTALLED, Cell, Node, all_cells, choose_kinds
-from perf_tests.sweep.driver import SWEEP_FILE, NodeLost, Sweep, gather
+from perf_tests.sweep.dispatch import SWEEP_FILE, NodeLost
+from perf_tests.sweep.driver import Sweep
+from perf_tests.sweep.gather import gather
 from perf_tests.sweep.work import Delivery, Machine, Order, describe_machine
 
 FAKE_WORKER = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
@@ -119,8 +121,9 @@ def test_cell_that_takes_every_machine_with_it_is_given_up(tmp_path: Path, files
 def test_gathered_whole_or_not_at_all(tmp_path: Path, files: dict[str, bytes]) -> None:
     """A name cannot leave the folder, and a second delivery changes nothing."""
     place = tmp_path / "run" / "bf16" / "0"
-    gather(place, {**files, "../../escaped": b"x"})
+    gather(place, {**files, "../../escaped": b"x", "/below/root": b"y"})
     assert not (tmp_path / "run" / "escaped").exists() and (place / "escaped").exists()
+    assert (place / "below" / "root").read_bytes() == b"y"
     gather(place, {"result.json": b"other"})
     assert (place / "result.json").read_bytes() == files["result.json"]
 
@@ -170,7 +173,9 @@ def test_without_ray_cells_run_one_after_another(
     """The command says so, and each run it leaves is one that `--replay` reads."""
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "perf_tests.sweep.ray_pool", raising=False)
-    monkeypatch.setattr(cli, "describe_machine", lambda: Machine("a cpu", "cpu", {"fa3_fp8": "no Hopper"}))
+    monkeypatch.setattr(
+        "perf_tests.sweep.pools.describe_machine", lambda: Machine("a cpu", "cpu", {"fa3_fp8": "no Hopper"})
+    )
     monkeypatch.setattr("perf_tests.sweep.work.WORKER", FAKE_WORKER[1:])
     out = tmp_path / "out"
     options = ["--ray", "local", "--levels", "bf16,fa3_fp8", "--processes", "2"]

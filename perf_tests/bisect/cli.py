@@ -13,13 +13,18 @@ from fluxfast.workloads import get_workload
 from perf_tests.bisect import answer, versions
 from perf_tests.bisect.bisection import Bisection
 from perf_tests.bisect.environments import recipe_here
+from perf_tests.bisect.machines import BASELINES, Here, Machines, NoMachine
 from perf_tests.bisect.oracle import NOISELESS, split_test
 from perf_tests.bisect.printed import asked_by
 from perf_tests.bisect.search import Contradiction, Found
+from perf_tests.bisect.several import Several, kind_of_search, stored_records
 from perf_tests.bisect.state import Question, State, load
 from perf_tests.harness.culprit import AXES
 from perf_tests.harness.files import StoreError
 from perf_tests.harness.runner import ROOT
+from perf_tests.sweep.pools import open_pool
+from perf_tests.sweep.serial import SerialPool
+from perf_tests.sweep.work import describe_machine
 
 FOUND: Final = 0
 NO_ANSWER: Final = 1
@@ -50,6 +55,10 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--workload", help="as for the suite")
     own.add_argument("--processes", type=int, help="as for the suite")
     own.add_argument("--state", type=Path, help="folder of this search; default: below results/bisect")
+    own.add_argument(
+        "--ray", choices=("auto", "local"), help="several versions at once: the running cluster, or one of this machine"
+    )
+    own.add_argument("--cache", type=Path, help="with --ray: for environments, on every machine; default: .cache")
     return own
 
 
@@ -78,18 +87,51 @@ def _search(asked: argparse.Namespace) -> int:
     try:
         folder, question = question_of(asked)
         state = load(folder, question)
-    except (ValueError, StoreError) as error:
+        machines = _machines(asked, folder, state)
+    except (ValueError, ConnectionError, StoreError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
-    recipe = recipe_here(asked.axis, index_url=asked.index_url, pre=asked.pre, over_base=asked.base_env)
-    _say(f"{len(question.versions)} versions; state, runs and environments lie in {folder}")
-    search = Bisection(state, folder, recipe, _say)
+    stored = "state and runs" if asked.ray else "state, runs and environments"
+    _say(f"{len(question.versions)} versions; {stored} lie in {folder}")
+    search = Bisection(state, folder, _say, machines)
     try:
         step = search.run()
     except KeyboardInterrupt:
         _say("stopped; the same command goes on from here")
         return INTERRUPTED
+    except NoMachine as error:
+        print(f"error: {error}", file=sys.stderr)
+        return NO_ANSWER
+    finally:
+        machines.close()
     return _tell(search.state, step)
+
+
+def _machines(asked: argparse.Namespace, folder: Path, state: State) -> Machines:
+    """Those that judge.
+
+    Raises:
+        ValueError, ConnectionError, StoreError: one sentence.
+    """
+    recipe = recipe_here(asked.axis, index_url=asked.index_url, pre=asked.pre, over_base=asked.base_env)
+    if not asked.ray:
+        if stored_records(folder):  # begun on a pool, perhaps of another kind of machine
+            kind_of_search(folder, state, SerialPool(describe_machine()).nodes())
+        return Here(folder, state.question, recipe, _say)
+    pool = open_pool(asked.ray, _say)
+    try:
+        nodes = pool.nodes()
+        kind = kind_of_search(folder, state, nodes)
+        cache = (asked.cache or ROOT / ".cache").resolve()
+        several = Several(folder, state.question, recipe, pool, kind, cache, _say)
+        idle = sorted({node.kind for node in nodes} - {kind})
+        _say(
+            f"up to {several.width()} version(s) at a time on {kind}{'; left idle: ' if idle else ''}{', '.join(idle)}"
+        )
+    except BaseException:
+        pool.close()
+        raise
+    return several
 
 
 def question_of(asked: argparse.Namespace) -> tuple[Path, Question]:
@@ -105,6 +147,8 @@ def question_of(asked: argparse.Namespace) -> tuple[Path, Question]:
         raise ValueError(f"--processes is {asked.processes}, expected at least 1")
     if asked.against == "none" and name != NOISELESS:
         raise ValueError(f"--against none: {name} compares with a baseline; only {NOISELESS} can do without")
+    if asked.cache and not asked.ray:
+        raise ValueError("--cache goes with --ray; without it environments lie in the --state folder")
     if asked.good == asked.bad:
         raise ValueError(f"--good and --bad are both {asked.good}: there is nothing between them to search")
     names = (
@@ -126,7 +170,7 @@ def question_of(asked: argparse.Namespace) -> tuple[Path, Question]:
         processes=asked.processes,
         index_url=asked.index_url,
         pre=asked.pre,
-        baseline_folder=str(folder / "baselines") if asked.against == "good" else None,
+        baseline_folder=str(folder / BASELINES) if asked.against == "good" else None,
     )
 
 

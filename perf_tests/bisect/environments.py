@@ -11,7 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -148,6 +148,13 @@ def build(recipe: Recipe, version: str, folder: Path, run: Run | None = None) ->
         raise BuildError(f"{version} was asked for and {recipe.component} {found} is what is imported (log: {log})")
     (folder / READY).touch()
     return python
+
+
+def prune(folder: Path, versions: Collection[str]) -> None:
+    """Remove every environment in `folder` but those of `versions`."""
+    for environment in folder.glob("*/"):
+        if environment.name not in versions:
+            shutil.rmtree(environment, ignore_errors=True)
 
 
 def run_logged(command: Sequence[str], log: Path) -> int:

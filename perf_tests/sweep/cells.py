@@ -78,6 +78,18 @@ class Record(Strict):
     unrun: str | None = None
     """Why it was given up without a result."""
 
+    @classmethod
+    def of(cls, cell: Cell) -> Record:
+        """Of a cell that was not tried yet."""
+        return cls(workload=cell.workload, version=cell.version, level=cell.level, process=cell.process)
+
+
+class SweepFile(Strict):
+    """`sweep.json`."""
+
+    sweep_schema: Literal[1] = 1
+    cells: list[Record]
+
 
 def all_cells(workloads: Sequence[str], versions: Sequence[str], levels: Sequence[str], processes: int) -> list[Cell]:
     """Every cell; within a workload the versions take turns, so that a drift of the machines meets them alike."""

@@ -18,9 +18,8 @@ from perf_tests.harness.files import StoreError
 from perf_tests.harness.lease import GpuBusy
 from perf_tests.harness.runner import ROOT
 from perf_tests.sweep.cells import AS_INSTALLED, Cell, Node, Record, all_cells, choose_kinds
-from perf_tests.sweep.driver import Pool, Sweep, describe_runs
-from perf_tests.sweep.serial import SerialPool
-from perf_tests.sweep.work import describe_machine
+from perf_tests.sweep.driver import Sweep, describe_runs
+from perf_tests.sweep.pools import open_pool
 
 DONE: Final = 0
 INCOMPLETE: Final = 1
@@ -52,7 +51,7 @@ def main(arguments: Sequence[str]) -> int:
     asked = parser().parse_args(arguments)
     try:
         workloads, versions, levels, recipe = _plan(asked)
-        pool = _pool(asked.ray)
+        pool = open_pool(asked.ray, _say)
     except (ValueError, ConnectionError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -92,16 +91,6 @@ def _plan(asked: argparse.Namespace) -> tuple[list[str], list[str], list[str], R
         return workloads, [AS_INSTALLED], chosen, None
     recipe = recipe_here(asked.axis, index_url=asked.index_url, pre=asked.pre, over_base=asked.base_env)
     return workloads, [name.strip() for name in asked.versions.split(",")], chosen, recipe
-
-
-def _pool(ray: str) -> Pool:
-    """The cluster, or this machine alone where Ray is not installed, which is said."""
-    try:
-        from perf_tests.sweep.ray_pool import RayPool
-    except ImportError:
-        _say("Ray is not installed (`pip install fluxfast-perf[sweep]`): cells run one after another on this machine")
-        return SerialPool(describe_machine())
-    return RayPool("auto" if ray == "auto" else None)
 
 
 def _runnable(cells: Sequence[Cell], nodes: Mapping[str, Node]) -> list[Cell]:

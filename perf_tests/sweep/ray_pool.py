@@ -11,8 +11,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from perf_tests.harness.runner import ROOT
 from perf_tests.sweep.cells import Node
-from perf_tests.sweep.driver import NodeLost
-from perf_tests.sweep.work import Delivery, Machine, Order, describe_machine, run_cell
+from perf_tests.sweep.dispatch import NodeLost, Work
+from perf_tests.sweep.work import Delivery, Machine, describe_machine
 
 LOST: Final = (
     ray.exceptions.NodeDiedError,
@@ -58,10 +58,10 @@ class RayPool:
             self._known[id] = Node(id, machine.kind, machine.slug, slots, machine.unavailable)
         return [self._known[id] for id in alive if id in self._known]
 
-    def start(self, node: Node, order: Order) -> object:
+    def start(self, node: Node, work: Work) -> object:
         """Begin a cell; Ray gives it one GPU, or all processors of a machine without one."""
         resources: dict[str, float] = next((own["Resources"] for own in ray.nodes() if own["NodeID"] == node.id), {})
-        return self._task(node.id, resources, _run, order)
+        return self._task(node.id, resources, _run, work)
 
     def finished(self, tickets: Sequence[object]) -> object:
         """The first one that is done."""
@@ -95,9 +95,9 @@ def _describe(environment: dict[str, str | None]) -> Machine:
     return describe_machine()
 
 
-def _run(environment: dict[str, str | None], order: Order) -> Delivery:
+def _run(environment: dict[str, str | None], work: Work) -> Delivery:
     _become(environment)
-    return run_cell(order)
+    return work.run()
 
 
 def _become(environment: dict[str, str | None]) -> None:

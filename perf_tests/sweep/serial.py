@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from perf_tests.sweep.cells import Node
-from perf_tests.sweep.work import Delivery, Machine, Order, run_cell
+from perf_tests.sweep.dispatch import Work
+from perf_tests.sweep.work import Delivery, Machine
 
 
 class SerialPool:
@@ -18,10 +19,10 @@ class SerialPool:
         """This one."""
         return [self._node]
 
-    def start(self, node: Node, order: Order) -> object:
+    def start(self, node: Node, work: Work) -> object:
         """Nothing begins yet."""
-        self._order = order
-        return order.cell
+        self._work = work
+        return object()
 
     def finished(self, tickets: Sequence[object]) -> object:
         """The only one."""
@@ -29,7 +30,7 @@ class SerialPool:
 
     def take(self, ticket: object) -> Delivery:
         """Run it."""
-        return run_cell(self._order)
+        return self._work.run()
 
     def close(self) -> None:
         """Nothing is held."""

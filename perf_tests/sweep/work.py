@@ -32,7 +32,7 @@ class Machine:
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """A cell and how it is run.
+    """A cell of a sweep and how it is run.
 
     Attributes:
         slug: of the machine that runs it.
@@ -47,10 +47,14 @@ class Order:
     cache: Path
     worker_command: Sequence[str] | None = None
 
+    def run(self) -> Delivery:
+        """See `run_cell`."""
+        return run_cell(self)
+
 
 @dataclasses.dataclass(frozen=True)
 class Delivery:
-    """What came of a cell: the files of the worker's folder, or why it could not be started.
+    """What came of a cell: the files of its folder, by their paths there, or why it could not be started.
 
     Attributes:
         worker_s: how long the bare worker took, seconds; the rest of a cell's time is the sweep's own.
