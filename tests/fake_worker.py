@@ -85,6 +85,8 @@ def main() -> None:
         write_result(out, result_of(arguments))
     if behave == "late-crash":
         faults.segv()
+    if behave == "lingers":
+        time.sleep(600)
 
 
 def act(arguments: argparse.Namespace, behave: str | None, out: pathlib.Path) -> None:

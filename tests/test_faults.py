@@ -70,10 +70,10 @@ def test_oom() -> None:
 
 
 def test_stretch() -> None:
-    """20 % of 0.5 s is a tenth of a second of work."""
+    """20 % of 0.5 s is a tenth of a second of work; 20 times it would be ten."""
     started = time.perf_counter()
     faults.stretch(0.5, 20)
-    assert 0.1 <= time.perf_counter() - started < 0.5
+    assert 0.1 <= time.perf_counter() - started < 5
 
 
 def test_segv() -> None:

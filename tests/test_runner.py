@@ -46,8 +46,8 @@ def is_alive(pid: int) -> bool:
 
 
 def assert_gone(path: pathlib.Path) -> None:
-    """The process whose number is in `path` ends within 2 s."""
-    pid, end = int(path.read_text()), time.monotonic() + 2
+    """The process whose number is in `path` ends soon; left alone, it would run for minutes."""
+    pid, end = int(path.read_text()), time.monotonic() + 20
     while is_alive(pid):
         assert time.monotonic() < end, f"{path.name} {pid} is still there"
         time.sleep(0.02)
@@ -160,9 +160,14 @@ def test_unknown_names(tmp_path: pathlib.Path, change: dict[str, str], known: st
 
 def test_hang_with_the_gil_held(tmp_path: pathlib.Path) -> None:
     """A native hang ends soon after its deadline, with the stacks in the log and the compile pool gone."""
-    started = time.monotonic()
-    result = run(tmp_path, "hang", deadlines=Deadlines(load_s=20, apply_s=20, warmup_s=20, measure_s=1, finish_s=20))
-    assert time.monotonic() - started < 1 + 3
+    deadlines = Deadlines(load_s=20, apply_s=20, warmup_s=20, measure_s=1, finish_s=20)
+    entered: dict[str, float] = {}
+
+    def on_progress(level: str, process: int, stage: str, detail: str, elapsed_s: float) -> None:
+        entered.setdefault(stage, time.monotonic())
+
+    result = run(tmp_path, "hang", deadlines=deadlines, on_progress=on_progress)
+    assert time.monotonic() - entered["measure"] < 1 + 5
     failure = failure_of(tmp_path, result)
     assert (failure.kind, failure.stage) == (ErrorKind.HANG, "measure")
     assert "Fatal Python error: Aborted" in failure.log_tail and "hang_forever" in failure.log_tail
@@ -218,14 +223,14 @@ def test_ctrl_c(tmp_path: pathlib.Path) -> None:
 
 
 def test_ctrl_c_keeps_a_finished_measurement(tmp_path: pathlib.Path) -> None:
-    """An interruption after the worker had written its result loses nothing."""
+    """An interruption while a worker that has written its result takes its time to end loses nothing."""
 
     def interrupt(level: str, process: int, stage: str, detail: str, elapsed_s: float) -> None:
         if (tmp_path / "compile/0/result.json").exists():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, on_progress=interrupt)
+        run(tmp_path, "lingers", on_progress=interrupt)
     assert Result.model_validate_json((tmp_path / "compile/0/result.json").read_bytes()).measurement is not None
 
 

@@ -47,7 +47,7 @@ class Suite:
         for case in ElementTree.parse(self.junit).iter("testcase"):
             test = case.get("name", "")
             if (failure := case.find("failure")) is not None:
-                red[test] = f"{failure.get('message')}"
+                red[test] = failure.text or ""
             for one in case.iter("property"):
                 if one.get("name") == "smallest_visible":
                     visible[test] = one.get("value", "")
