@@ -6,9 +6,12 @@ import json
 import re
 import subprocess
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from baseline_samples import ENVIRONMENT
+from history_samples import judged, level_night, night
 
 from perf_tests.bisect import answer, cli, versions
 from perf_tests.bisect.bisection import Bisection
@@ -20,11 +23,15 @@ from perf_tests.bisect.environments import (
     install_commands,
     pinned_requirements,
 )
+from perf_tests.bisect.known import require_good
 from perf_tests.bisect.machines import Here
 from perf_tests.bisect.oracle import Case, classify
 from perf_tests.bisect.search import Contradiction, Found
 from perf_tests.bisect.state import STATE_FILE, Judged, Kind, Question, State, load
+from perf_tests.bisect.versions import VersionError
 from perf_tests.harness.files import StoreError
+from perf_tests.harness.schema import Outcome
+from perf_tests.history.store import append
 
 NAMES = [f"2.{minor}.0" for minor in range(10, 20)]
 RECIPE = Recipe(component="torch", rest=["numpy==2.4.6", "pytest-benchmark[histogram]==5.3.1"])
@@ -254,6 +261,50 @@ def test_bad_question_is_a_sentence(
     assert error.startswith("error: ") and error.count("\n") == 1
     assert re.search(said, error), error
     assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "change", "is_refused"),
+    [
+        ([], {}, False),
+        ([Outcome.REGRESSED, Outcome.VOID], {}, True),
+        ([Outcome.REGRESSED, Outcome.VOID], {"workload": "schnell"}, False),
+        ([Outcome.REGRESSED, Outcome.PASS], {}, False),
+        ([Outcome.ERROR], {}, False),
+        ([Outcome.ERROR], {"bad_is_error": True}, True),
+    ],
+)
+def test_good_that_was_red_in_every_night(
+    tmp_path: Path, outcomes: Sequence[Outcome], change: dict[str, object], is_refused: bool
+) -> None:
+    """What the history knows is said before anything is built; an error is no vote unless it is asked for."""
+    asked = question("test_latency[float8]", versions=["2.13.0", "2.14.0"], **change)
+    history = tmp_path / "history.db"
+    require_good(history, asked)
+    later = ENVIRONMENT.model_copy(update={"torch": "2.14.0"}).model_dump(mode="json")
+    red = level_night("float8", 1.3, judged=judged("float8", Outcome.REGRESSED), environment=later)
+    own = [night(i, [level_night("float8", 1.3, judged=judged("float8", said))]) for i, said in enumerate(outcomes)]
+    append(history, [*own, night(9, [red])])
+    with pytest.raises(VersionError, match=r"2.13.0 is bad already: .* in 1 of") if is_refused else nullcontext():
+        require_good(history, asked)
+
+
+def test_known_bad_good_builds_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command ends with the sentence and status 2."""
+    history = tmp_path / "nights.db"
+    append(history, [night(0, [level_night("bf16", 2.0, judged=judged("bf16", Outcome.REGRESSED))])])
+    arguments = ["--axis", "torch", "--versions", "2.13.0,2.14.0", "--good", "2.13.0", "--bad", "2.14.0"]
+    arguments += [
+        "--test",
+        "test_latency[bf16]",
+        "--state",
+        str(tmp_path / "s"),
+        "--history",
+        str(tmp_path / "nights.db"),
+    ]
+    assert cli.main(arguments) == 2
+    assert "error: --good 2.13.0 is bad already" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
 
 
 def test_index_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from fluxfast.workloads import get_workload
 from perf_tests.bisect import answer, versions
 from perf_tests.bisect.bisection import Bisection
 from perf_tests.bisect.environments import recipe_here
+from perf_tests.bisect.known import require_good
 from perf_tests.bisect.machines import BASELINES, Here, Machines, NoMachine
 from perf_tests.bisect.oracle import NOISELESS, split_test
 from perf_tests.bisect.printed import asked_by
@@ -22,6 +23,7 @@ from perf_tests.bisect.state import Question, State, load
 from perf_tests.harness.culprit import AXES
 from perf_tests.harness.files import StoreError
 from perf_tests.harness.runner import ROOT
+from perf_tests.history.store import NAME
 from perf_tests.sweep.pools import open_pool
 from perf_tests.sweep.serial import SerialPool
 from perf_tests.sweep.work import describe_machine
@@ -56,6 +58,9 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--processes", type=int, help="as for the suite")
     own.add_argument("--state", type=Path, help="folder of this search; default: below results/bisect")
     own.add_argument(
+        "--history", type=Path, default=ROOT / "results" / NAME, help="nights that may know the good version as bad"
+    )
+    own.add_argument(
         "--ray", choices=("auto", "local"), help="several versions at once: the running cluster, or one of this machine"
     )
     own.add_argument("--cache", type=Path, help="with --ray: for environments, on every machine; default: .cache")
@@ -87,6 +92,8 @@ def _search(asked: argparse.Namespace) -> int:
     try:
         folder, question = question_of(asked)
         state = load(folder, question)
+        if not (state.judged or state.closed):
+            require_good(asked.history, question)
         machines = _machines(asked, folder, state)
     except (ValueError, ConnectionError, StoreError) as error:
         print(f"error: {error}", file=sys.stderr)
