@@ -4,7 +4,7 @@ The one legal order of application, which is not the ladder's order:
 
 1. load in `dtype`,
 2. `fused_projections` (before float8, which would convert the separate projections),
-3. `memory_format` (before anything records strides),
+3. `memory_format` (before anything records strides), then `fast_decode`, whose norms want NHWC,
 4. `attention` (before compilation traces the processor),
 5. `quantization`; or the fused blocks, which quantise their own Linears, for `fused_quantize`,
    `precomputed_modulation`, `fused_qk_rope` and `merged_projections`,
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from fluxfast import aoti, fused, proof, steps
+from fluxfast import aoti, decoder, fused, proof, steps
 from fluxfast.attention import COUNT
 from fluxfast.checkpoints import Pipeline, load, pipeline_class
 from fluxfast.compilation import (
@@ -208,6 +208,9 @@ def apply_static_fields(pipeline: Pipeline, applied: Level, target: Level) -> li
     if applied.memory_format == "channels_last":
         steps.channels_last(pipeline)
     facts += proof.memory_format_facts(pipeline.vae, target)
+    if applied.fast_decode:
+        decoder.fuse_norms(pipeline.vae.decoder)
+    facts += proof.decoder_facts(pipeline.vae.decoder, target)
     if applied.attention != "sdpa":
         steps.fa3_attention(pipeline, cast_outside=applied.attention == "fa3_fp8")
     facts += proof.attention_facts(pipeline.transformer, target)

@@ -48,6 +48,8 @@ class Level:
         whole_loop_graph: the denoising loop, scheduler included, is one CUDA graph instead of one a step; schedule and
             noise are staged, and an image's bytes are made on the GPU.
         fast_encode: both text encoders compiled layer by layer and, on CUDA, in one CUDA graph each.
+        fast_decode: one Triton operation for GroupNorm and SiLU in the VAE's decoder, which reads NHWC memory once for
+            the statistics; it also adds the bias of a residual block's first convolution.
     """
 
     id: str
@@ -66,6 +68,7 @@ class Level:
     merged_projections: bool = False
     whole_loop_graph: bool = False
     fast_encode: bool = False
+    fast_decode: bool = False
 
     def then(self, id: str, **change: Any) -> Level:
         """The next rung: this level with one field changed.
@@ -145,6 +148,7 @@ FUSED_QK_ROPE = PRECOMPUTED_MODULATION.then("fused_qk_rope", fused_qk_rope=True)
 MERGED_PROJECTIONS = FUSED_QK_ROPE.then("merged_projections", merged_projections=True)
 WHOLE_LOOP_GRAPH = MERGED_PROJECTIONS.then("whole_loop_graph", whole_loop_graph=True)
 FAST_ENCODE = WHOLE_LOOP_GRAPH.then("fast_encode", fast_encode=True)
+FAST_DECODE = FAST_ENCODE.then("fast_decode", fast_decode=True)
 
 BEYOND: tuple[Level, ...] = (
     FLOAT8_ROWWISE,
@@ -154,6 +158,7 @@ BEYOND: tuple[Level, ...] = (
     MERGED_PROJECTIONS,
     WHOLE_LOOP_GRAPH,
     FAST_ENCODE,
+    FAST_DECODE,
 )
 """Rungs past flux-fast that no GPU has timed yet, so they are beside the ladder: a rung that gains moves onto it.
 

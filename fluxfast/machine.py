@@ -13,7 +13,7 @@ from fluxfast.levels import DEFAULTS, FUSED_BLOCK_FIELDS, Level
 FA3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")
 """FlashAttention-3's own build, and the forward-only wheel of PyPI's `fa3-fwd`."""
 
-TRITON_FIELDS = ("fused_quantize", "fused_qk_rope")
+TRITON_FIELDS = ("fused_quantize", "fused_qk_rope", "fast_decode")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

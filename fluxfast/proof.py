@@ -16,6 +16,7 @@ from torch import nn
 
 from fluxfast.attention import Fa3Fp8Processor
 from fluxfast.compilation import block_lists, text_encoder_layers
+from fluxfast.decoder import FusedGroupNorm, norms
 from fluxfast.errors import StepNotApplied
 from fluxfast.kernels.linear import RowwiseFloat8Linear
 from fluxfast.levels import INDUCTOR_FLAGS, Level
@@ -89,6 +90,17 @@ def memory_format_facts(vae: nn.Module, level: Level) -> list[Fact]:
     in_nhwc = sum(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
     expected = _all_if(level.memory_format == "channels_last", len(weights))
     return [Fact("memory_format", "VAE convolutions in channels_last", in_nhwc, expected)]
+
+
+def decoder_facts(decoder: nn.Module, level: Level) -> list[Fact]:
+    """Norms of the VAE's decoder that are one operation with their activation, and activations left beside them."""
+    found = norms(decoder)
+    fused = sum(isinstance(norm, FusedGroupNorm) for norm in found)
+    facts = [Fact("fast_decode", "fused norms in the decoder", fused, _all_if(level.fast_decode, len(found)))]
+    if level.fast_decode:
+        apart = sum(isinstance(module, nn.SiLU) for module in decoder.modules())
+        facts.append(Fact("fast_decode", "activations of the decoder apart from its norms", apart, 0))
+    return facts
 
 
 def attention_facts(transformer: nn.Module, level: Level) -> list[Fact]:
@@ -238,6 +250,11 @@ def run_facts(built: Built, calls: int, steps: int) -> list[Fact]:
     ]  # fmt: skip
     facts += fused_block_facts(built, calls, forwards["loop"], forwards["transformer"])
     facts += text_encoder_facts(built, forwards)
+    fused_norms = forwards["decoder"] * len(norms(built.pipeline.vae.decoder))
+    facts.append(
+        Fact("fast_decode", "calls of Triton's GroupNorm",
+             built.compiler.calls_of("fluxfast::group_norm_silu"), _all_if(level.fast_decode, fused_norms))
+    )  # fmt: skip
     through = getattr(built.pipeline, "loops", 0)
     facts.append(
         Fact("whole_loop_graph", "calls whose denoising loop is one function",

@@ -43,9 +43,9 @@ def triton_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def triton_operations() -> dict[str, Any]:
-    """The operations that the fused blocks use, by name."""
+    """The operations that the fused blocks and the decoder use, by name."""
     pytest.importorskip("triton", reason="Triton is not installed: pip install 'fluxfast-perf[dev]'")
-    from fluxfast.kernels import activations, norms, qkv
+    from fluxfast.kernels import activations, group_norm, norms, qkv
 
     operations = (
         activations.gelu_quantize,
@@ -53,5 +53,6 @@ def triton_operations() -> dict[str, Any]:
         norms.layernorm_modulate_quantize,
         norms.residual_layernorm_modulate_quantize,
         qkv.qk_norm_rope_quantize,
+        group_norm.group_norm_silu,
     )
     return {operation._name: operation for operation in operations}

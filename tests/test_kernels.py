@@ -42,7 +42,8 @@ def test_kernels_in_the_interpreter():
         pytest.skip("Triton is not installed: pip install 'fluxfast-perf[dev]'")
     if IN_REACH:
         pytest.skip("the Triton cases run in this process")
-    files = [__file__, os.path.join(os.path.dirname(__file__), "test_kernel_blocks.py")]
+    names = ("test_kernels.py", "test_kernel_blocks.py", "test_group_norm.py")
+    files = [os.path.join(os.path.dirname(__file__), name) for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "triton", *files]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=600)
@@ -53,9 +54,9 @@ def operation(kind: str, name: str):
     """The operation called `name`, from the reference or from the module of its kernel."""
     if kind == "reference":
         return getattr(reference, name)
-    from fluxfast.kernels import activations, norms, qkv
+    from fluxfast.kernels import activations, group_norm, norms, qkv
 
-    return next(getattr(module, name) for module in (activations, norms, qkv) if hasattr(module, name))
+    return next(getattr(module, name) for module in (activations, group_norm, norms, qkv) if hasattr(module, name))
 
 
 @pytest.fixture(autouse=True)

@@ -136,3 +136,32 @@ def qk_norm_rope_quantize(
     """Reference of `qkv.qk_norm_rope_quantize`."""
     parts = qk_norm_rope(qkv, norm_q, norm_k, cos, sin, eps, text_qkv, text_norm_q, text_norm_k)
     return tuple(cast_e4m3(part) for part in parts)
+
+
+def group_norm_silu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    x_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Reference of `group_norm.group_norm_silu`.
+
+    The moments of the channels first, then those of the groups: of `F.group_norm` Inductor makes a reduction that reads
+    NHWC memory once for every channel of a group.
+    """
+
+    def of_channels(vector: torch.Tensor) -> torch.Tensor:
+        return vector.float().view(-1, x.shape[1], *(1 for _ in x.shape[2:]))
+
+    value = x.float() if x_bias is None else x.float() + of_channels(x_bias)
+    variance, mean = (
+        moment.unflatten(1, (groups, -1)) for moment in torch.var_mean(value.flatten(2), dim=2, correction=0)
+    )
+    group_mean = mean.mean(2, keepdim=True)
+    group_variance = (variance + (mean - group_mean).square()).mean(2, keepdim=True)
+    scale = torch.rsqrt(group_variance + eps).expand_as(mean).flatten(1) * weight.float()
+    y = (value - of_channels(group_mean.expand_as(mean).flatten(1))) * of_channels(scale) + of_channels(bias)
+    return (F.silu(y) if silu else y).to(x.dtype)
