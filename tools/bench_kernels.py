@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import json
 import math
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fluxfast.kernels import activations, norms, ops, qkv, reference
+from fluxfast.kernels import activations, group_norm, norms, ops, qkv, reference
 from fluxfast.kernels.rowwise import E4M3
 
 TEXT, IMAGE, D, H, HEADS, HEAD_DIM = 256, 4096, 3072, 12288, 24, 128
@@ -68,6 +69,25 @@ def merged_arguments() -> Arguments:
     return randn(M, D), randn(M, 3 * D + H, spread=2.0)[:, 3 * D :]
 
 
+def group_norm_arguments(channels: int, side: int) -> Arguments:
+    """As behind the first convolution of a residual block of the decoder: NHWC, its bias still to be added."""
+    x = randn(1, side, side, channels).movedim(-1, 1)
+    return (x, 1 + randn(channels, spread=0.2), randn(channels), 32, 1e-6, True, randn(channels))
+
+
+def group_norm64(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    x_bias: torch.Tensor,
+) -> torch.Tensor:
+    value = (x.double() + x_bias.double()[:, None, None]).contiguous()
+    return F.silu(F.group_norm(value, groups, weight.double(), bias.double(), eps))
+
+
 def v64(image: torch.Tensor, *rest: Any) -> torch.Tensor:
     v = image[..., 2 * D :] if len(rest) < 6 else torch.cat([rest[5][..., 2 * D :], image[..., 2 * D :]], 1)
     return v.double().clamp(-448, 448).unflatten(-1, (HEADS, HEAD_DIM))
@@ -110,6 +130,18 @@ def cases() -> list[Case]:
         ),
         case("qk_norm_rope", M * D * 9, lambda: qk_arguments(0, M), v64, qkv, "qk_norm_rope_quantize"),
         case("qk_norm_rope_two", M * D * 9, lambda: qk_arguments(TEXT, IMAGE), v64, qkv, "qk_norm_rope_quantize"),
+        *(
+            case(
+                f"group_norm_{channels}_{side}",
+                # Read for the statistics, read again, written.
+                channels * side**2 * 6,
+                functools.partial(group_norm_arguments, channels, side),
+                group_norm64,
+                group_norm,
+                "group_norm_silu",
+            )
+            for channels, side in ((512, 128), (512, 256), (256, 512), (128, 1024))
+        ),
     ]  # fmt: skip
 
 
@@ -143,6 +175,9 @@ def accuracy(case: Case, arguments: Arguments) -> dict[str, float]:
     """Largest error in units of what rounding allows (at most 1), and how many codes differ from the reference's."""
     got, plain = case.kernel(*arguments), case.plain(*arguments)
     exact = case.exact(*arguments)
+    if isinstance(got, torch.Tensor):
+        excess = ((got.double() - exact).abs() / (exact.abs() * 2**-8 + 2e-5)).max().item()
+        return {"error_over_allowed": excess, "codes_differing": (got != plain).double().mean().item()}
     if case.name.startswith("qk"):
         value, step = got[2].double(), torch.full((), 2**-10, device=DEVICE, dtype=torch.float64)
     else:
@@ -176,10 +211,14 @@ def special_values() -> None:
 
 
 def tune(case: Case, sets: list[Arguments]) -> dict[str, float]:
-    """Microseconds for other warp counts and, for QK, heads a program."""
+    """Microseconds for other warp counts and, for QK, heads a program; for the group norm, what it holds at a time."""
     if case.name.startswith("qk"):
         settings = [
             (qkv, {"HEADS_PER_PROGRAM": g, "NUM_WARPS": w}) for g, w in ((4, 1), (4, 2), (8, 2), (8, 4), (32, 8))
+        ]
+    elif case.name.startswith("group_norm"):
+        settings = [
+            (group_norm, {"NUM_WARPS": w, "STEP_ELEMENTS": n}) for w, n in ((4, 2048), (4, 4096), (8, 4096), (8, 8192))
         ]
     else:
         module = activations if case.name.startswith("gelu") else norms
