@@ -1,9 +1,9 @@
 """GroupNorm + SiLU over NHWC activations: the norms of the VAE decoder.
 
 The norms of FLUX.1's decoder read 3.67 GB at 1024x1024 for their statistics, read it again and write as much: 11.0 GB,
-a floor of 2.6 ms at 4.3 TB/s. Of `F.group_norm` Inductor makes statistics that walk a group one channel after the other,
-each time over all pixels, so that NHWC memory is read once for every channel of a group, 4 to 16 times
-(docs/performance.md). Here a program reads whole pixels.
+a floor of 2.6 ms at 4.3 TB/s. Of `F.group_norm` Inductor makes statistics that walk a group channel by channel, each
+over all pixels, so that NHWC memory is read once for every channel of a group, 4 to 16 times (docs/performance.md).
+Here a program reads whole pixels.
 
 Three launches: mean and sum of squared deviations (M2) of every tile of pixels, their combination, and one pass that
 normalises. No atomics and no dependence on the GPU, so a result is the same in every run.
