@@ -153,6 +153,11 @@ def build(
             f"level {level.id!r}: the loop of whole_loop_graph draws from text alone, and workload {workload.id!r} "
             "edits an image; measure another level"
         )
+    if target.fused_qk_rope and workload.input_image is not None:
+        raise LevelUnavailable(
+            f"level {level.id!r}: fused_qk_rope keeps one tensor of image ids a size, and workload {workload.id!r} has "
+            "two of one size; measure another level"
+        )
     applied = dataclasses.replace(target, **({unapplied: DEFAULTS[unapplied]} if unapplied else {}))
 
     on_stage("load")

@@ -109,12 +109,17 @@ def test_checkpoint_of_the_other_kind_is_refused(kontext: Workload, micro: Workl
         load(micro.checkpoint, torch.float32, "cpu", FluxKontextPipeline)
 
 
-def test_loop_graph_is_refused(kontext: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loop of one CUDA graph takes no image: one sentence before anything is loaded."""
+@pytest.mark.parametrize(
+    ("level", "said"), [("whole_loop_graph", "draws from text alone"), ("fused_qk_rope", "one tensor of image ids")]
+)
+def test_rungs_for_text_alone_are_refused(
+    kontext: Workload, monkeypatch: pytest.MonkeyPatch, level: str, said: str
+) -> None:
+    """The loop of one CUDA graph takes no image, RoPE's tables know one grid: a sentence before anything is loaded."""
     machine = Machine(device="cuda", capability=(9, 0), fa3_module="flash_attn_interface", triton=True)
     monkeypatch.setattr("fluxfast.build.this_machine", lambda: machine)
-    with pytest.raises(LevelUnavailable, match="draws from text alone"):
-        build(kontext, get_level("whole_loop_graph"))
+    with pytest.raises(LevelUnavailable, match=said):
+        build(kontext, get_level(level))
 
 
 def test_text_workloads_pass_no_image() -> None:

@@ -93,10 +93,10 @@ def _refuse_what_disables_timing(config: pytest.Config) -> None:
             "perf_tests cannot run under xdist (-n): levels would share the machine while they are timed, and "
             "pytest-benchmark turns itself off; run without -n"
         )
-    for name in ("benchmark_disable", "benchmark_skip"):
+    for name in ("benchmark_disable", "benchmark_skip", "benchmark_only"):
         if getattr(option, name):
             raise pytest.UsageError(
-                f"--{name.replace('_', '-')} with perf_tests would measure nothing and be green; leave it away"
+                f"--{name.replace('_', '-')} with perf_tests would leave tests out and be green; leave it away"
             )
 
 

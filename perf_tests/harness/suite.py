@@ -80,7 +80,7 @@ class Suite:
             slug=facts.slug,
             baseline=store.read_baseline(path) if path and (is_compared or option.update_baseline) else None,
             baseline_folder=folder,
-            is_compared=is_compared,
+            is_compared=is_compared and not option.record_baseline,  # which is how a machine gets its first
             measure=None if option.replay else self._measure,
         )
         if option.replay:
