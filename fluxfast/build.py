@@ -47,6 +47,11 @@ from fluxfast.staging import StagedModulation, StagedRotary
 from fluxfast.workloads import Workload
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+TEXT_ONLY = {
+    "whole_loop_graph": "the loop of whole_loop_graph draws from text alone",
+    "fused_qk_rope": "fused_qk_rope keeps one tensor of image ids a size, where an edit needs two",
+}
+"""Fields that cannot serve a workload with an input image, and why."""
 
 
 @dataclasses.dataclass
@@ -148,16 +153,11 @@ def build(
     if reason := why_not(level, machine):
         raise LevelUnavailable(f"level {level.id!r} cannot run on this machine: {reason}")
     target, reasons = effective(level, machine)
-    if target.whole_loop_graph and workload.input_image is not None:
-        raise LevelUnavailable(
-            f"level {level.id!r}: the loop of whole_loop_graph draws from text alone, and workload {workload.id!r} "
-            "edits an image; measure another level"
-        )
-    if target.fused_qk_rope and workload.input_image is not None:
-        raise LevelUnavailable(
-            f"level {level.id!r}: fused_qk_rope keeps one tensor of image ids a size, and workload {workload.id!r} has "
-            "two of one size; measure another level"
-        )
+    for field, why in TEXT_ONLY.items() if workload.input_image is not None else ():
+        if getattr(target, field):
+            raise LevelUnavailable(
+                f"level {level.id!r}: {why}, and workload {workload.id!r} edits an image; measure another level"
+            )
     applied = dataclasses.replace(target, **({unapplied: DEFAULTS[unapplied]} if unapplied else {}))
 
     on_stage("load")

@@ -220,6 +220,11 @@ def _check(x: torch.Tensor, groups: int, *vectors: torch.Tensor) -> None:
         raise ValueError(f"a Triton kernel got a tensor on {x.device}; reference.group_norm_silu runs anywhere")
 
 
+def _empty(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, ...) -> (B, ..., C), contiguous."""
+    return torch.empty_like(x.movedim(1, -1), memory_format=torch.contiguous_format)
+
+
 @triton_op("fluxfast::group_norm_silu", mutates_args={})
 def group_norm_silu(
     x: torch.Tensor,
@@ -246,7 +251,7 @@ def group_norm_silu(
     """
     _check(x, groups, weight, bias, *(() if x_bias is None else (x_bias,)))
     batch, channels = x.shape[:2]
-    y = torch.empty_like(x.movedim(1, -1), memory_format=torch.contiguous_format)
+    y = _empty(x)
     pixels, size = y.shape[1:-1].numel(), channels // groups
     if x.numel() == 0:
         return y.movedim(-1, 1)
@@ -294,14 +299,4 @@ def group_norm_silu(
     return y.movedim(-1, 1)
 
 
-@group_norm_silu.register_fake
-def _(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    groups: int,
-    eps: float,
-    silu: bool,
-    x_bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    return torch.empty_like(x.movedim(1, -1), memory_format=torch.contiguous_format).movedim(-1, 1)
+group_norm_silu.register_fake(lambda x, weight, bias, groups, eps, silu, x_bias=None: _empty(x).movedim(-1, 1))

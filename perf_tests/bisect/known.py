@@ -25,7 +25,7 @@ def require_good(history: Path, question: Question) -> None:
     nights: dict[str, str] = {}
     for point in store.points(history, level=level, workload=question.workload):
         version = environments[point.environment].get(question.axis) if point.environment else None
-        outcome = dict(pair.split("=") for pair in point.outcomes.split(",") if pair).get(name)
+        outcome = point.outcome_by_test().get(name)
         if version and outcome and same(good, version):
             nights[point.run] = outcome
     bad = {Outcome.REGRESSED, Outcome.ERROR} if question.bad_is_error else {Outcome.REGRESSED}

@@ -8,14 +8,12 @@ import shutil
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from perf_tests.bisect import environments, oracle
 from perf_tests.bisect.environments import Recipe
 from perf_tests.bisect.machines import BASELINES, RUNS, Build, Ended, Judge, NoMachine
 from perf_tests.bisect.order import JUDGED_FILE, Order
-from perf_tests.bisect.state import Judged, Kind, Question, State
-from perf_tests.harness.files import MAX_JSON_BYTES, StoreError, canonical_digest, load_json, read_bytes
+from perf_tests.bisect.state import Judged, Kind, Question, State, read_document
+from perf_tests.harness.files import canonical_digest
 from perf_tests.sweep.cells import Cell, Node, Record, SweepFile, choose_kinds
 from perf_tests.sweep.dispatch import SWEEP_FILE, Dispatch, Outcome, Pool
 from perf_tests.sweep.gather import gather, read_tree
@@ -177,15 +175,7 @@ def stored_records(folder: Path) -> list[Record]:
         StoreError: if it is damaged.
     """
     path = folder / SWEEP_FILE
-    if not path.exists():
-        return []
-    raw = read_bytes(path, MAX_JSON_BYTES, StoreError)
-    load_json(raw, path, StoreError)
-    try:
-        return SweepFile.model_validate_json(raw).cells
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise StoreError(f"{path} is damaged: {first['msg']}; choose another --state folder") from error
+    return read_document(path, SweepFile, "choose another --state folder").cells if path.exists() else []
 
 
 def trial_of(record: Record) -> Trial:

@@ -120,7 +120,7 @@ def worst(points: Iterable[Point]) -> str:
     """The worst outcome of any test, and which tests have it; "not judged" if the run left no verdicts."""
     said: dict[str, list[str]] = {}
     for point in points:
-        for test, _, outcome in (pair.partition("=") for pair in point.outcomes.split(",") if pair):
+        for test, outcome in point.outcome_by_test().items():
             said.setdefault(outcome, []).append(f"{test}[{point.level}]")
     for outcome in WORST_FIRST:
         if tests := said.get(outcome):

@@ -73,6 +73,11 @@ class Point:
     series: str
     """Workload digest and method: values of two series do not compare."""
 
+    def outcome_by_test(self) -> dict[str, str]:
+        """`outcomes`, by the name of the test."""
+        pairs = (pair.partition("=") for pair in self.outcomes.split(",") if pair)
+        return {test: outcome for test, _, outcome in pairs}
+
 
 @contextlib.contextmanager
 def opened(path: Path, *, is_new: bool = False) -> Iterator[sqlite3.Connection]:
