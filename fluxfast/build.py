@@ -34,6 +34,7 @@ from fluxfast.compilation import (
     compile_forward,
     compile_transformer,
     inductor_options,
+    keep_masks_in_capture,
     text_encoder_layers,
     unify_single_block_inputs,
 )
@@ -188,6 +189,8 @@ def build(
         built.text_compiler = Compiler({})
         for layer in text_encoder_layers(pipeline.text_encoder, pipeline.text_encoder_2):
             compile_forward(layer, built.text_compiler)
+        for name in TEXT_ENCODERS:
+            keep_masks_in_capture(getattr(pipeline, name))
     if applied.precomputed_modulation and applied.has_fused_blocks and applied.whole_loop_graph:
         built.modulation = pipeline.modulation = StagedModulation(pipeline)
     if applied.compile_mode != "none" and machine.device == "cuda":

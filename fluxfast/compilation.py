@@ -7,6 +7,7 @@ under one CUDA graph, and 10-20 s instead of 70-110 s to compile.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.t5.modeling_t5 import T5Block
+from transformers.utils import import_utils
 
 from fluxfast.levels import INDUCTOR_FLAGS, Level
 
@@ -24,16 +26,18 @@ MAX_AUTOTUNE: dict[str, Any] = {
     "coordinate_descent_tuning": False,
     # Searching Triton convolutions for the VAE took over 4 minutes on an H200 and lost to cuDNN.
     "max_autotune_conv_backends": "ATEN",
-    # The C++ GEMM template lost to oneDNN in every search on a CPU (2 to 7 times slower) and took 5 s a shape.
-    "max_autotune_gemm_backends": "ATEN,TRITON",
+    # Triton's templates belong to `gemm_search`. The C++ one lost to oneDNN in every search on a CPU (2 to 7 times
+    # slower) and took 5 s a shape.
+    "max_autotune_gemm_backends": "ATEN",
 }
+GEMM_SEARCH: dict[str, Any] = {"max_autotune_gemm_backends": "ATEN,TRITON"}
 
 
 def inductor_options(level: Level) -> dict[str, Any]:
     """Inductor options of `level` beyond the defaults. Given per compilation: no process-global state is touched."""
     if level.compile_mode == "none":
         return {}
-    return MAX_AUTOTUNE | (INDUCTOR_FLAGS if level.inductor_flags else {})
+    return MAX_AUTOTUNE | (GEMM_SEARCH if level.gemm_search else {}) | (INDUCTOR_FLAGS if level.inductor_flags else {})
 
 
 @dataclasses.dataclass
@@ -139,6 +143,26 @@ def compile_transformer(transformer: nn.Module, compiler: Compiler, scope: str) 
 def text_encoder_layers(*encoders: nn.Module) -> list[nn.Module]:
     """The layers of CLIP and T5 encoders."""
     return [m for encoder in encoders for m in encoder.modules() if isinstance(m, CLIPEncoderLayer | T5Block)]
+
+
+def keep_masks_in_capture(encoder: nn.Module) -> None:
+    """Let a text encoder make the same masks while a stream captures as before: none, without padding.
+
+    transformers treats a capture as tracing and then makes every mask in full, so that layers which ran without one in
+    the warm-up would be compiled again, within the capture.
+    """
+    forward = encoder.forward
+
+    @functools.wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        asked = import_utils.is_cuda_stream_capturing
+        import_utils.is_cuda_stream_capturing = lambda: False
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            import_utils.is_cuda_stream_capturing = asked
+
+    encoder.forward = call
 
 
 def compile_forward(module: nn.Module, compiler: Compiler) -> None:

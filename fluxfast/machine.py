@@ -69,6 +69,11 @@ def unavailable(level: Level, machine: Machine) -> dict[str, str]:
             )
     if level.whole_loop_graph and machine.capability is None:
         reasons["whole_loop_graph"] = f"whole_loop_graph: needs CUDA graphs; found {machine.found}"
+    if level.gemm_search and (machine.capability is None or not machine.triton):
+        reasons["gemm_search"] = (
+            f"gemm_search: needs CUDA and Triton; found {machine.found} and "
+            f"{'Triton' if machine.triton else 'no Triton'}"
+        )
     if level.fused_qk_rope and "attention" in reasons:
         reasons.setdefault("fused_qk_rope", f"fused_qk_rope: casts for {reasons['attention']}")
     if "quantization" in reasons:

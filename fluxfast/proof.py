@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fluxfast.attention import Fa3Fp8Processor
-from fluxfast.compilation import block_lists, text_encoder_layers
+from fluxfast.compilation import GEMM_SEARCH, block_lists, text_encoder_layers
 from fluxfast.decoder import FusedGroupNorm, norms
 from fluxfast.errors import StepNotApplied
 from fluxfast.kernels.linear import RowwiseFloat8Linear
@@ -211,8 +211,8 @@ def text_encoder_facts(built: Built, forwards: Mapping[str, int]) -> list[Fact]:
     ]  # fmt: skip
 
 
-def _flagged(configs: Iterable[dict[str, Any]]) -> int:
-    return sum(all(config.get(name) == value for name, value in INDUCTOR_FLAGS.items()) for config in configs)
+def _with(options: dict[str, Any], configs: Iterable[dict[str, Any]]) -> int:
+    return sum(all(config.get(name) == value for name, value in options.items()) for config in configs)
 
 
 def run_facts(built: Built, calls: int, steps: int) -> list[Fact]:
@@ -244,7 +244,9 @@ def run_facts(built: Built, calls: int, steps: int) -> list[Fact]:
         Fact("compile_mode", "calls of compiled regions",
              built.compiler.calls, _all_if(compiled and not packaged, region_calls)),
         Fact("inductor_flags", "graphs or packages compiled with flux-fast's flags",
-             _flagged(configs), _all_if(compiled and level.inductor_flags, classes)),
+             _with(INDUCTOR_FLAGS, configs), _all_if(compiled and level.inductor_flags, classes)),
+        Fact("gemm_search", "graphs or packages compiled with a search of Triton's GEMMs",
+             _with(GEMM_SEARCH, configs), _all_if(compiled and level.gemm_search, classes)),
         Fact("attention", "launches of the FA3 op",
              built.fa3_launches, _all_if(level.attention != "sdpa", forwards["transformer"] * blocks)),
     ]  # fmt: skip

@@ -113,6 +113,17 @@ def test_last_rung_on_a_cpu(micro: Workload) -> None:
     assert facts["float8 GEMMs called by the fused blocks"] == 2 * STEPS * (8 + 2)
 
 
+def test_text_encoders_see_the_same_masks_in_a_capture(micro: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers asks whether a stream captures; that must not compile the layers again."""
+    built = build(micro, get_level("fast_encode"))
+    generate(built, micro)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    generate(built, micro)
+    assert {fact.what: fact.observed for fact in built.prove(calls=2, num_steps=STEPS)}[
+        "compiled graphs of text encoder layers"
+    ] == 3
+
+
 def test_row_wise_level_leaves_other_linears_alone(micro: Workload) -> None:
     """All eight and three block Linears are converted; AdaLN, embedders and the output projection are not."""
     facts = {fact.what: fact.observed for fact in build(micro, get_level("float8_rowwise")).facts}

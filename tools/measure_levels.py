@@ -1,7 +1,7 @@
 """Measures levels within a given number of minutes, the most telling first, and prints one short table last.
 
     python -m tools.measure_levels --minutes 25 --out results/levels [--levels merged_projections,bf16]
-                                   [--workload schnell] [--level-s 240] [--processes 2] [--cache .cache]
+                                   [--workload schnell] [--level-s 240] [--processes 2] [--cache .cache] [--trace]
 
 For rungs that no baseline knows yet: every level runs in a fresh worker as the suite runs it, its parent with it, each
 under a time limit of its own. Results lie in `--out` as they come, the table is rewritten after each, and what the
@@ -78,6 +78,7 @@ def measure(
     unavailable: dict[str, str],
     processes: int = 1,
     cache: Path | None = None,
+    is_traced: bool = False,
     worker_command: Sequence[str] = runner.WORKER_COMMAND,
     on_result: Callable[[dict[str, Measured]], None] = lambda measured: None,
 ) -> dict[str, Measured]:
@@ -113,7 +114,7 @@ def measure(
         try:
             result = runner.run_level(
                 level, workload, process, folder,
-                deadlines=deadlines, cache=cache, on_progress=watch, worker_command=worker_command,
+                deadlines=deadlines, cache=cache, is_traced=is_traced, on_progress=watch, worker_command=worker_command,
             )  # fmt: skip
             own.results.append(result)
             if result.failure:
@@ -194,6 +195,7 @@ def main() -> int:
     parser.add_argument("--level-s", type=float, default=300.0, help="the longest one worker may take (%(default)s)")
     parser.add_argument("--processes", type=int, default=1, help="rounds over all levels, a fresh process each")
     parser.add_argument("--cache", type=Path, help="compiled code of Inductor and Triton, kept between runs")
+    parser.add_argument("--trace", action="store_true", help="profile one more call of each; see tools.kernel_table")
     options = parser.parse_args()
     try:
         levels = plan([get_level(name.strip()).id for name in options.levels.split(",")])
@@ -203,7 +205,7 @@ def main() -> int:
         parser.error(str(error))
     is_gpu = machine["device"] == "cuda"
     uuid = str(gpu.first_visible(os.environ.get("CUDA_VISIBLE_DEVICES"))) if is_gpu else None
-    folder = runner.new_run_folder(options.out, options.workload)
+    folder = runner.new_run_folder(options.out, options.workload.partition("@")[0])
 
     def save(measured: dict[str, Measured]) -> None:
         write_over(folder / TABLE_FILE, table(measured, folder, workload).encode())
@@ -219,6 +221,7 @@ def main() -> int:
             unavailable={id: why for id, why in machine["levels"].items() if why and id in levels},
             processes=options.processes,
             cache=options.cache,
+            is_traced=options.trace,
             on_result=save,
         )
     print(f"\n{folder}\n{table(measured, folder, workload)}", flush=True)
