@@ -101,20 +101,27 @@ def make_synthetic(checkpoint: str, dtype: torch.dtype, device: str, tokenizers:
 
 @torch.no_grad()
 def randomise(model: nn.Module, generator: torch.Generator) -> None:
-    """Seeded weights that keep a unit-variance signal at unit variance.
+    """Seeded weights that keep a unit-variance signal at unit variance, the same in every dtype.
+
+    Drawn in bfloat16, as FLUX.1's were released: the generator gives other numbers for float32, and a float32 pipeline
+    of other weights is no reference for anything.
 
     Linear and convolution: normal, std 1/sqrt(fan in); modulation Linears `MODULATION_GAIN` of that; embeddings unit
     normal; biases zero; norm weights one.
     """
+
+    def draw(weight: nn.Parameter, std: float) -> None:
+        weight.copy_(torch.empty_like(weight, dtype=torch.bfloat16).normal_(0.0, std, generator=generator))
+
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if not isinstance(weight, nn.Parameter):
             continue
         if isinstance(module, nn.Linear | nn.Conv2d):
             gain = MODULATION_GAIN if ".norm" in f".{name}" else 1.0
-            weight.normal_(0.0, gain / math.sqrt(weight[0].numel()), generator=generator)
+            draw(weight, gain / math.sqrt(weight[0].numel()))
         elif isinstance(module, nn.Embedding):
-            weight.normal_(generator=generator)
+            draw(weight, 1.0)
         else:
             weight.fill_(1.0)
         if isinstance(getattr(module, "bias", None), nn.Parameter):

@@ -18,8 +18,8 @@ from torch.library import triton_op, wrap_triton
 
 from fluxfast.kernels.device import INTERPRETED, inverse_of_one_plus_exp2, to_bfloat16
 
-NUM_WARPS = 8
-STEP_ELEMENTS = 4096
+NUM_WARPS = 4
+STEP_ELEMENTS = 2048
 """What a program holds at a time: whole pixels, at least one."""
 MAX_TILES = 1024
 """Tiles of a sample: several for each of 132 SMs, and few enough for one program to combine them."""
@@ -134,7 +134,7 @@ def _combine_kernel(
     pixels,
     tile_pixels,
     tiles,
-    eps,
+    eps: tl.constexpr,
     GROUPS: tl.constexpr,
     SIZE: tl.constexpr,
     TILES_PAD: tl.constexpr,

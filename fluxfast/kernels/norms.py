@@ -63,7 +63,7 @@ def _layernorm_kernel(
     shift_stride,
     scale_stride,
     rows_per_sample,
-    eps,
+    eps: tl.constexpr,
     D: tl.constexpr,
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,

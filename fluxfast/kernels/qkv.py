@@ -64,7 +64,7 @@ def _qk_norm_rope_kernel(
     sin_stride,
     text_tokens,
     tokens,
-    eps,
+    eps: tl.constexpr,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
