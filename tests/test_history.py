@@ -137,6 +137,17 @@ def test_another_programs_database_is_left_alone(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
+def test_empty_file_can_be_rebuilt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A full disk leaves one: the message names the rebuild, and the rebuild makes a history of the runs."""
+    stored_run(tmp_path)
+    path = tmp_path / "h.db"
+    path.touch()
+    assert cli.main(["--history", str(path)]) == 2
+    assert "an empty file; the results are safe; rebuild it with `python -m" in capsys.readouterr().err
+    assert cli.main(["--history", str(path), "--results", str(tmp_path / "results"), "--rebuild"]) == 0
+    assert {point.run for point in points(path)} == {RUN}
+
+
 @pytest.mark.parametrize("content", [b"", b"SQLite format 3\0" + b"\xff" * 4000, "folder"])
 def test_unreadable_history_is_a_sentence(tmp_path: Path, content: bytes | str, capsys: object) -> None:
     """An empty file, a broken header, a folder: exit status 2 and no traceback."""
