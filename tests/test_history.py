@@ -12,6 +12,7 @@ from suite_samples import changed, failed, run_suite
 
 from perf_tests.harness.quarantine import LONGEST
 from perf_tests.harness.schema import AnnotatedStep, Counters, Outcome, Proof, Verdict
+from perf_tests.harness.store import ResultError
 from perf_tests.history import changes, cli, store
 from perf_tests.history.night import Judged, read_night, read_record, write_record
 from perf_tests.history.store import HistoryError, append, points, rebuild
@@ -109,6 +110,17 @@ def test_rebuild_gives_the_same_and_says_what_it_left_out(tmp_path: Path) -> Non
     assert "20260902T010203Z-abc-2" in left[0]
     assert points(tmp_path / "two.db", run=RUN) == points(tmp_path / "one.db")
     assert len(points(tmp_path / "two.db")) == 5
+
+
+@pytest.mark.parametrize(("old", "new"), [("{", '{"exit_status": 1,'), ('"exit_status": 0', '"exit_status": NaN')])
+def test_verdicts_are_read_as_strictly_as_results(tmp_path: Path, old: str, new: str) -> None:
+    """A key twice and what is no number: the sentence says how to make the file again."""
+    run = stored_run(tmp_path)
+    judge(run, Verdict(outcome=Outcome.PASS, level="bf16", rule="interval", message="fine"))
+    path = run / "verdicts.json"
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(ResultError, match=r"verdicts.json: not JSON as it was written .*make it again with `pytest"):
+        read_record(run)
 
 
 def test_locked_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
