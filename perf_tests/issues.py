@@ -22,7 +22,7 @@ LABEL = "perf-regression"
 MOST_OPEN = 500
 """Open issues that are read; a pool with more of them has another problem."""
 LONGEST = 60_000
-"""Characters of a message; GitHub takes 65,536 in a body."""
+"""Bytes of a message; GitHub takes 65,536 characters in a body, Linux 131,072 bytes in one argument of a command."""
 
 State = Literal["red", "green", "silent"]
 
@@ -92,7 +92,7 @@ def title(pool: str, name: str) -> str:
 
 def body(case: Case, url: str) -> str:
     """The message as a code block that nothing in it can end: neither HTML nor a mention acts."""
-    message = case.message[:LONGEST]
+    message = case.message.encode()[:LONGEST].decode(errors="ignore")
     fence = "```"
     while fence in message:
         fence += "`"

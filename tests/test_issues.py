@@ -115,9 +115,10 @@ def test_pools_do_not_close_each_other(github: GitHub) -> None:
     assert [issue["open"] for issue in github.issues] == [True]
 
 
-def test_a_message_cannot_leave_its_block(github: GitHub) -> None:
-    """Backquotes, HTML and mentions of a log stay text, and the body stays below GitHub's limit."""
-    hostile = "&#10;```&#10;@everyone &lt;img src=x&gt;" + "x" * 70_000
+@pytest.mark.parametrize("letter", ["x", "\N{BOX DRAWINGS LIGHT VERTICAL}"])
+def test_a_message_cannot_leave_its_block(github: GitHub, letter: str) -> None:
+    """Backquotes, HTML and mentions of a log stay text, and the body stays below the limits of GitHub and Linux."""
+    hostile = "&#10;```&#10;@everyone &lt;img src=x&gt;" + letter * 70_000
     github.night(f'<testcase name="t"><failure message="{hostile}"/></testcase>')
     body = str(github.issues[0]["body"])
     fence = body.split("\n")[2]

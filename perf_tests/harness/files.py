@@ -31,7 +31,18 @@ Picture = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class StoreError(Exception):
-    """A file that cannot be trusted, in one sentence: what was observed, what was expected, what to do."""
+    """A file that cannot be trusted, in one sentence: what was observed, what was expected, what to do.
+
+    It may quote the file, so it is shown as `printable` text.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+def printable(text: str) -> str:
+    """One line that only says something: a terminal obeys control characters, and CI a line that begins with `::`."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def read_bytes(path: Path, limit: int, error: type[StoreError]) -> bytes:
