@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from perf_tests.harness.files import StoreError, dump_json, write_over
+from perf_tests.harness.files import StoreError, dump_json, printable, write_over
 from perf_tests.harness.obstacles import measured
 from perf_tests.harness.replay import ROOT, ReadOnlySession, judge, open_run
 from perf_tests.harness.schema import Environment, Outcome, Result, Verdict
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for sentence in left:
-        print(f"left out: {sentence}", file=sys.stderr)
+        print(f"left out: {printable(sentence)}", file=sys.stderr)
     print(f"{len(rows)} records in {output}", file=sys.stderr)
     return 0
 

@@ -3,7 +3,8 @@
     python -m perf_tests issues junit.xml --pool h200-700w/nightly --url https://.../actions/runs/1
 
 What is open is asked of GitHub, by label and title, so that nothing has to be kept between nights. A test that was
-skipped (void, unavailable, not among the levels) says nothing: its issue stays as it is. `gh` reads its token itself.
+skipped (void, unavailable, not among the levels) or did not run says nothing: its issue stays as it is. `gh` reads its
+token itself.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ LABEL = "perf-regression"
 MOST_OPEN = 500
 """Open issues that are read; a pool with more of them has another problem."""
 LONGEST = 60_000
-"""Characters of a message; GitHub takes 65,536 in a body."""
+"""Bytes of a message; GitHub takes 65,536 characters in a body, Linux 131,072 bytes in one argument of a command."""
 
 State = Literal["red", "green", "silent"]
 
@@ -32,9 +33,14 @@ class GhError(Exception):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """One test of a run: its name with parameters, what it says, and its message if red."""
+    """One test of a run: its name with parameters, its module, what it says, and its message if red.
+
+    A module that could not be imported is a red case with its dotted path as name, pytest's own failure one with
+    the name `internal`.
+    """
 
     name: str
+    module: str
     state: State
     message: str = ""
 
@@ -55,11 +61,12 @@ def read_cases(path: Path) -> list[Case]:
 
 
 def _case(element: ElementTree.Element) -> Case:
-    name = element.get("name", "")
+    name, module = element.get("name", ""), element.get("classname", "")
     for kind in ("failure", "error"):
         if (told := element.find(kind)) is not None:
-            return Case(name=name, state="red", message=f"{told.get('message')}\n\n{told.text or ''}".strip())
-    return Case(name=name, state="silent" if element.find("skipped") is not None else "green")
+            message = f"{told.get('message')}\n\n{told.text or ''}".strip()
+            return Case(name=name, module=module, state="red", message=message)
+    return Case(name=name, module=module, state="silent" if element.find("skipped") is not None else "green")
 
 
 def gh(*arguments: str) -> str:
@@ -78,14 +85,14 @@ def gh(*arguments: str) -> str:
     return done.stdout
 
 
-def title(pool: str, case: Case) -> str:
+def title(pool: str, name: str) -> str:
     """How an issue is found again: by the machine and the test."""
-    return f"[{pool}] {case.name}"
+    return f"[{pool}] {name}"
 
 
 def body(case: Case, url: str) -> str:
     """The message as a code block that nothing in it can end: neither HTML nor a mention acts."""
-    message = case.message[:LONGEST]
+    message = case.message.encode()[:LONGEST].decode(errors="ignore")
     fence = "```"
     while fence in message:
         fence += "`"
@@ -103,16 +110,30 @@ def update(cases: list[Case], pool: str, url: str) -> list[str]:
     )
     known: list[dict[str, Any]] = json.loads(listed)
     numbers = {str(issue["title"]): str(issue["number"]) for issue in known}
-    lines = []
+    red: dict[str, Case] = {}
     for case in cases:
-        number = numbers.get(title(pool, case))
-        if case.state == "red" and number is None:
-            made = gh("issue", "create", "--title", title(pool, case), "--label", LABEL, "--body", body(case, url))
-            lines.append(f"opened {made.strip()} for {case.name}")
-        elif case.state == "green" and number is not None:
+        if case.state == "red":
+            red.setdefault(case.name, case)
+    lines = []
+    for name, case in red.items():
+        if title(pool, name) not in numbers:
+            made = gh("issue", "create", "--title", title(pool, name), "--label", LABEL, "--body", body(case, url))
+            lines.append(f"opened {made.strip()} for {name}")
+    for name in sorted(_green(cases) - set(red)):
+        if number := numbers.get(title(pool, name)):
             gh("issue", "close", number, "--comment", f"Green in {url}")
-            lines.append(f"closed #{number} for {case.name}")
+            lines.append(f"closed #{number} for {name}")
     return lines
+
+
+def _green(cases: list[Case]) -> set[str]:
+    """Names of the green tests, and of what they show to be sound: the modules they come from, and pytest itself."""
+    names = set()
+    for case in cases:
+        if case.state == "green":
+            parts = case.module.split(".")
+            names |= {case.name, "internal", *(".".join(parts[:end]) for end in range(1, len(parts) + 1))}
+    return names
 
 
 def main(arguments: list[str]) -> int:

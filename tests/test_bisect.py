@@ -325,21 +325,6 @@ def test_everything_but_the_component_is_pinned() -> None:
     assert pinned_requirements("torch", project, here.get) == ["numpy==2.4.6", "pytest-benchmark[histogram]==5.3.1"]
 
 
-NIGHTLY = {"index_url": "https://nightly.example/cu130", "pre": True}
-
-
-def test_nightly_component_comes_from_its_index_alone() -> None:
-    """The rest comes from the usual index, at its pins, never as a pre-release."""
-    recipe = Recipe(component="torch", rest=RECIPE.rest, **NIGHTLY)
-    first, second = install_commands(recipe, "2.13.0.dev1", Path("e/bin/python"), Path("c.txt"))
-    assert first[-4:] == ["--pre", "--index-url", "https://nightly.example/cu130", "torch==2.13.0.dev1"]
-    assert "--pre" not in second and "--index-url" not in second
-    assert second[-3:] == [*RECIPE.rest, "torch==2.13.0.dev1"]
-    with_uv = install_commands(Recipe(component="torch", uv="/uv", **NIGHTLY), "2.13.0.dev1", Path("p"), Path("c"))
-    assert with_uv[0][:5] == ["/uv", "pip", "install", "--python", "p"]
-    assert "--prerelease" in with_uv[0] and "--prerelease" not in with_uv[1]
-
-
 def test_triton_goes_over_what_torch_brought() -> None:
     """torch pins one triton, so another one is installed last and without dependencies."""
     recipe = Recipe(component="triton", rest=["torch==2.13.0"])

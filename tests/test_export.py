@@ -168,6 +168,13 @@ def test_an_error_has_no_record(tmp: Path, result: Any, said: str) -> None:
     assert all(value > 0 for values in positive for value in values)
 
 
+def test_what_is_left_out_is_said_on_one_line(tmp: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A name in a result cannot begin a line of its own, which CI would obey."""
+    replace(tmp / "results" / RUN, changed("compile", result={"injection": "x\n::error::evil"}))
+    assert export.main([str(tmp / "results" / RUN), "--baselines", str(tmp / "baselines")]) == 0
+    assert "left out: compile: the fault x?::error::evil was" in capsys.readouterr().err
+
+
 def test_disturbed_level_has_no_latency(tmp: Path) -> None:
     """Its bytes count all the same."""
     replace(tmp / "results" / RUN, changed("compile", result={"counters": Counters(foreign_pids=[7])}))

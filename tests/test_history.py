@@ -12,6 +12,7 @@ from suite_samples import changed, failed, run_suite
 
 from perf_tests.harness.quarantine import LONGEST
 from perf_tests.harness.schema import AnnotatedStep, Counters, Outcome, Proof, Verdict
+from perf_tests.harness.store import ResultError
 from perf_tests.history import changes, cli, store
 from perf_tests.history.night import Judged, read_night, read_record, write_record
 from perf_tests.history.store import HistoryError, append, points, rebuild
@@ -111,6 +112,17 @@ def test_rebuild_gives_the_same_and_says_what_it_left_out(tmp_path: Path) -> Non
     assert len(points(tmp_path / "two.db")) == 5
 
 
+@pytest.mark.parametrize(("old", "new"), [("{", '{"exit_status": 1,'), ('"exit_status": 0', '"exit_status": NaN')])
+def test_verdicts_are_read_as_strictly_as_results(tmp_path: Path, old: str, new: str) -> None:
+    """A key twice and what is no number: the sentence says how to make the file again."""
+    run = stored_run(tmp_path)
+    judge(run, Verdict(outcome=Outcome.PASS, level="bf16", rule="interval", message="fine"))
+    path = run / "verdicts.json"
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(ResultError, match=r"verdicts.json: not JSON as it was written .*make it again with `pytest"):
+        read_record(run)
+
+
 def test_locked_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the wait it is one sentence, and nothing was added."""
     monkeypatch.setattr(store, "WAIT_S", 0.05)
@@ -135,6 +147,17 @@ def test_another_programs_database_is_left_alone(tmp_path: Path) -> None:
         with pytest.raises(HistoryError, match="not a history of this suite"):
             act()
     assert path.read_bytes() == before
+
+
+def test_empty_file_can_be_rebuilt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A full disk leaves one: the message names the rebuild, and the rebuild makes a history of the runs."""
+    stored_run(tmp_path)
+    path = tmp_path / "h.db"
+    path.touch()
+    assert cli.main(["--history", str(path)]) == 2
+    assert "an empty file; the results are safe; rebuild it with `python -m" in capsys.readouterr().err
+    assert cli.main(["--history", str(path), "--results", str(tmp_path / "results"), "--rebuild"]) == 0
+    assert {point.run for point in points(path)} == {RUN}
 
 
 @pytest.mark.parametrize("content", [b"", b"SQLite format 3\0" + b"\xff" * 4000, "folder"])

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -70,6 +71,43 @@ def test_opened_once_and_closed_when_green(github: GitHub) -> None:
     assert {issue["label"] for issue in github.issues} == {"perf-regression"}
 
 
+def test_a_doubled_test_makes_one_issue(github: GitHub) -> None:
+    """pytest writes a test twice that fails and then breaks its teardown; red twice or once, it is red."""
+    github.night(RED.format("test_latency[aoti]"), RED.format("test_latency[aoti]"))
+    assert [issue["open"] for issue in github.issues] == [True]
+    github.night(RED.format("test_latency[aoti]"), GREEN.format("test_latency[aoti]"))
+    assert [issue["open"] for issue in github.issues] == [True]
+
+
+BROKEN, WHOLE = "import nothing_like_it", "def test_it(): pass"
+
+
+@pytest.mark.parametrize(
+    ("here", "is_open"),
+    [(WHOLE, False), (BROKEN, True), (None, True), ("import pytest; pytest.skip(allow_module_level=True)", True)],
+    ids=["green", "still broken", "not run", "skipped"],
+)
+def test_a_module_that_can_be_imported_again(github: GitHub, here: str | None, is_open: bool) -> None:
+    """The issue of a collection error is closed once a test of that module is green; another module's says nothing."""
+    assert github.night(*collected(github.folder, test_here=BROKEN, test_there=WHOLE))[0] == 0
+    assert [issue["title"] for issue in github.issues] == ["[h200-700w/nightly] perf.test_here"]
+    github.night(*collected(github.folder, test_here=here, test_there=WHOLE))
+    assert [issue["open"] for issue in github.issues] == [is_open]
+
+
+def collected(folder: Path, **modules: str | None) -> list[str]:
+    """The cases of a night with these modules, as pytest itself writes them."""
+    (folder / "perf").mkdir(exist_ok=True)
+    for name, content in modules.items():
+        (folder / "perf" / f"{name}.py").unlink(missing_ok=True)
+        if content:
+            (folder / "perf" / f"{name}.py").write_text(content)
+    options = ["-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", ".", "--continue-on-collection-errors"]
+    command = [sys.executable, "-m", "pytest", *options, "--junitxml", "own.xml", "perf"]
+    subprocess.run(command, cwd=folder, capture_output=True, check=False)
+    return [ElementTree.tostring(case, "unicode") for case in ElementTree.parse(folder / "own.xml").iter("testcase")]
+
+
 def test_pools_do_not_close_each_other(github: GitHub) -> None:
     """Green on one machine says nothing about another."""
     github.night(RED.format("test_latency[aoti]"))
@@ -77,9 +115,10 @@ def test_pools_do_not_close_each_other(github: GitHub) -> None:
     assert [issue["open"] for issue in github.issues] == [True]
 
 
-def test_a_message_cannot_leave_its_block(github: GitHub) -> None:
-    """Backquotes, HTML and mentions of a log stay text, and the body stays below GitHub's limit."""
-    hostile = "&#10;```&#10;@everyone &lt;img src=x&gt;" + "x" * 70_000
+@pytest.mark.parametrize("letter", ["x", "\N{BOX DRAWINGS LIGHT VERTICAL}"])
+def test_a_message_cannot_leave_its_block(github: GitHub, letter: str) -> None:
+    """Backquotes, HTML and mentions of a log stay text, and the body stays below the limits of GitHub and Linux."""
+    hostile = "&#10;```&#10;@everyone &lt;img src=x&gt;" + letter * 70_000
     github.night(f'<testcase name="t"><failure message="{hostile}"/></testcase>')
     body = str(github.issues[0]["body"])
     fence = body.split("\n")[2]

@@ -200,6 +200,11 @@ def lead_out(folder: Path) -> None:
     folder.joinpath("bf16", "0").symlink_to(folder.parent / "elsewhere")
 
 
+def doubled(folder: Path, key: str = "slug") -> None:
+    path = folder / "run.json"
+    path.write_text(path.read_text().replace("{", f'{{"{key}": "h200-700w", ', 1))
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
@@ -209,9 +214,23 @@ def lead_out(folder: Path) -> None:
         (spoil_schema, "schema 2 is newer than 1"),
         (spoil_path, "not the plain name of a file"),
         (lead_out, "leads out of the run"),
-        (lambda folder: (folder / "run.json").write_text("[]"), "damaged at the top"),
+        (lambda folder: (folder / "run.json").write_text("[]"), "expected a JSON object, found list"),
+        (lambda folder: (folder / "run.json").write_text("{}"), "damaged at slug"),
+        (doubled, "'slug' twice"),
+        (lambda folder: doubled(folder, r"\n::error::\u001b[2J"), "damaged at ?::error::?[2J"),
     ],
-    ids=["missing", "empty", "partial", "schema", "escaping path", "link", "not a run"],
+    ids=[
+        "missing",
+        "empty",
+        "partial",
+        "schema",
+        "escaping path",
+        "link",
+        "not a run",
+        "no facts",
+        "doubled",
+        "hostile",
+    ],
 )
 def test_unusable_folder_is_a_sentence(tmp: Path, spoil: Any, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Exit status 2, one line, no file."""

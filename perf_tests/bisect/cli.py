@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--test", required=True, metavar="NAME[LEVEL]", help="e.g. 'test_latency[float8]'")
     own.add_argument("--junit", metavar="FILE", help="instead of these four: what the first red test of a run printed")
     own.add_argument("--versions", metavar="A,B,C", help="what to search, ends included; default: ask the index")
-    own.add_argument("--index-url", help="where the component lies, for nightlies")
+    own.add_argument("--index-url", help="where nightlies lie, beside the usual index")
     own.add_argument("--pre", action="store_true", help="take pre-releases")
     own.add_argument(
         "--base-env", action="store_true", help="install the component alone, over the packages of this Python"
@@ -120,7 +120,7 @@ def _machines(asked: argparse.Namespace, folder: Path, state: State) -> Machines
     Raises:
         ValueError, ConnectionError, StoreError: one sentence.
     """
-    recipe = recipe_here(asked.axis, index_url=asked.index_url, pre=asked.pre, over_base=asked.base_env)
+    recipe = recipe_here(asked.axis, index_url=asked.index_url, over_base=asked.base_env)
     if not asked.ray:
         if stored_records(folder):  # begun on a pool, perhaps of another kind of machine
             kind_of_search(folder, state, SerialPool(describe_machine()).nodes())

@@ -40,8 +40,7 @@ class Recipe:
 
     Args:
         component: the package that differs.
-        index_url: where the component lies, None for the configured index.
-        pre: whether pre-releases of the component may be taken.
+        index_url: where nightlies lie, beside the configured index; None for that one alone.
         base: site-packages of the running Python, over which the component alone is installed; empty for an
             environment of its own.
         rest: requirements of everything else, of the same versions as in the running Python.
@@ -50,19 +49,17 @@ class Recipe:
 
     component: str
     index_url: str | None = None
-    pre: bool = False
     base: Sequence[str] = ()
     rest: Sequence[str] = ()
     uv: str | None = None
 
 
-def recipe_here(component: str, *, index_url: str | None, pre: bool, over_base: bool) -> Recipe:
+def recipe_here(component: str, *, index_url: str | None, over_base: bool) -> Recipe:
     """The recipe for this machine: what the running Python has, with another version of `component`."""
     base = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
     return Recipe(
         component=component,
         index_url=index_url,
-        pre=pre,
         base=list(base) if over_base else [],
         rest=[] if over_base else pinned_requirements(component, _project(), _installed),
         uv=shutil.which("uv"),
@@ -97,21 +94,22 @@ def install_commands(recipe: Recipe, version: str, python: Path, constraints: Pa
         constraints: file that holds `recipe.rest` without extras.
     """
     own = [f"{recipe.component}=={version}"]
-    source = ["--index-url", recipe.index_url] if recipe.index_url else []
-    # Other packages come from the usual index; a nightly that they are pinned to lies beside the component.
-    beside = ["--extra-index-url", recipe.index_url] if recipe.index_url else []
     if recipe.uv:
         install = [recipe.uv, "pip", "install", "--python", str(python)]
-        pre = ["--prerelease", "allow"] if recipe.pre else []
     else:
         install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-input", "--progress-bar=off"]
-        pre = ["--pre"] if recipe.pre else []
+    # A release lies on the usual index, a nightly on the other one. A version that is named may be a pre-release
+    # without `--pre`, which would take those of every other package too.
+    if recipe.index_url:
+        install += ["--extra-index-url", recipe.index_url]
+        # Left to itself uv takes a package from the first index that has any version of it.
+        install += ["--index-strategy", "unsafe-best-match"] if recipe.uv else []
     if recipe.base:
-        return [[*install, "--no-deps", *pre, *source, *own]]
+        return [[*install, "--no-deps", *own]]
     bound = ["--constraint", str(constraints)]
     if recipe.component == "triton":  # torch pins it to one version: put the other one over it
-        return [[*install, *bound, *beside, *recipe.rest], [*install, "--no-deps", *pre, *source, *own]]
-    return [[*install, *bound, *pre, *source, *own], [*install, *bound, *beside, *recipe.rest, *own]]
+        return [[*install, *bound, *recipe.rest], [*install, "--no-deps", *own]]
+    return [[*install, *bound, *recipe.rest, *own]]
 
 
 def python_of(folder: Path) -> Path:

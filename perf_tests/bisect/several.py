@@ -12,8 +12,8 @@ from perf_tests.bisect import environments, oracle
 from perf_tests.bisect.environments import Recipe
 from perf_tests.bisect.machines import BASELINES, RUNS, Build, Ended, Judge, NoMachine
 from perf_tests.bisect.order import JUDGED_FILE, Order
-from perf_tests.bisect.state import Judged, Kind, Question, State, read_document
-from perf_tests.harness.files import canonical_digest
+from perf_tests.bisect.state import Judged, Kind, Question, State
+from perf_tests.harness.files import canonical_digest, read_model
 from perf_tests.sweep.cells import Cell, Node, Record, SweepFile, choose_kinds
 from perf_tests.sweep.dispatch import SWEEP_FILE, Dispatch, Outcome, Pool
 from perf_tests.sweep.gather import gather, read_tree
@@ -175,7 +175,7 @@ def stored_records(folder: Path) -> list[Record]:
         StoreError: if it is damaged.
     """
     path = folder / SWEEP_FILE
-    return read_document(path, SweepFile, "choose another --state folder").cells if path.exists() else []
+    return read_model(path, SweepFile, "choose another --state folder").cells if path.exists() else []
 
 
 def trial_of(record: Record) -> Trial:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import enum
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from perf_tests.harness.files import MAX_JSON_BYTES, StoreError, dump_json, load_json, read_bytes, write_over
+from perf_tests.harness.files import StoreError, dump_json, read_model, write_over
 from perf_tests.harness.schema import Finite, Seconds, Strict
 
 STATE_FILE = "state.json"
 Against = Literal["good", "committed", "none"]
-Document = TypeVar("Document", bound=Strict)
 
 
 class Kind(enum.StrEnum):
@@ -87,25 +86,6 @@ class State(Strict):
         }
 
 
-def read_document(path: Path, model: type[Document], remedy: str) -> Document:
-    """One of a search's files.
-
-    Args:
-        remedy: what to do if it is damaged.
-
-    Raises:
-        StoreError: if it cannot be read, is not JSON or not a `model`.
-    """
-    raw = read_bytes(path, MAX_JSON_BYTES, StoreError)
-    load_json(raw, path, StoreError)
-    try:
-        return model.model_validate_json(raw)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the top"
-        raise StoreError(f"{path} is damaged at {where}: {first['msg']}; {remedy}") from error
-
-
 def load(folder: Path, question: Question) -> State:
     """The state of this question, a new one if the folder has none.
 
@@ -115,7 +95,7 @@ def load(folder: Path, question: Question) -> State:
     path = folder / STATE_FILE
     if not path.exists():
         return State(question=question)
-    state = read_document(path, State, "remove the folder to start again")
+    state = read_model(path, State, "remove the folder to start again")
     other = [name for name, value in question if getattr(state.question, name) != value]
     if other:
         raise StoreError(

@@ -16,13 +16,13 @@ class VersionError(ValueError):
 
 
 def published(component: str, *, index_url: str | None, pre: bool) -> list[str]:
-    """What `pip index versions` lists.
+    """What `pip index versions` lists, on the usual index and on `index_url`: nightlies lie on one of their own.
 
     Raises:
         VersionError: if it cannot tell.
     """
     command = [sys.executable, "-m", "pip", "index", "versions", component]
-    command += ["--index-url", index_url] if index_url else []
+    command += ["--extra-index-url", index_url] if index_url else []
     command += ["--pre"] if pre else []
     asked = subprocess.run(command, capture_output=True, text=True, check=False)
     found = re.search(r"^Available versions: (.+)$", asked.stdout, re.MULTILINE)
@@ -40,12 +40,14 @@ def between(names: Sequence[str], good: str, bad: str) -> list[str]:
 
     Args:
         names: what exists. A version may be named without its local part (`2.13.0` for `2.13.0+cpu`) where that is
-            unambiguous.
+            unambiguous, and stands for it where both exist: an installer takes the one with the local part.
 
     Raises:
         VersionError: not a version, not among `names`, or both the same.
     """
-    existing = sorted({_version(name) for name in names})
+    found = {_version(name) for name in names}
+    built = {version.public for version in found if version.local}
+    existing = sorted(version for version in found if version.local or version.public not in built)
     first, last = (_match(_version(name), existing) for name in (good, bad))
     if first == last:
         raise VersionError(f"--good and --bad are both {first}: there is nothing between them to search")

@@ -15,21 +15,34 @@ import uuid
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
+from pydantic import BaseModel, ValidationError
 
 MAX_JSON_BYTES = 64 << 20
 MAX_PNG_BYTES = 64 << 20
 MAX_PIXELS = 4096 * 4096
 
+Model = TypeVar("Model", bound=BaseModel)
 Picture = np.ndarray[Any, np.dtype[np.uint8]]
 """RGB, uint8, (height, width, 3)."""
 
 
 class StoreError(Exception):
-    """A file that cannot be trusted, in one sentence: what was observed, what was expected, what to do."""
+    """A file that cannot be trusted, in one sentence: what was observed, what was expected, what to do.
+
+    It may quote the file, so it is shown as `printable` text.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+def printable(text: str) -> str:
+    """One line that only says something: a terminal obeys control characters, and CI a line that begins with `::`."""
+    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def read_bytes(path: Path, limit: int, error: type[StoreError]) -> bytes:
@@ -48,8 +61,10 @@ def read_bytes(path: Path, limit: int, error: type[StoreError]) -> bytes:
     return raw
 
 
-def load_json(raw: bytes, path: Path, error: type[StoreError]) -> dict[str, Any]:
-    """A JSON object without duplicate keys, NaN or infinity; anything else is an `error`."""
+def load_json(
+    raw: bytes, path: Path, error: type[StoreError], remedy: str = "restore the file or measure again"
+) -> dict[str, Any]:
+    """A JSON object without duplicate keys, NaN or infinity; anything else is an `error` that names the remedy."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
@@ -66,10 +81,29 @@ def load_json(raw: bytes, path: Path, error: type[StoreError]) -> dict[str, Any]
         document = json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
         dump_json(document)
     except (ValueError, RecursionError) as bad:
-        raise error(f"{path}: not JSON as it was written ({bad}); restore the file or measure again") from bad
+        raise error(f"{path}: not JSON as it was written ({bad}); {remedy}") from bad
     if not isinstance(document, dict):
-        raise error(f"{path}: expected a JSON object, found {type(document).__name__}; restore the file")
+        raise error(f"{path}: expected a JSON object, found {type(document).__name__}; {remedy}")
     return document
+
+
+def read_model(path: Path, model: type[Model], remedy: str, error: type[StoreError] = StoreError) -> Model:
+    """A JSON file that holds a `model`.
+
+    Args:
+        remedy: what to do if it does not.
+
+    Raises:
+        StoreError (or `error`): it cannot be read, is not JSON as `load_json` wants it, or is not a `model`.
+    """
+    raw = read_bytes(path, MAX_JSON_BYTES, error)
+    load_json(raw, path, error, remedy)
+    try:
+        return model.model_validate_json(raw)
+    except ValidationError as bad:
+        first = bad.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "the top"
+        raise error(f"{path} is damaged at {where}: {first['msg']}; {remedy}") from bad
 
 
 def dump_json(document: Any) -> bytes:

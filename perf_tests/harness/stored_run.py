@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from fluxfast.levels import LEVELS
 from perf_tests.harness import store
-from perf_tests.harness.files import MAX_JSON_BYTES, read_bytes
+from perf_tests.harness.files import read_model
 from perf_tests.harness.schema import Result, Strict
 
 RUN_FILE = "run.json"
@@ -34,14 +34,9 @@ def read_facts(folder: Path) -> RunFacts:
         ResultError: one sentence.
     """
     path = folder / RUN_FILE
-    try:
-        facts = RunFacts.model_validate_json(read_bytes(path, MAX_JSON_BYTES, store.ResultError))
-    except store.ResultError as error:
-        raise store.ResultError(f"{error}; name the folder of one run") from error
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the top"
-        raise store.ResultError(f"{path} is damaged at {where}: {first['msg']}; measure again") from error
+    if not path.exists():
+        raise store.ResultError(f"{path} is not there: name the folder of one run, as in results/<run>")
+    facts = read_model(path, RunFacts, "measure again", store.ResultError)
     if odd := [level for level in (*facts.levels, *facts.unavailable) if level not in LEVELS]:
         raise store.ResultError(f"{path} holds levels {', '.join(odd)}, which this checkout does not have")
     return facts

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fluxfast.levels import LADDER
 from perf_tests.harness import store as baselines
-from perf_tests.harness.files import StoreError
+from perf_tests.harness.files import StoreError, printable
 from perf_tests.harness.replay import ROOT
 from perf_tests.harness.schema import AnnotatedStep, Outcome
 from perf_tests.history import changes, store
@@ -163,7 +163,6 @@ def steps_of(folder: Path, workload: str) -> list[AnnotatedStep]:
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    # Names of folders and faults come from anyone; a terminal obeys control characters.
-    rows = [["".join(c if c.isprintable() else "?" for c in cell) for cell in row] for row in rows]
+    rows = [[printable(cell) for cell in row] for row in rows]  # names of folders and faults come from anyone
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from perf_tests.harness.files import MAX_JSON_BYTES, dump_json, read_bytes, write_over
+from perf_tests.harness.files import dump_json, read_model, write_over
 from perf_tests.harness.obstacles import measured, obstacle
 from perf_tests.harness.policy import Policy
 from perf_tests.harness.replay import open_run
@@ -115,17 +115,8 @@ def read_record(folder: Path) -> RunRecord:
     Raises:
         ResultError: one sentence.
     """
-    path = folder / VERDICTS_FILE
-    raw = read_bytes(path, MAX_JSON_BYTES, ResultError)
-    try:
-        return RunRecord.model_validate_json(raw)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "the top"
-        raise ResultError(
-            f"{path} is damaged at {where}: {first['msg']}; make it again with `pytest perf_tests --replay {folder} "
-            f"--benchmark-compare --history {folder.parent / 'history.db'}`"
-        ) from error
+    replay = f"`pytest perf_tests --replay {folder} --benchmark-compare --history {folder.parent / 'history.db'}`"
+    return read_model(folder / VERDICTS_FILE, RunRecord, f"make it again with {replay}", ResultError)
 
 
 def read_night(folder: Path) -> Night:

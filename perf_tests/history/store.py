@@ -110,7 +110,9 @@ def _check(connection: sqlite3.Connection, path: Path, rebuild: str, is_new: boo
         connection.execute(f"PRAGMA {name}").fetchone() for name in ("application_id", "user_version")
     )
     is_empty = not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-    if is_new and is_empty and application == version == 0:
+    if is_empty and application == version == 0:
+        if not is_new:
+            raise DamagedHistory(f"{path}: an empty file; the results are safe; {rebuild}")
         for statement in TABLES.split(";"):
             connection.execute(statement)
         connection.execute(f"PRAGMA application_id = {APPLICATION}")

@@ -37,8 +37,7 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--workloads", metavar="A,B", default="tiny")
     own.add_argument("--axis", choices=AXES, help="the component whose --versions are swept")
     own.add_argument("--versions", metavar="A,B", help="default: what is installed")
-    own.add_argument("--index-url", help="where the component lies, for nightlies")
-    own.add_argument("--pre", action="store_true", help="take pre-releases")
+    own.add_argument("--index-url", help="where nightlies lie, beside the usual index")
     own.add_argument("--base-env", action="store_true", help="install the component alone, over this Python's packages")
     own.add_argument("--processes", type=int, default=1, help="fresh processes a level")
     own.add_argument("--out", type=Path, help="default: a new folder below results/sweep; a folder goes on")
@@ -89,7 +88,7 @@ def _plan(asked: argparse.Namespace) -> tuple[list[str], list[str], list[str], R
     chosen = [level for level in ladder if not levels or level in levels]
     if not asked.versions:
         return workloads, [AS_INSTALLED], chosen, None
-    recipe = recipe_here(asked.axis, index_url=asked.index_url, pre=asked.pre, over_base=asked.base_env)
+    recipe = recipe_here(asked.axis, index_url=asked.index_url, over_base=asked.base_env)
     return workloads, [name.strip() for name in asked.versions.split(",")], chosen, recipe
 
 
