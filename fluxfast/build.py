@@ -108,10 +108,22 @@ def generate(built: Built, workload: Workload, **overrides: Any) -> Any:
     Returns:
         The `FluxPipelineOutput`; its `images[0]` is (height, width) RGB unless `overrides` say otherwise.
     """
+    latents = initial_noise(built.pipeline, workload)
+    return built.pipeline(**(workload.call_arguments() | input_arguments(workload) | {"latents": latents} | overrides))
+
+
+def initial_noise(pipeline: Pipeline, workload: Workload) -> torch.Tensor:
+    """What the denoising starts from: (1, image tokens, channels) float32 on the pipeline's device.
+
+    Drawn by a CPU generator in float32 whatever the pipeline's dtype is, as every level has to start from the same
+    noise: up to torch 2.11 the same seed gives other numbers in bfloat16 (pytorch issue 166853).
+    """
     generator = torch.Generator("cpu").manual_seed(workload.seed)
-    return built.pipeline(
-        **(workload.call_arguments() | input_arguments(workload) | {"generator": generator} | overrides)
-    )
+    sides = [2 * (side // (2 * pipeline.vae_scale_factor)) for side in (workload.height, workload.width)]
+    shape = (1, pipeline.transformer.config.in_channels // 4, *sides)
+    # From pinned memory the copy does not wait for the device.
+    noise = torch.randn(shape, generator=generator, pin_memory=pipeline.device.type == "cuda")
+    return pipeline._pack_latents(noise.to(pipeline.device, non_blocking=True), *shape)
 
 
 def input_arguments(workload: Workload) -> dict[str, Any]:

@@ -53,6 +53,7 @@ class LoopPipeline(FluxPipeline):
         guidance_scale: float,
         max_sequence_length: int,
         generator: torch.Generator | None = None,
+        latents: torch.Tensor | None = None,
         output_type: str = "pil",
     ) -> FluxPipelineOutput:
         """FluxPipeline's arguments, of which the loop takes no others.
@@ -67,7 +68,7 @@ class LoopPipeline(FluxPipeline):
         )
         channels = self.transformer.config.in_channels // 4
         latents, image_ids = self.prepare_latents(
-            len(embeddings), channels, height, width, embeddings.dtype, device, generator
+            len(embeddings), channels, height, width, embeddings.dtype, device, generator, latents
         )
         timesteps, sigmas = self.schedule(num_inference_steps, latents.shape[1])
         guidance = None
@@ -143,18 +144,6 @@ class LoopPipeline(FluxPipeline):
             retrieve_timesteps(self.scheduler, num_inference_steps, self._execution_device, sigmas=sigmas, mu=mu)
             self._schedules[key] = (self.scheduler.timesteps, self.scheduler.sigmas)
         return self._schedules[key]
-
-    def prepare_latents(
-        self, batch: int, channels: int, height: int, width: int, dtype: torch.dtype, device: torch.device,
-        generator: torch.Generator | None, latents: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        """FluxPipeline's; a CPU generator's noise goes to a GPU from pinned memory, without waiting for it."""
-        if device.type == "cuda" and latents is None and generator is not None and generator.device.type == "cpu":
-            rows, columns = (2 * (int(side) // (self.vae_scale_factor * 2)) for side in (height, width))
-            shape = (batch, channels, rows, columns)
-            noise = torch.randn(shape, generator=generator, dtype=dtype, pin_memory=True)
-            latents = self._pack_latents(noise.to(device, non_blocking=True), *shape)
-        return super().prepare_latents(batch, channels, height, width, dtype, device, generator, latents)
 
 
 class DeviceImageProcessor(VaeImageProcessor):
