@@ -248,20 +248,15 @@ def test_a_published_number_bounds_from_above_only():
     assert latency("aoti", run(slow), published, again=confirmation(slow)).outcome is Outcome.REGRESSED
 
 
-def test_smallest_visible_is_what_the_verdict_prints_and_shrinks_with_evidence():
-    """It is smaller with other levels known, more processes and less spread; larger for a ratio."""
-    base = baseline()
-    own, others = base.levels["aoti"], [level for id, level in base.levels.items() if id != "aoti"]
-    alone = gate.smallest_visible(own, 3, GPU)
-    assert gate.smallest_visible(own, 3, GPU, others=others) < alone
-    assert gate.smallest_visible(own, 10, GPU) < alone < gate.smallest_visible(own, 1, GPU)
-    wide = own.model_copy(update={"processes": own.processes[:2]})
-    assert gate.smallest_visible(wide, 3, GPU) > alone
-    # A divisor that moves with the level, process by process, takes that noise out.
-    divided = gate.smallest_visible(own, 3, CPU, reference=own)
-    assert 0 < divided < gate.smallest_visible(own, 3, CPU)
-    printed = latency("aoti", run()).numbers["smallest_visible"]
-    assert printed == pytest.approx(gate.smallest_visible(own, 3, GPU, others=others), rel=0.15)
+def test_the_printed_smallest_visible_change_shrinks_with_evidence():
+    """More processes tonight or in the baseline show less; what the message prints is the number."""
+
+    def visible(tonight, base=None) -> float:
+        return latency("aoti", tonight, base).numbers["smallest_visible"]
+
+    few = with_level(baseline(), "aoti", processes=baseline().levels["aoti"].processes[:2])
+    assert visible(confirmation()) < visible(run()) < visible(run(), few)
+    assert f"smallest visible change +{100 * visible(run()):.2f} %" in latency("aoti", run()).message
 
 
 # What comes before numbers

@@ -30,7 +30,6 @@ __all__ = [
     "judge_structure",
     "nearest_parents",
     "policy_for",
-    "smallest_visible",
 ]
 
 Run = Mapping[str, Sequence[Result]]
@@ -98,37 +97,6 @@ def judge_latency(
         both += f" The stated error rates assume {policy.confirmation_processes} processes here."
     message = f"{both} Fired: {' and '.join(agreed)}. {first.blame(level)}"
     return verdict(Outcome.REGRESSED, level, agreed[0], message, [*results, *confirmation[level]], numbers)
-
-
-def smallest_visible(
-    baseline_level: LevelBaseline,
-    processes: int,
-    policy: Policy,
-    *,
-    others: Sequence[LevelBaseline] = (),
-    reference: LevelBaseline | None = None,
-) -> float:
-    """The smallest slow-down (0.02 is +2 %) that this baseline finds in at least 90 % of nights, confirmation included.
-
-    Args:
-        processes: fresh processes of a run.
-        others: the other levels of the baseline; they make the spread of a short list of processes better known.
-        reference: the level that divides this one (`policy.relative_to`). Without it a relative policy takes the
-            divisor to be as noisy as the level.
-    """
-    # Independent and equally noisy: the ratio's deviations are those of one side times the square root of two.
-    scale = math.sqrt(2) if policy.relative_to and reference is None else 1.0
-
-    def series(of: LevelBaseline) -> Array:
-        logs = _base_logs({"": of} | ({"/": reference} if reference else {}))
-        return _series(logs, "", "/" if reference else None) * scale
-
-    own = series(baseline_level)
-    rest = [noise.squares(series(other)) for other in others]
-    noisy = noise.spread(noise.squares(own), (sum(s for s, _ in rest), sum(n for _, n in rest)), policy)
-    error = noise.error(len(own), processes, noisy)
-    limit = noise.limit(np.array(baseline_level.nights, dtype=float), error, policy)
-    return math.expm1(noise.visible(own, processes, noisy, limit, policy))
 
 
 def _log_medians(samples: Sequence[Sequence[float]]) -> Array:
