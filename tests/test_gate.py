@@ -345,7 +345,7 @@ def test_no_baseline_is_not_ok_and_names_the_command():
         gate.judge_structure("aoti", tonight["aoti"], without),
         gate.judge_memory("aoti", tonight["aoti"], without, GPU),
         gate.judge_fidelity("aoti", {"ssim": 0.9}, None, GPU),
-        gate.judge_step_error("aoti", 0.02, 0.01, None, GPU),
+        gate.judge_step_error("aoti", tonight["aoti"], 0.02, 0.01, None, GPU),
     ):
         assert verdict.outcome is Outcome.NO_BASELINE and not verdict.ok
         assert "'aoti'" in verdict.message and "pytest perf_tests --record-baseline" in verdict.message
@@ -440,22 +440,28 @@ def test_no_image_limit_is_tighter_than_rounding():
 
 
 def test_step_error_is_bounded_by_roundoff_and_by_the_baseline():
-    """k follows the coarsest format; the baseline's own values bound it more tightly; NaN is red."""
+    """k follows the coarsest format; baseline runs bound it more tightly; k and NaN are judged without one too."""
     assert roundoff_factor({"dtype": "bfloat16"})[0] == 2
     assert roundoff_factor({"dtype": "bfloat16", "attention": "fa3_fp8"})[0] == 32
     assert roundoff_factor({"dtype": "bfloat16", "quantization": "float8_tensorwise"})[0] == 32
     assert roundoff_factor({"dtype": "float32"})[0] == 2.0**-15
-    unknown = samples.level_baseline("compile", step_error=[])
-    known = samples.level_baseline("compile")
-    judge = gate.judge_step_error
-    assert judge("compile", 0.019, 0.01, unknown, GPU).ok
-    assert judge("compile", 0.021, 0.01, unknown, GPU).rule == "roundoff"
-    assert judge("compile", 0.0205, 0.02, known, GPU).ok
-    assert judge("compile", 0.03, 0.02, known, GPU).rule == "baseline"
-    assert judge("compile", math.nan, 0.02, known, GPU).rule == "not_finite"
-    exact = samples.level_baseline("fp32", step_error=[0.0] * 5)
-    assert judge("fp32", 0.0, 0.01, exact, GPU).ok
-    assert not judge("fp32", 0.01, 0.01, exact, GPU).ok
+    unknown = with_level(baseline(), "compile", step_error=[])
+    exact = with_level(baseline(), "fp32", step_error=[0.0] * 5)
+
+    def judge(level, error, bf16_error, base) -> Verdict:
+        return gate.judge_step_error(level, [samples.result(level)], error, bf16_error, base, GPU)
+
+    assert judge("compile", 0.019, 0.01, unknown).ok
+    assert judge("compile", 0.0205, 0.02, baseline()).ok
+    assert judge("compile", 0.03, 0.02, baseline()).rule == "baseline"
+    assert judge("fp32", 0.0, 0.01, exact).ok
+    assert not judge("fp32", 0.01, 0.01, exact).ok
+    other = baseline(workload_digest="f" * 16)
+    for base, otherwise in ((unknown, "limit"), (None, "no_baseline"), (other, "changed")):
+        assert judge("compile", 0.021, 0.01, base).rule == "roundoff"
+        assert judge("compile", math.nan, 0.02, base).rule == "not_finite"
+        assert judge("compile", 0.02, math.inf, base).rule == "not_finite"
+        assert judge("compile", 0.019, 0.01, base).rule == otherwise
 
 
 def test_memory_is_exact_for_weights_and_tolerant_for_the_peak():

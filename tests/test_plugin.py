@@ -103,6 +103,17 @@ def test_recorded_baseline_reads_back(recorded: Path) -> None:
     assert baseline.levels["compile"].fidelity["ssim_stored"] == [1.0] * 5
 
 
+def test_unfit_step_output_is_not_recorded(tmp_path: Path) -> None:
+    """NaN in the first step, or an error that bfloat16 does not explain, is red before there is a baseline."""
+    run = write_run(tmp_path / "run", 5)
+    np.save(run / "fused_qkv" / "3" / "step_output.npy", np.full((1, 16, 16), np.nan, np.float32))
+    shutil.copy(run / "aoti" / "0" / "step_output.npy", run / "compile" / "2" / "step_output.npy")
+    ran = run_suite(tmp_path, "--replay", run, "--record-baseline", paths=(FIDELITY,))
+    assert ran.status == 1
+    assert ran.of("failure") == {"test_step_error[compile]", "test_step_error[fused_qkv]"}
+    assert not (tmp_path / "baselines").exists()
+
+
 @pytest.mark.parametrize(
     ("result", "said"),
     [

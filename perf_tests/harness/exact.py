@@ -101,31 +101,41 @@ def judge_fidelity(
 
 
 def judge_step_error(
-    level: str, error: float, bf16_error: float, baseline: LevelBaseline | None, policy: Policy
+    level: str,
+    results: Sequence[Result],
+    error: float,
+    bf16_error: float,
+    baseline: Baseline | None,
+    policy: Policy,
 ) -> Verdict:
     """Is the one-step output's relative L2 error against float32 what the level's number formats explain?
 
     Two bounds: k x error(bf16) of the same run with k from the formats' roundoff, and what the baseline's runs show.
+    The first holds with or without a baseline.
+
+    Args:
+        results: of the level; its effective fields say in which formats it computes.
+        error, bf16_error: the largest of the processes of this level and of bf16.
     """
-    if baseline is None:
-        message = f"there is no baseline of level {level!r} for {policy.slug!r}: {RECORD}."
-        return verdict(Outcome.NO_BASELINE, level, "no_baseline", message)
+    found = obstacle(level, results, baseline, clocked=False)
+    if found and found.outcome is Outcome.ERROR:
+        return found
     if not (math.isfinite(error) and math.isfinite(bf16_error) and bf16_error > 0):
         message = (
             f"step error {error} with bf16's {bf16_error}: both have to be finite and bf16's positive. Look for NaN "
             f"in the first step of {level!r}, or for a bf16 that ran in float32."
         )
-        return verdict(Outcome.REGRESSED, level, "not_finite", message)
-    factor, source = roundoff_factor(baseline.fields)
+        return verdict(Outcome.REGRESSED, level, "not_finite", message, results)
+    factor, source = roundoff_factor(results[0].fields)
     bounds = {"roundoff": factor * bf16_error}
     text = f"{factor:.3g} x bf16's {bf16_error:.3g} = {bounds['roundoff']:.3g} (k = {source})"
-    if baseline.step_error:
-        known = np.array(baseline.step_error)
+    if baseline and not found and baseline.levels[level].step_error:
+        known = np.array(baseline.levels[level].step_error)
         floor = policy.step_error_floor * float(known.mean())
         bounds["baseline"] = float(known.mean()) + _prediction_margin(known, floor, policy)
         text += f", and {bounds['baseline']:.3g} from {len(known)} baseline runs around {known.mean():.3g}"
     else:
-        text += f"; the baseline holds no step error, so only this bound applies: {RECORD}"
+        text += "; no baseline's step error to compare with, so only this bound applies"
     numbers: dict[str, float | None] = {"step_error": error, "bf16_step_error": bf16_error}
     numbers |= {f"{name}_limit": bound for name, bound in bounds.items()}
     message = f"one-step error against float32 is {error:.3g}; allowed: {text}."
@@ -133,8 +143,8 @@ def judge_step_error(
         # Two runs of one float32 program differ by a rounding of the result, whatever the baseline shows.
         if error > bound + 2.0**-23:
             action = "The level computes in a coarser format or a wrong one: look at its own field first."
-            return verdict(Outcome.REGRESSED, level, rule, f"{message} {action}", numbers=numbers)
-    return verdict(Outcome.PASS, level, "limit", message, numbers=numbers)
+            return verdict(Outcome.REGRESSED, level, rule, f"{message} {action}", results, numbers)
+    return found or verdict(Outcome.PASS, level, "limit", message, results, numbers)
 
 
 def judge_memory(level: str, results: Sequence[Result], baseline: Baseline | None, policy: Policy) -> Verdict:
