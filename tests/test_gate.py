@@ -344,7 +344,8 @@ def test_no_baseline_is_not_ok_and_names_the_command():
         latency("aoti", tonight, without),
         gate.judge_structure("aoti", tonight["aoti"], without),
         gate.judge_memory("aoti", tonight["aoti"], without, GPU),
-        gate.judge_fidelity("aoti", {"ssim": 0.9}, None, GPU),
+        gate.judge_fidelity("aoti", {"ssim": 0.9}, {}, None, GPU),
+        gate.judge_fidelity("aoti", {"ssim": 0.9}, {}, without, GPU),
         gate.judge_step_error("aoti", tonight["aoti"], 0.02, 0.01, None, GPU),
     ):
         assert verdict.outcome is Outcome.NO_BASELINE and not verdict.ok
@@ -414,27 +415,38 @@ GOOD = {"ssim": 0.97, "flip": 0.03, "flip_worst_tile": 0.1, "psnr_db": 30.0}
 )
 def test_fidelity_is_judged_in_each_metrics_own_direction(change, rule):
     """SSIM may not fall, FLIP may not rise, PSNR is for information, NaN and unknown metrics are never a pass."""
-    verdict = gate.judge_fidelity("aoti", GOOD | change, samples.level_baseline("aoti"), GPU)
+    verdict = gate.judge_fidelity("aoti", GOOD | change, {}, baseline(), GPU)
     assert verdict.ok == (rule is None) and (rule is None or verdict.rule == rule)
 
 
 def test_fidelity_limits_follow_the_spread_of_fresh_runs():
     """A metric that varies between compiles gets room; one that was not measured tonight is not passed over."""
-    varied = samples.level_baseline("aoti", fidelity={"ssim": [0.97, 0.96, 0.98, 0.965, 0.975]})
-    assert gate.judge_fidelity("aoti", {"ssim": 0.955}, varied, GPU).ok
-    assert not gate.judge_fidelity("aoti", {"ssim": 0.80}, varied, GPU).ok
-    assert not gate.judge_fidelity("aoti", {"flip": 0.0}, varied, GPU).ok
+    varied = with_level(baseline(), "aoti", fidelity={"ssim": [0.97, 0.96, 0.98, 0.965, 0.975]})
+    assert gate.judge_fidelity("aoti", {"ssim": 0.955}, {}, varied, GPU).ok
+    assert not gate.judge_fidelity("aoti", {"ssim": 0.80}, {}, varied, GPU).ok
+    assert not gate.judge_fidelity("aoti", {"flip": 0.0}, {}, varied, GPU).ok
+
+
+def test_an_image_scored_by_another_method_is_incomparable():
+    """Another window or library variant gives other numbers; the message names the metrics that changed."""
+    method = {"ssim": {"window": 11}, "flip": {"variant": "LDR"}}
+    assert gate.judge_fidelity("aoti", GOOD, method, baseline(fidelity_method=method), GPU).ok
+    for other in ({}, {**method, "ssim": {"window": 7}}):
+        verdict = gate.judge_fidelity("aoti", GOOD, method, baseline(fidelity_method=other), GPU)
+        assert (verdict.outcome, verdict.rule) == (Outcome.INCOMPARABLE, "method")
+        assert "ssim" in verdict.message and ("flip" in verdict.message) == (not other)
+        assert "--record-baseline" in verdict.message
 
 
 def test_no_image_limit_is_tighter_than_rounding():
     """On a CPU other than the recording one an image may differ from the stored one as float32's does from bf16's."""
-    own = samples.level_baseline("aoti", fidelity={"ssim_stored": [1.0] * 5, "flip_stored": [0.0] * 5})
-    exact = samples.level_baseline("fp32", fidelity={"ssim": [0.98] * 5, "flip": [0.03] * 5})
+    stored = with_level(baseline(), "aoti", fidelity={"ssim_stored": [1.0] * 5, "flip_stored": [0.0] * 5})
+    stored = with_level(stored, "fp32", fidelity={"ssim": [0.98] * 5, "flip": [0.03] * 5})
     for values, is_within in (({"ssim_stored": 0.981, "flip_stored": 0.029}, True),
                               ({"ssim_stored": 0.979, "flip_stored": 0.029}, False),
                               ({"ssim_stored": 0.981, "flip_stored": 0.031}, False)):  # fmt: skip
-        assert gate.judge_fidelity("aoti", values, own, GPU, exact).ok == is_within
-        assert not gate.judge_fidelity("aoti", values, own, GPU).ok
+        assert gate.judge_fidelity("aoti", values, {}, stored, CPU).ok == is_within
+        assert not gate.judge_fidelity("aoti", values, {}, stored, GPU).ok
     with pytest.raises(ValueError, match="no known direction"):
         direction("beauty")
 

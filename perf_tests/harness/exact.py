@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -52,25 +53,36 @@ def judge_structure(level: str, results: Sequence[Result], baseline: Baseline | 
 def judge_fidelity(
     level: str,
     values: Mapping[str, float],
-    baseline: LevelBaseline | None,
+    method: Mapping[str, Any],
+    baseline: Baseline | None,
     policy: Policy,
-    rounding: LevelBaseline | None = None,
 ) -> Verdict:
     """Is any metric of the image worse than the baseline's fresh runs allow?
 
     The limit is a Student prediction bound on one more run, at least `fidelity_floor` away from the baseline's mean.
     A sixth of the floor is the spread assumed before runs show their own: a baseline of one value gives a
-    wide limit.
+    wide limit. How far the baseline's `policy.rounding_level` is from a perfect score is the least floor.
 
     Args:
-        rounding: the baseline's `policy.rounding_level`; its distance from a perfect score is then the least floor.
+        values: metric -> the worst of this run's processes.
+        method: metric -> variant and parameters, as the baseline stores them.
     """
-    if baseline is None or not baseline.fidelity:
+    stored = baseline.levels.get(level) if baseline else None
+    if baseline is None or stored is None or not stored.fidelity:
         message = f"there is no fidelity of level {level!r} for {policy.slug!r} to compare with: {RECORD}."
         return verdict(Outcome.NO_BASELINE, level, "no_baseline", message)
+    if method != baseline.fidelity_method:
+        theirs = baseline.fidelity_method
+        changed = sorted(name for name in method.keys() | theirs.keys() if method.get(name) != theirs.get(name))
+        message = (
+            f"{', '.join(changed)} of an image came about otherwise in the baseline of {baseline.slug!r}, so the "
+            f"numbers do not compare. Undo the change of method or, if it is meant, {RECORD}."
+        )
+        return verdict(Outcome.INCOMPARABLE, level, "method", message)
+    rounding = baseline.levels.get(policy.rounding_level or "")
     numbers: dict[str, float | None] = {}
     worse, text = [], []
-    for metric in sorted(values.keys() | baseline.fidelity.keys()):
+    for metric in sorted(values.keys() | stored.fidelity.keys()):
         way = direction(metric)
         value = values.get(metric)
         if way == "informational":
@@ -80,10 +92,10 @@ def judge_fidelity(
             what = "was not measured, but the baseline has it" if value is None else f"is {value}"
             message = f"{metric} {what}: look for NaN in the output of {level!r}, or a missing reference image."
             return verdict(Outcome.REGRESSED, level, "not_finite", message, numbers=numbers)
-        if not baseline.fidelity.get(metric):
+        if not stored.fidelity.get(metric):
             message = f"the baseline of {policy.slug!r} has no {metric} of level {level!r}: {RECORD}."
             return verdict(Outcome.NO_BASELINE, level, "no_baseline", message, numbers=numbers)
-        known = np.array(baseline.fidelity[metric])
+        known = np.array(stored.fidelity[metric])
         margin = _prediction_margin(known, max(fidelity_floor(metric), _rounding(metric, rounding)), policy)
         sign = 1.0 if way == "higher_is_worse" else -1.0
         limit = float(known.mean()) + sign * margin

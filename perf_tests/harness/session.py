@@ -146,9 +146,7 @@ class Session:
         if found := broken or obstacle(level, self.results[level], self.baseline, clocked=False):
             return self._unless_not_compared(found)
         values = worst(self.image_scores(level, self.stored_reference()))
-        levels = self.baseline.levels if self.baseline else {}
-        rounding = levels.get(self.policy.rounding_level or "")
-        judged = gate.judge_fidelity(level, values, levels.get(level), self.policy, rounding)
+        judged = gate.judge_fidelity(level, values, fidelity.METHOD, self.baseline, self.policy)
         verdict = self._unless_not_compared(judged)
         if verdict.outcome is not Outcome.REGRESSED:
             return verdict
