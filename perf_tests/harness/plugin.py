@@ -155,6 +155,9 @@ class Judge:
         if option.update_baseline and option.reason and verdict.rule in ACCEPTABLE:
             own.accepted.append(verdict)
             pytest.xfail(f"to be accepted ({option.reason}): {verdict.explain()}")
+        if option.record_baseline and verdict.outcome is Outcome.INCOMPARABLE:
+            own.accepted.append(verdict)
+            pytest.xfail(f"not compared, since a new baseline is recorded: {verdict.explain()}")
         if row := own.quarantine.get(node.nodeid):
             pytest.xfail(row.excuse(verdict))
         pytest.fail("\n".join([verdict.explain(), *self._bisects(verdict)]), pytrace=False)
