@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from perf_tests.harness import noise
-from perf_tests.harness.obstacles import RECORD, measured, obstacle, verdict
+from perf_tests.harness.obstacles import ACCEPT, RECORD, measured, obstacle, verdict
 from perf_tests.harness.policy import Policy, direction, fidelity_floor, roundoff_factor
 from perf_tests.harness.schema import Baseline, LevelBaseline, Outcome, Proof, Result, Verdict
 
@@ -43,7 +43,7 @@ def judge_structure(level: str, results: Sequence[Result], baseline: Baseline | 
             message = (
                 f"other facts were counted than in the baseline of {baseline.slug!r}: missing "
                 f"{sorted(expected - observed) or 'none'}, new {sorted(observed - expected) or 'none'}. A missing "
-                f"fact is an optimisation no longer proven; if the change is meant, {RECORD}."
+                f"fact is an optimisation no longer proven; if the change is meant, {ACCEPT}."
             )
             return verdict(Outcome.REGRESSED, level, "facts", message, results)
     count = len(measured(results)[0].proofs)
@@ -105,8 +105,8 @@ def judge_fidelity(
             worse.append(metric)
     if worse:
         message = (
-            f"{' and '.join(worse)} beyond the limit: {'; '.join(text)}. Look at the saved difference map; a new "
-            f"kernel that rounds otherwise is accepted with `--update-baseline --reason`."
+            f"{' and '.join(worse)} beyond the limit: {'; '.join(text)}. Look at the saved difference map; if it "
+            f"is a new kernel that rounds otherwise, {ACCEPT}."
         )
         return verdict(Outcome.REGRESSED, level, "limit", message, numbers=numbers)
     return verdict(Outcome.PASS, level, "limit", f"{'; '.join(text)}.", numbers=numbers)
@@ -155,6 +155,8 @@ def judge_step_error(
         # Two runs of one float32 program differ by a rounding of the result, whatever the baseline shows.
         if error > bound + 2.0**-23:
             action = "The level computes in a coarser format or a wrong one: look at its own field first."
+            if rule == "baseline":
+                action += f" If another kernel rounds otherwise, {ACCEPT}."
             return verdict(Outcome.REGRESSED, level, rule, f"{message} {action}", results, numbers)
     return found or verdict(Outcome.PASS, level, "limit", message, results, numbers)
 
@@ -185,7 +187,7 @@ def judge_memory(level: str, results: Sequence[Result], baseline: Baseline | Non
             message = (
                 f"the transformer holds {observed} bytes of weights, the baseline exactly "
                 f"{expected.transformer_weight_bytes}: another dtype, quantization or model. Mend it or, if it is "
-                f"meant, {RECORD}."
+                f"meant, {ACCEPT}."
             )
             return verdict(Outcome.REGRESSED, level, "weights", message, results, numbers)
     text = (
@@ -193,7 +195,8 @@ def judge_memory(level: str, results: Sequence[Result], baseline: Baseline | Non
         f"{high / 2**20:.1f} MiB, tolerance {tolerance / 2**20:.1f} MiB; weights equal."
     )
     if peak > high + tolerance:
-        action = "Look for a second copy of weights or a larger workspace in this level's own step."
+        action = "Look for a second copy of weights or a larger workspace in this level's own step; if it is meant, "
+        action += f"{ACCEPT}."
         return verdict(Outcome.REGRESSED, level, "peak", f"{text} {action}", results, numbers)
     if peak < low - tolerance:
         stale = "The baseline is stale: run with `--update-baseline`."

@@ -16,7 +16,7 @@ import numpy as np
 from perf_tests.harness import noise
 from perf_tests.harness.exact import judge_fidelity, judge_memory, judge_step_error, judge_structure
 from perf_tests.harness.noise import Array, Comparison
-from perf_tests.harness.obstacles import measured, no_divisor, obstacle, verdict
+from perf_tests.harness.obstacles import ACCEPT, measured, no_divisor, obstacle, verdict
 from perf_tests.harness.policy import Policy, direction, nearest_parents, policy_for
 from perf_tests.harness.schema import Baseline, LevelBaseline, Outcome, Result, Verdict
 
@@ -180,9 +180,7 @@ class _Look:
         """Where to look: the divisor, the optimisation that stopped paying, a level below, or the machine."""
         divisor = self.policy.divisor(level)
         if divisor and self.policy.divisor(divisor) in {*self.tonight} - {level} and self.absolute(divisor).faster:
-            return (
-                f"{divisor!r} itself got faster, which raises every ratio to it: if that is meant, update the baseline."
-            )
+            return f"{divisor!r} itself got faster, which raises every ratio to it: if that is meant, {ACCEPT}."
         at: str | None = level
         while at is not None and at in self.tonight and not self.looks_red(at, "ladder"):
             at = self.policy.parents.get(at)
@@ -194,7 +192,7 @@ class _Look:
             return (
                 f"{inherited}The optimisation that stopped paying is {self.policy.own_fields.get(at)} "
                 f"({parent} -> {at}): it was worth x{was:.3f} and is worth x{now:.3f}. "
-                f"Bisect what changed in that step, or accept it with `--update-baseline --reason`."
+                f"Bisect what changed in that step, or {ACCEPT}."
             )
         drift = self.drift(level)
         if drift is not None and drift > self.absolute(level).limit:
@@ -224,7 +222,7 @@ class _Look:
                 f"{_percent(step.low)} to {_percent(step.high)}, limit {_percent(step.limit)}."
             )
         if kind == "published":
-            text += f" Published numbers bound from above only ({self.baseline.source_note}); record a baseline here."
+            text += f" Published numbers bound from above only ({self.baseline.source_note})."
         elif len(base) < self.policy.min_processes:
             text += f" The interval is wide because the baseline has under {self.policy.min_processes} processes."
         ratios = {"ratio": own.ratio, "low": own.low, "high": own.high, "drift": self.drift(level)}

@@ -234,9 +234,8 @@ def _record(own: Suite, session: pytest.Session, reporter: Any) -> None:
         if reason := "the run is not green" if session.exitstatus != 0 else own.not_recordable():
             raise store.BaselineError(reason)
         option = session.config.option
-        lines = record.store_run(
-            own.session, update=option.update_baseline, reason=option.reason, is_accepting=bool(own.accepted)
-        )
+        accepted = {verdict.level for verdict in own.accepted}
+        lines = record.store_run(own.session, update=option.update_baseline, reason=option.reason, accepted=accepted)
         reporter.write_line("\n" + "\n".join(lines))
     except StoreError as error:
         reporter.write_line(f"\nno baseline was written: {error}", red=True)
