@@ -230,7 +230,10 @@ def test_a_faster_divisor_is_named_and_no_optimisation_blamed():
 def test_cpu_latency_without_its_divisor_is_incomparable():
     """Left out, failed or disturbed bf16: the level says why it has no ratio."""
     left_out = latency("aoti", run(levels=["fp32", "aoti"]), policy=CPU)
-    assert (left_out.outcome, left_out.rule) == (Outcome.INCOMPARABLE, "divisor") and "'bf16'" in left_out.message
+    assert (left_out.outcome, left_out.rule) == (Outcome.INCOMPARABLE, "divisor")
+    assert "`pytest perf_tests --levels bf16,aoti`" in left_out.message
+    never_in = latency("aoti", run(), baseline("cpu", levels=["fp32", "aoti"]), CPU)
+    assert never_in.rule == "divisor" and "not in the baseline. Record one" in never_in.message
     tonight = run()
     tonight["bf16"][1] = samples.failed("bf16", 1)
     broken = latency("aoti", tonight, policy=CPU)

@@ -51,13 +51,12 @@ def no_divisor(level: str, run: Mapping[str, Sequence[Result]], baseline: Baseli
     if policy.relative_to is None:
         return None
     if divisor is None or not run.get(divisor) or divisor not in baseline.levels:
-        missing, action = "the baseline", f"R{RECORD[1:]}"
+        missing, action = "the baseline", RECORD.capitalize()
         if divisor in baseline.levels:
-            missing, action = "this run", f"Run both together: `pytest perf_tests --levels {divisor},{level}`"
+            missing, action = "it", f"Run both together: `pytest perf_tests --levels {divisor},{level}`"
         message = (
-            f"on {policy.slug!r} latency is a ratio to {divisor!r} of the same run, and that is not in {missing}. "
+            f"on {policy.slug!r} latency is a ratio to {divisor!r} of this run, which is not in {missing}. {action}."
         )
-        message += f"{action}."
         return verdict(Outcome.INCOMPARABLE, level, "divisor", message, run[level])
     if found := obstacle(divisor, run[divisor], baseline, clocked=True):
         message = f"latency of {level!r} is a ratio to {divisor!r} of the same run, and that gave: {found.explain()}"
