@@ -42,14 +42,16 @@ def read_bytes(path: Path, limit: int, error: type[StoreError]) -> bytes:
                 raise error(f"{path}: not a regular file; put the file itself there")
             raw = file.read(limit + 1)
     except (OSError, ValueError) as bad:
-        raise error(f"{path}: cannot be read ({bad}); restore the file, or remove it and measure again") from bad
+        raise error(f"{path}: cannot be read ({bad}); restore the file or measure again") from bad
     if len(raw) > limit:
         raise error(f"{path}: more than {limit} bytes, which is the most that is read; restore the file")
     return raw
 
 
-def load_json(raw: bytes, path: Path, error: type[StoreError]) -> dict[str, Any]:
-    """A JSON object without duplicate keys, NaN or infinity; anything else is an `error`."""
+def load_json(
+    raw: bytes, path: Path, error: type[StoreError], remedy: str = "restore the file or measure again"
+) -> dict[str, Any]:
+    """A JSON object without duplicate keys, NaN or infinity; anything else is an `error` that names the remedy."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
@@ -66,11 +68,9 @@ def load_json(raw: bytes, path: Path, error: type[StoreError]) -> dict[str, Any]
         document = json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
         dump_json(document)
     except (ValueError, RecursionError) as bad:
-        raise error(
-            f"{path}: not JSON as it was written ({bad}); restore the file, or remove it and measure again"
-        ) from bad
+        raise error(f"{path}: not JSON as it was written ({bad}); {remedy}") from bad
     if not isinstance(document, dict):
-        raise error(f"{path}: expected a JSON object, found {type(document).__name__}; restore the file")
+        raise error(f"{path}: expected a JSON object, found {type(document).__name__}; {remedy}")
     return document
 
 

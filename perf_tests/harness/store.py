@@ -161,7 +161,7 @@ def result_image(path: Path, result: Result) -> Picture:
 
 
 def _checked(raw: bytes, path: Path) -> Baseline:
-    document = load_json(raw, path, BaselineError)
+    document = load_json(raw, path, BaselineError, RECORD)
     block = document.get("fluxfast")
     if not isinstance(block, dict):
         raise BaselineError(f"{path}: no 'fluxfast' block, so it is a plain pytest-benchmark file; {RECORD}")

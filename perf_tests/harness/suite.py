@@ -32,8 +32,7 @@ class Suite:
         expected: levels that have to be measured and judged, or the run is not green.
         verdicts: of the tests so far, by node id.
         baseline_name: file that judges this run; None if none does.
-        accepted: verdicts that are no pass and do not keep the run from becoming a baseline: what `--update-baseline
-            --reason` accepts, and what `--record-baseline` need not compare with.
+        accepted: verdicts that `--update-baseline --reason` is about to accept.
 
     Raises:
         ValueError, StoreError, GpuError: one sentence, before anything is measured.
