@@ -117,13 +117,18 @@ def attention_facts(transformer: nn.Module, level: Level) -> list[Fact]:
 
 
 def scaling(linear: nn.Module) -> str | None:
-    """How a Linear's float8 weight is scaled: "tensor", "row", or None if it has none."""
+    """How a Linear's float8 product is scaled: "tensor", "row", or None if its weight is not float8.
+
+    "weight-only" is none of them: the weight is unpacked and the product done in bfloat16, without a float8 GEMM.
+    """
     from torchao.quantization import Float8Tensor
 
     if isinstance(linear, RowwiseFloat8Linear):
         return "row"
     if not isinstance(linear.weight, Float8Tensor):
         return None
+    if linear.weight.act_quant_kwargs is None:
+        return "weight-only"
     return "row" if tuple(linear.weight.block_size) == (1, linear.in_features) else "tensor"
 
 

@@ -15,7 +15,7 @@ from fluxfast.levels import get_level
 from fluxfast.workloads import get_workload
 from perf_tests.harness import exit_status, faults
 from perf_tests.harness.progress import RESULT_FILE, STAGES, TRACE_FILE, leave, report_stage, write_result
-from perf_tests.harness.schema import Measurement, Result
+from perf_tests.harness.schema import Measurement, Proof, Result
 
 
 def result_of(arguments: argparse.Namespace) -> Result:
@@ -39,7 +39,7 @@ def result_of(arguments: argparse.Namespace) -> Result:
             warmup_s=0.1,
             peak_memory_bytes=1,
             transformer_weight_bytes=1,
-            proofs=[],
+            proofs=[Proof(field="dtype", what="parameters", observed=7, expected=7)],
             inductor_config={},
             image="image.png",
             image_sha256="0" * 64,

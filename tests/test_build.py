@@ -157,6 +157,23 @@ def test_linear_that_float8_skips_is_noticed(micro: Workload, monkeypatch: pytes
         build(micro, FLOAT8)
 
 
+@pytest.mark.parametrize("id", ["float8", "float8_rowwise"])
+def test_float8_weights_without_float8_products_are_noticed(
+    micro: Workload, monkeypatch: pytest.MonkeyPatch, id: str
+) -> None:
+    """Weight-only float8 saves memory and no time: its products are bfloat16's, so it never passes as float8."""
+    quantize = steps._float8_tensor
+
+    def weight_only(*args):
+        tensor = quantize(*args)
+        tensor.act_quant_kwargs = None
+        return tensor
+
+    monkeypatch.setattr(steps, "_float8_tensor", weight_only)
+    with pytest.raises(StepNotApplied, match=rf"level '{id}' \(quantization=.*: 0 .* float8 weights, expected [1-9]"):
+        build(micro, get_level(id))
+
+
 def test_step_that_leaks_into_another_level_is_noticed(micro: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
     """A field that is on although the level has it off is as wrong as one that is missing."""
     monkeypatch.setattr(building, "load", channels_last_of(building.load))

@@ -23,11 +23,11 @@ def shipped():
 def judge(level, image):
     """The verdict on `image` as this level's, where the level drew the reference exactly before the fault."""
     baseline, reference = shipped()
-    own, policy = baseline.levels[level], gate.policy_for("cpu")
+    own = baseline.levels[level]
     scores = fidelity.compare(image, reference).as_dict()
     values = {f"{name}{suffix}": value for suffix in ("", "_stored") for name, value in scores.items()}
     values = {name: value for name, value in values.items() if name in own.fidelity}
-    return gate.judge_fidelity(level, values, own, policy, baseline.levels[policy.rounding_level])
+    return gate.judge_fidelity(level, values, fidelity.METHOD, baseline, gate.policy_for("cpu"))
 
 
 LEVELS = ["compile", "fused_qkv", "channels_last", "float8", "inductor_flags", "aoti"]

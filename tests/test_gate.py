@@ -230,7 +230,10 @@ def test_a_faster_divisor_is_named_and_no_optimisation_blamed():
 def test_cpu_latency_without_its_divisor_is_incomparable():
     """Left out, failed or disturbed bf16: the level says why it has no ratio."""
     left_out = latency("aoti", run(levels=["fp32", "aoti"]), policy=CPU)
-    assert (left_out.outcome, left_out.rule) == (Outcome.INCOMPARABLE, "divisor") and "'bf16'" in left_out.message
+    assert (left_out.outcome, left_out.rule) == (Outcome.INCOMPARABLE, "divisor")
+    assert "`pytest perf_tests --levels bf16,aoti`" in left_out.message
+    never_in = latency("aoti", run(), baseline("cpu", levels=["fp32", "aoti"]), CPU)
+    assert never_in.rule == "divisor" and "not in the baseline. Record one" in never_in.message
     tonight = run()
     tonight["bf16"][1] = samples.failed("bf16", 1)
     broken = latency("aoti", tonight, policy=CPU)
@@ -248,20 +251,15 @@ def test_a_published_number_bounds_from_above_only():
     assert latency("aoti", run(slow), published, again=confirmation(slow)).outcome is Outcome.REGRESSED
 
 
-def test_smallest_visible_is_what_the_verdict_prints_and_shrinks_with_evidence():
-    """It is smaller with other levels known, more processes and less spread; larger for a ratio."""
-    base = baseline()
-    own, others = base.levels["aoti"], [level for id, level in base.levels.items() if id != "aoti"]
-    alone = gate.smallest_visible(own, 3, GPU)
-    assert gate.smallest_visible(own, 3, GPU, others=others) < alone
-    assert gate.smallest_visible(own, 10, GPU) < alone < gate.smallest_visible(own, 1, GPU)
-    wide = own.model_copy(update={"processes": own.processes[:2]})
-    assert gate.smallest_visible(wide, 3, GPU) > alone
-    # A divisor that moves with the level, process by process, takes that noise out.
-    divided = gate.smallest_visible(own, 3, CPU, reference=own)
-    assert 0 < divided < gate.smallest_visible(own, 3, CPU)
-    printed = latency("aoti", run()).numbers["smallest_visible"]
-    assert printed == pytest.approx(gate.smallest_visible(own, 3, GPU, others=others), rel=0.15)
+def test_the_printed_smallest_visible_change_shrinks_with_evidence():
+    """More processes tonight or in the baseline show less; what the message prints is the number."""
+
+    def visible(tonight, base=None) -> float:
+        return latency("aoti", tonight, base).numbers["smallest_visible"]
+
+    few = with_level(baseline(), "aoti", processes=baseline().levels["aoti"].processes[:2])
+    assert visible(confirmation()) < visible(run()) < visible(run(), few)
+    assert f"smallest visible change +{100 * visible(run()):.2f} %" in latency("aoti", run()).message
 
 
 # What comes before numbers
@@ -349,8 +347,9 @@ def test_no_baseline_is_not_ok_and_names_the_command():
         latency("aoti", tonight, without),
         gate.judge_structure("aoti", tonight["aoti"], without),
         gate.judge_memory("aoti", tonight["aoti"], without, GPU),
-        gate.judge_fidelity("aoti", {"ssim": 0.9}, None, GPU),
-        gate.judge_step_error("aoti", 0.02, 0.01, None, GPU),
+        gate.judge_fidelity("aoti", {"ssim": 0.9}, {}, None, GPU),
+        gate.judge_fidelity("aoti", {"ssim": 0.9}, {}, without, GPU),
+        gate.judge_step_error("aoti", tonight["aoti"], 0.02, 0.01, None, GPU),
     ):
         assert verdict.outcome is Outcome.NO_BASELINE and not verdict.ok
         assert "'aoti'" in verdict.message and "pytest perf_tests --record-baseline" in verdict.message
@@ -419,48 +418,65 @@ GOOD = {"ssim": 0.97, "flip": 0.03, "flip_worst_tile": 0.1, "psnr_db": 30.0}
 )
 def test_fidelity_is_judged_in_each_metrics_own_direction(change, rule):
     """SSIM may not fall, FLIP may not rise, PSNR is for information, NaN and unknown metrics are never a pass."""
-    verdict = gate.judge_fidelity("aoti", GOOD | change, samples.level_baseline("aoti"), GPU)
+    verdict = gate.judge_fidelity("aoti", GOOD | change, {}, baseline(), GPU)
     assert verdict.ok == (rule is None) and (rule is None or verdict.rule == rule)
 
 
 def test_fidelity_limits_follow_the_spread_of_fresh_runs():
     """A metric that varies between compiles gets room; one that was not measured tonight is not passed over."""
-    varied = samples.level_baseline("aoti", fidelity={"ssim": [0.97, 0.96, 0.98, 0.965, 0.975]})
-    assert gate.judge_fidelity("aoti", {"ssim": 0.955}, varied, GPU).ok
-    assert not gate.judge_fidelity("aoti", {"ssim": 0.80}, varied, GPU).ok
-    assert not gate.judge_fidelity("aoti", {"flip": 0.0}, varied, GPU).ok
+    varied = with_level(baseline(), "aoti", fidelity={"ssim": [0.97, 0.96, 0.98, 0.965, 0.975]})
+    assert gate.judge_fidelity("aoti", {"ssim": 0.955}, {}, varied, GPU).ok
+    assert not gate.judge_fidelity("aoti", {"ssim": 0.80}, {}, varied, GPU).ok
+    assert not gate.judge_fidelity("aoti", {"flip": 0.0}, {}, varied, GPU).ok
+
+
+def test_an_image_scored_by_another_method_is_incomparable():
+    """Another window or library variant gives other numbers; the message names the metrics that changed."""
+    method = {"ssim": {"window": 11}, "flip": {"variant": "LDR"}}
+    assert gate.judge_fidelity("aoti", GOOD, method, baseline(fidelity_method=method), GPU).ok
+    for other in ({}, {**method, "ssim": {"window": 7}}):
+        verdict = gate.judge_fidelity("aoti", GOOD, method, baseline(fidelity_method=other), GPU)
+        assert (verdict.outcome, verdict.rule) == (Outcome.INCOMPARABLE, "method")
+        assert "ssim" in verdict.message and ("flip" in verdict.message) == (not other)
+        assert "--record-baseline" in verdict.message
 
 
 def test_no_image_limit_is_tighter_than_rounding():
     """On a CPU other than the recording one an image may differ from the stored one as float32's does from bf16's."""
-    own = samples.level_baseline("aoti", fidelity={"ssim_stored": [1.0] * 5, "flip_stored": [0.0] * 5})
-    exact = samples.level_baseline("fp32", fidelity={"ssim": [0.98] * 5, "flip": [0.03] * 5})
+    stored = with_level(baseline(), "aoti", fidelity={"ssim_stored": [1.0] * 5, "flip_stored": [0.0] * 5})
+    stored = with_level(stored, "fp32", fidelity={"ssim": [0.98] * 5, "flip": [0.03] * 5})
     for values, is_within in (({"ssim_stored": 0.981, "flip_stored": 0.029}, True),
                               ({"ssim_stored": 0.979, "flip_stored": 0.029}, False),
                               ({"ssim_stored": 0.981, "flip_stored": 0.031}, False)):  # fmt: skip
-        assert gate.judge_fidelity("aoti", values, own, GPU, exact).ok == is_within
-        assert not gate.judge_fidelity("aoti", values, own, GPU).ok
+        assert gate.judge_fidelity("aoti", values, {}, stored, CPU).ok == is_within
+        assert not gate.judge_fidelity("aoti", values, {}, stored, GPU).ok
     with pytest.raises(ValueError, match="no known direction"):
         direction("beauty")
 
 
 def test_step_error_is_bounded_by_roundoff_and_by_the_baseline():
-    """k follows the coarsest format; the baseline's own values bound it more tightly; NaN is red."""
+    """k follows the coarsest format; baseline runs bound it more tightly; k and NaN are judged without one too."""
     assert roundoff_factor({"dtype": "bfloat16"})[0] == 2
     assert roundoff_factor({"dtype": "bfloat16", "attention": "fa3_fp8"})[0] == 32
     assert roundoff_factor({"dtype": "bfloat16", "quantization": "float8_tensorwise"})[0] == 32
     assert roundoff_factor({"dtype": "float32"})[0] == 2.0**-15
-    unknown = samples.level_baseline("compile", step_error=[])
-    known = samples.level_baseline("compile")
-    judge = gate.judge_step_error
-    assert judge("compile", 0.019, 0.01, unknown, GPU).ok
-    assert judge("compile", 0.021, 0.01, unknown, GPU).rule == "roundoff"
-    assert judge("compile", 0.0205, 0.02, known, GPU).ok
-    assert judge("compile", 0.03, 0.02, known, GPU).rule == "baseline"
-    assert judge("compile", math.nan, 0.02, known, GPU).rule == "not_finite"
-    exact = samples.level_baseline("fp32", step_error=[0.0] * 5)
-    assert judge("fp32", 0.0, 0.01, exact, GPU).ok
-    assert not judge("fp32", 0.01, 0.01, exact, GPU).ok
+    unknown = with_level(baseline(), "compile", step_error=[])
+    exact = with_level(baseline(), "fp32", step_error=[0.0] * 5)
+
+    def judge(level, error, bf16_error, base) -> Verdict:
+        return gate.judge_step_error(level, [samples.result(level)], error, bf16_error, base, GPU)
+
+    assert judge("compile", 0.019, 0.01, unknown).ok
+    assert judge("compile", 0.0205, 0.02, baseline()).ok
+    assert judge("compile", 0.03, 0.02, baseline()).rule == "baseline"
+    assert judge("fp32", 0.0, 0.01, exact).ok
+    assert not judge("fp32", 0.01, 0.01, exact).ok
+    other = baseline(workload_digest="f" * 16)
+    for base, otherwise in ((unknown, "limit"), (None, "no_baseline"), (other, "changed")):
+        assert judge("compile", 0.021, 0.01, base).rule == "roundoff"
+        assert judge("compile", math.nan, 0.02, base).rule == "not_finite"
+        assert judge("compile", 0.02, math.inf, base).rule == "not_finite"
+        assert judge("compile", 0.019, 0.01, base).rule == otherwise
 
 
 def test_memory_is_exact_for_weights_and_tolerant_for_the_peak():

@@ -13,7 +13,7 @@ import pytest
 from gate_samples import IDS, SPEED_S
 
 from perf_tests.harness import gate
-from perf_tests.harness.schema import LevelBaseline, Outcome, ProcessSamples
+from perf_tests.harness.schema import Outcome, ProcessSamples
 from tools import night_models
 from tools import simulate_gate as simulate
 from tools.night_models import CPU, CPU_SPREAD, DRIFT, GPU, GPU_SPREAD
@@ -75,22 +75,6 @@ def test_the_smallest_visible_change_is_true_for_noise_that_is_not_normal(draw):
     null = simulate.nights(draw, policy, levels=9, count=5000)
     visible = simulate.decide(null, policy).visible[:, simulate.SLOWED]
     found = simulate.decide(null.slowed(simulate.SLOWED, visible), policy).red[:, simulate.SLOWED]
-    assert found.mean() >= 0.9
-
-
-def test_smallest_visible_of_a_baseline_alone_is_true():
-    """`gate.smallest_visible` knows no night; slowing that night's level by it is found all the same."""
-    policy = simulate.chain(GPU, 9)
-    null = simulate.nights(night_models.gaussian(GPU_SPREAD), policy, levels=9, count=300)
-    visible = []
-    for night in null.base:
-        levels = [
-            LevelBaseline(fields={}, processes=[ProcessSamples(samples_s=[s]) for s in np.exp(logs).tolist()])
-            for logs in night
-        ]
-        own = levels.pop(simulate.SLOWED)
-        visible.append(gate.smallest_visible(own, 3, policy, others=levels))
-    found = simulate.decide(null.slowed(simulate.SLOWED, np.log1p(visible)), policy).red[:, simulate.SLOWED]
     assert found.mean() >= 0.9
 
 

@@ -56,6 +56,12 @@ def tmp(tmp_path: Path, recorded: Path) -> Path:
     return tmp_path
 
 
+def older(tmp: Path, **change: object) -> None:
+    """The newest baseline becomes one of another workload, method or ladder."""
+    old = read_baseline(only_baseline(tmp)).model_copy(update=change)
+    write_baseline(tmp / "baselines" / "cpu", "tiny", old, stock_json(old), {})
+
+
 def only_baseline(tmp: Path) -> Path:
     (path,) = (tmp / "baselines" / "cpu").glob("*.json")
     return path
@@ -101,6 +107,17 @@ def test_recorded_baseline_reads_back(recorded: Path) -> None:
     assert set(baseline.levels) == set(LEVELS)
     assert {len(level.processes) for level in baseline.levels.values()} == {5}
     assert baseline.levels["compile"].fidelity["ssim_stored"] == [1.0] * 5
+
+
+def test_unfit_step_output_is_not_recorded(tmp_path: Path) -> None:
+    """NaN in the first step, or an error that bfloat16 does not explain, is red before there is a baseline."""
+    run = write_run(tmp_path / "run", 5)
+    np.save(run / "fused_qkv" / "3" / "step_output.npy", np.full((1, 16, 16), np.nan, np.float32))
+    shutil.copy(run / "aoti" / "0" / "step_output.npy", run / "compile" / "2" / "step_output.npy")
+    ran = run_suite(tmp_path, "--replay", run, "--record-baseline", paths=(FIDELITY,))
+    assert ran.status == 1
+    assert ran.of("failure") == {"test_step_error[compile]", "test_step_error[fused_qkv]"}
+    assert not (tmp_path / "baselines").exists()
 
 
 @pytest.mark.parametrize(
@@ -243,6 +260,38 @@ def test_no_baseline(tmp_path: Path) -> None:
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.parametrize("change", [{"workload_digest": "0123456789abcdef"}, {"fidelity_method": {}}], ids=str)
+def test_meant_change_is_recorded_by_the_documented_command(
+    tmp: Path, recorded: Path, change: dict[str, object]
+) -> None:
+    """Another workload or method is red, is no obstacle to a new baseline, and compares with that one."""
+    older(tmp, **change)
+    judged = ("--replay", tmp / "run", "--benchmark-compare")
+    ran = run_suite(tmp, *judged)
+    assert ran.status == 1
+    assert {ran.properties[name]["verdict"] for name in ran.of("failure")} == {"incomparable"}
+    ran = run_suite(tmp, "--replay", recorded / "run5", "--record-baseline", "--benchmark-compare", paths=(FIDELITY,))
+    assert ran.status == 0, ran.text
+    assert "0003_tiny.json" in ran.text
+    assert run_suite(tmp, *judged).status == 0
+
+
+def test_recording_over_what_does_not_compare_still_refuses_the_rest(tmp: Path) -> None:
+    """A slower level that does compare, and a step that is not finite in one that does not, are red as ever."""
+    levels = read_baseline(only_baseline(tmp)).levels
+    fields = {**levels["aoti"].fields, "packaging": "jit"}
+    older(tmp, levels=levels | {"aoti": levels["aoti"].model_copy(update={"fields": fields})})
+    run = write_run(tmp / "run5", 5)
+    for process in range(5):
+        put(run, sample("compile", process, 1.3))
+    np.save(run / "aoti" / "0" / "step_output.npy", np.full((1, 16, 16), np.nan, np.float32))
+    ran = run_suite(tmp, "--replay", run, "--benchmark-compare", "--record-baseline", paths=(FIDELITY, LATENCY))
+    assert ran.status == 1
+    assert ran.of("failure") == {"test_latency[compile]", "test_step_error[aoti]"}
+    assert {ran.properties[f"test_{test}[aoti]"]["verdict"] for test in ("image", "latency")} == {"incomparable"}
+    assert "no baseline was written" in ran.text
+
+
 @pytest.mark.parametrize("kind", [ErrorKind.OOM, ErrorKind.HANG, ErrorKind.CRASH, ErrorKind.IMPORT])
 def test_failed_level(tmp: Path, kind: ErrorKind) -> None:
     """Each failure is an error verdict with its kind, the log and the command; the rest of the ladder is judged."""
@@ -292,7 +341,7 @@ def test_wrong_image(tmp: Path, fault: str) -> None:
 def test_changed_count_or_missing_proof(tmp: Path) -> None:
     """A count that does not hold, and a fact that is no longer counted, are red in test_structure alone."""
     put(tmp / "run", changed("aoti", proofs=[Proof(field="dtype", what="parameters", observed=376, expected=377)]))
-    put(tmp / "run", changed("float8", proofs=[]))
+    put(tmp / "run", changed("float8", proofs=[Proof(field="dtype", what="other", observed=1, expected=1)]))
     ran = run_suite(tmp, "--replay", tmp / "run", "--benchmark-compare")
     assert ran.status == 1
     assert ran.of("failure") == {"test_structure[aoti]", "test_structure[float8]"}

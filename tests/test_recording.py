@@ -184,6 +184,32 @@ def test_on_a_cpu_ratios_count_and_runs_do_not_mix() -> None:
     assert all(updated.levels[level].processes == new.levels[level].processes for level in LEVELS)
 
 
+@pytest.mark.parametrize("relative_to", [None, "bf16"])
+def test_what_was_red_is_taken_with_its_reason_and_nothing_else(relative_to: str | None) -> None:
+    """An accepted image replaces that level's, whatever its time did; the others keep theirs, on a CPU too."""
+    old = sample_baseline()
+    new = sample_baseline(fidelity={level: {"ssim": [0.9] * 5} for level in LEVELS})
+    with pytest.raises(BaselineError, match=r"slower, .* compile x1\.0000; .*--reason"):
+        update_baseline(old, new, LIMITS, None, accepted={"compile"})
+    updated, lines = update_baseline(old, new, LIMITS, "a new kernel", accepted={"compile"}, relative_to=relative_to)
+    assert [updated.levels[level].fidelity["ssim"][0] for level in LEVELS] == [0.99, 0.99, 0.9]
+    assert [(step.level, step.reason) for step in updated.steps] == [("compile", "a new kernel")]
+    assert [line.split(":")[0] for line in lines] == ["compile"] and lines[0].endswith("ssim 0.99 -> 0.9")
+
+
+def test_less_memory_is_taken_without_a_reason() -> None:
+    """The peak of that level alone, beside a level that became faster or not."""
+    run = sample_run({"compile": 0.9})
+    for level, results in run.items():
+        peak = {"peak_memory_bytes": 900}
+        run[level] = [r.model_copy(update={"measurement": r.measurement.model_copy(update=peak)}) for r in results]
+    old, new = sample_baseline(), sample_baseline(run)
+    updated, lines = update_baseline(old, new, LIMITS, None, leaner=["bf16", "compile"])
+    assert [updated.levels[level].peak_memory_bytes[0] for level in LEVELS] == [1000, 900, 900]
+    assert updated.levels["bf16"].processes == old.levels["bf16"].processes
+    assert lines[0] == "bf16: peak memory in bytes 1000 -> 900" and len(lines) == 2
+
+
 @pytest.mark.parametrize("field", ["slug", "workload_digest", "method", "source", "fidelity_method"])
 def test_baselines_that_do_not_compare_are_not_mixed(field: str) -> None:
     """Another machine, workload or method is a new baseline, not an update."""

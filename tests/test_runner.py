@@ -105,6 +105,26 @@ def test_failure(tmp_path: pathlib.Path, behave: str, kind: ErrorKind, status: i
     assert kind is not ErrorKind.BAD_INPUT or "Traceback" not in failure.log_tail
 
 
+@pytest.mark.parametrize(
+    ("raised", "kind"), [("sanity.NonFinite('192 NaN')", ErrorKind.NON_FINITE), ("1 / 0", ErrorKind.EXCEPTION)]
+)
+def test_only_a_number_that_cannot_be_is_non_finite(tmp_path: pathlib.Path, raised: str, kind: ErrorKind) -> None:
+    """An arithmetic error from anywhere else in the real worker is an exception with its traceback."""
+    broken = f"""
+from perf_tests.harness import sanity, worker
+def run(arguments, out):
+    raise {raised}
+worker.run = run
+worker.main()
+"""
+    command = (sys.executable, "-c", broken)
+    result = runner.run_level("compile", "tiny", 0, tmp_path, worker_command=command, deadlines=DEADLINES)
+    failure = failure_of(tmp_path, result)
+    assert failure.kind is kind
+    assert ("Traceback" in failure.log_tail) == (kind is ErrorKind.EXCEPTION)
+    assert kind is ErrorKind.NON_FINITE or "ZeroDivisionError: division by zero" in failure.message
+
+
 def test_log_tail(tmp_path: pathlib.Path) -> None:
     """A failure carries the last 50 lines of the log, not the first."""
     lines = failure_of(tmp_path, run(tmp_path, "raise")).log_tail.splitlines()

@@ -198,6 +198,10 @@ def test_a_result_names_only_files_beside_it(tmp_path: Path, name: str) -> None:
         ({"failure": sample_failure()}, "exactly one of"),
         ({"process": -1}, "process: Input should be greater"),
         ({"level": 3}, "level: Input should be a valid string"),
+        (
+            {"measurement": sample_result().measurement.model_copy(update={"proofs": []})},
+            "measurement.proofs: List should have at least 1 item",
+        ),
     ],
 )
 def test_an_odd_result_is_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:

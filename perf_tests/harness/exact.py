@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from perf_tests.harness import noise
-from perf_tests.harness.obstacles import RECORD, measured, obstacle, verdict
+from perf_tests.harness.obstacles import ACCEPT, RECORD, measured, obstacle, verdict
 from perf_tests.harness.policy import Policy, direction, fidelity_floor, roundoff_factor
 from perf_tests.harness.schema import Baseline, LevelBaseline, Outcome, Proof, Result, Verdict
 
@@ -42,7 +43,7 @@ def judge_structure(level: str, results: Sequence[Result], baseline: Baseline | 
             message = (
                 f"other facts were counted than in the baseline of {baseline.slug!r}: missing "
                 f"{sorted(expected - observed) or 'none'}, new {sorted(observed - expected) or 'none'}. A missing "
-                f"fact is an optimisation no longer proven; if the change is meant, {RECORD}."
+                f"fact is an optimisation no longer proven; if the change is meant, {ACCEPT}."
             )
             return verdict(Outcome.REGRESSED, level, "facts", message, results)
     count = len(measured(results)[0].proofs)
@@ -52,25 +53,36 @@ def judge_structure(level: str, results: Sequence[Result], baseline: Baseline | 
 def judge_fidelity(
     level: str,
     values: Mapping[str, float],
-    baseline: LevelBaseline | None,
+    method: Mapping[str, Any],
+    baseline: Baseline | None,
     policy: Policy,
-    rounding: LevelBaseline | None = None,
 ) -> Verdict:
     """Is any metric of the image worse than the baseline's fresh runs allow?
 
     The limit is a Student prediction bound on one more run, at least `fidelity_floor` away from the baseline's mean.
     A sixth of the floor is the spread assumed before runs show their own: a baseline of one value gives a
-    wide limit.
+    wide limit. How far the baseline's `policy.rounding_level` is from a perfect score is the least floor.
 
     Args:
-        rounding: the baseline's `policy.rounding_level`; its distance from a perfect score is then the least floor.
+        values: metric -> the worst of this run's processes.
+        method: metric -> variant and parameters, as the baseline stores them.
     """
-    if baseline is None or not baseline.fidelity:
+    stored = baseline.levels.get(level) if baseline else None
+    if baseline is None or stored is None or not stored.fidelity:
         message = f"there is no fidelity of level {level!r} for {policy.slug!r} to compare with: {RECORD}."
         return verdict(Outcome.NO_BASELINE, level, "no_baseline", message)
+    if method != baseline.fidelity_method:
+        theirs = baseline.fidelity_method
+        changed = sorted(name for name in method.keys() | theirs.keys() if method.get(name) != theirs.get(name))
+        message = (
+            f"{', '.join(changed)} of an image came about otherwise in the baseline of {baseline.slug!r}, so the "
+            f"numbers do not compare. Undo the change of method or, if it is meant, {RECORD}."
+        )
+        return verdict(Outcome.INCOMPARABLE, level, "method", message)
+    rounding = baseline.levels.get(policy.rounding_level or "")
     numbers: dict[str, float | None] = {}
     worse, text = [], []
-    for metric in sorted(values.keys() | baseline.fidelity.keys()):
+    for metric in sorted(values.keys() | stored.fidelity.keys()):
         way = direction(metric)
         value = values.get(metric)
         if way == "informational":
@@ -80,10 +92,10 @@ def judge_fidelity(
             what = "was not measured, but the baseline has it" if value is None else f"is {value}"
             message = f"{metric} {what}: look for NaN in the output of {level!r}, or a missing reference image."
             return verdict(Outcome.REGRESSED, level, "not_finite", message, numbers=numbers)
-        if not baseline.fidelity.get(metric):
+        if not stored.fidelity.get(metric):
             message = f"the baseline of {policy.slug!r} has no {metric} of level {level!r}: {RECORD}."
             return verdict(Outcome.NO_BASELINE, level, "no_baseline", message, numbers=numbers)
-        known = np.array(baseline.fidelity[metric])
+        known = np.array(stored.fidelity[metric])
         margin = _prediction_margin(known, max(fidelity_floor(metric), _rounding(metric, rounding)), policy)
         sign = 1.0 if way == "higher_is_worse" else -1.0
         limit = float(known.mean()) + sign * margin
@@ -93,39 +105,49 @@ def judge_fidelity(
             worse.append(metric)
     if worse:
         message = (
-            f"{' and '.join(worse)} beyond the limit: {'; '.join(text)}. Look at the saved difference map; a new "
-            f"kernel that rounds otherwise is accepted with `--update-baseline --reason`."
+            f"{' and '.join(worse)} beyond the limit: {'; '.join(text)}. Look at the saved difference map; if it "
+            f"is a new kernel that rounds otherwise, {ACCEPT}."
         )
         return verdict(Outcome.REGRESSED, level, "limit", message, numbers=numbers)
     return verdict(Outcome.PASS, level, "limit", f"{'; '.join(text)}.", numbers=numbers)
 
 
 def judge_step_error(
-    level: str, error: float, bf16_error: float, baseline: LevelBaseline | None, policy: Policy
+    level: str,
+    results: Sequence[Result],
+    error: float,
+    bf16_error: float,
+    baseline: Baseline | None,
+    policy: Policy,
 ) -> Verdict:
     """Is the one-step output's relative L2 error against float32 what the level's number formats explain?
 
     Two bounds: k x error(bf16) of the same run with k from the formats' roundoff, and what the baseline's runs show.
+    The first holds with or without a baseline.
+
+    Args:
+        results: of the level; its effective fields say in which formats it computes.
+        error, bf16_error: the largest of the processes of this level and of bf16.
     """
-    if baseline is None:
-        message = f"there is no baseline of level {level!r} for {policy.slug!r}: {RECORD}."
-        return verdict(Outcome.NO_BASELINE, level, "no_baseline", message)
+    found = obstacle(level, results, baseline, clocked=False)
+    if found and found.outcome is Outcome.ERROR:
+        return found
     if not (math.isfinite(error) and math.isfinite(bf16_error) and bf16_error > 0):
         message = (
             f"step error {error} with bf16's {bf16_error}: both have to be finite and bf16's positive. Look for NaN "
             f"in the first step of {level!r}, or for a bf16 that ran in float32."
         )
-        return verdict(Outcome.REGRESSED, level, "not_finite", message)
-    factor, source = roundoff_factor(baseline.fields)
+        return verdict(Outcome.REGRESSED, level, "not_finite", message, results)
+    factor, source = roundoff_factor(results[0].fields)
     bounds = {"roundoff": factor * bf16_error}
     text = f"{factor:.3g} x bf16's {bf16_error:.3g} = {bounds['roundoff']:.3g} (k = {source})"
-    if baseline.step_error:
-        known = np.array(baseline.step_error)
+    if baseline and not found and baseline.levels[level].step_error:
+        known = np.array(baseline.levels[level].step_error)
         floor = policy.step_error_floor * float(known.mean())
         bounds["baseline"] = float(known.mean()) + _prediction_margin(known, floor, policy)
         text += f", and {bounds['baseline']:.3g} from {len(known)} baseline runs around {known.mean():.3g}"
     else:
-        text += f"; the baseline holds no step error, so only this bound applies: {RECORD}"
+        text += "; no baseline's step error to compare with, so only this bound applies"
     numbers: dict[str, float | None] = {"step_error": error, "bf16_step_error": bf16_error}
     numbers |= {f"{name}_limit": bound for name, bound in bounds.items()}
     message = f"one-step error against float32 is {error:.3g}; allowed: {text}."
@@ -133,8 +155,10 @@ def judge_step_error(
         # Two runs of one float32 program differ by a rounding of the result, whatever the baseline shows.
         if error > bound + 2.0**-23:
             action = "The level computes in a coarser format or a wrong one: look at its own field first."
-            return verdict(Outcome.REGRESSED, level, rule, f"{message} {action}", numbers=numbers)
-    return verdict(Outcome.PASS, level, "limit", message, numbers=numbers)
+            if rule == "baseline":
+                action += f" If another kernel rounds otherwise, {ACCEPT}."
+            return verdict(Outcome.REGRESSED, level, rule, f"{message} {action}", results, numbers)
+    return found or verdict(Outcome.PASS, level, "limit", message, results, numbers)
 
 
 def judge_memory(level: str, results: Sequence[Result], baseline: Baseline | None, policy: Policy) -> Verdict:
@@ -163,7 +187,7 @@ def judge_memory(level: str, results: Sequence[Result], baseline: Baseline | Non
             message = (
                 f"the transformer holds {observed} bytes of weights, the baseline exactly "
                 f"{expected.transformer_weight_bytes}: another dtype, quantization or model. Mend it or, if it is "
-                f"meant, {RECORD}."
+                f"meant, {ACCEPT}."
             )
             return verdict(Outcome.REGRESSED, level, "weights", message, results, numbers)
     text = (
@@ -171,7 +195,8 @@ def judge_memory(level: str, results: Sequence[Result], baseline: Baseline | Non
         f"{high / 2**20:.1f} MiB, tolerance {tolerance / 2**20:.1f} MiB; weights equal."
     )
     if peak > high + tolerance:
-        action = "Look for a second copy of weights or a larger workspace in this level's own step."
+        action = "Look for a second copy of weights or a larger workspace in this level's own step; if it is meant, "
+        action += f"{ACCEPT}."
         return verdict(Outcome.REGRESSED, level, "peak", f"{text} {action}", results, numbers)
     if peak < low - tolerance:
         stale = "The baseline is stale: run with `--update-baseline`."

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fluxfast.levels import FIELDS
+from perf_tests.harness.sanity import NonFinite
 
 FaultKind = Literal["latency", "oom", "hang", "segv", "nan-image", "wrong-seed", "colour-cast", "hole", "unapplied"]
 KNOWN: Final = ("latency=+N%", *get_args(FaultKind)[1:-1], "unapplied:<field>")
@@ -97,11 +98,11 @@ def require_finite(decoded: npt.NDArray[Any], what: str) -> None:
     """Raise unless every value of `decoded` is a finite number.
 
     Raises:
-        ArithmeticError: saying how many are not.
+        NonFinite: saying how many are not.
     """
     bad = decoded.size - int(np.isfinite(decoded).sum())
     if bad:
-        raise ArithmeticError(f"{what} has {bad} of {decoded.size} values that are NaN or infinite, expected none")
+        raise NonFinite(f"{what} has {bad} of {decoded.size} values that are NaN or infinite, expected none")
 
 
 def _hole(image: npt.NDArray[Any]) -> tuple[slice, slice]:

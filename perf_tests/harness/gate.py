@@ -16,7 +16,7 @@ import numpy as np
 from perf_tests.harness import noise
 from perf_tests.harness.exact import judge_fidelity, judge_memory, judge_step_error, judge_structure
 from perf_tests.harness.noise import Array, Comparison
-from perf_tests.harness.obstacles import measured, no_divisor, obstacle, verdict
+from perf_tests.harness.obstacles import ACCEPT, measured, no_divisor, obstacle, verdict
 from perf_tests.harness.policy import Policy, direction, nearest_parents, policy_for
 from perf_tests.harness.schema import Baseline, LevelBaseline, Outcome, Result, Verdict
 
@@ -30,7 +30,6 @@ __all__ = [
     "judge_structure",
     "nearest_parents",
     "policy_for",
-    "smallest_visible",
 ]
 
 Run = Mapping[str, Sequence[Result]]
@@ -98,37 +97,6 @@ def judge_latency(
         both += f" The stated error rates assume {policy.confirmation_processes} processes here."
     message = f"{both} Fired: {' and '.join(agreed)}. {first.blame(level)}"
     return verdict(Outcome.REGRESSED, level, agreed[0], message, [*results, *confirmation[level]], numbers)
-
-
-def smallest_visible(
-    baseline_level: LevelBaseline,
-    processes: int,
-    policy: Policy,
-    *,
-    others: Sequence[LevelBaseline] = (),
-    reference: LevelBaseline | None = None,
-) -> float:
-    """The smallest slow-down (0.02 is +2 %) that this baseline finds in at least 90 % of nights, confirmation included.
-
-    Args:
-        processes: fresh processes of a run.
-        others: the other levels of the baseline; they make the spread of a short list of processes better known.
-        reference: the level that divides this one (`policy.relative_to`). Without it a relative policy takes the
-            divisor to be as noisy as the level.
-    """
-    # Independent and equally noisy: the ratio's deviations are those of one side times the square root of two.
-    scale = math.sqrt(2) if policy.relative_to and reference is None else 1.0
-
-    def series(of: LevelBaseline) -> Array:
-        logs = _base_logs({"": of} | ({"/": reference} if reference else {}))
-        return _series(logs, "", "/" if reference else None) * scale
-
-    own = series(baseline_level)
-    rest = [noise.squares(series(other)) for other in others]
-    noisy = noise.spread(noise.squares(own), (sum(s for s, _ in rest), sum(n for _, n in rest)), policy)
-    error = noise.error(len(own), processes, noisy)
-    limit = noise.limit(np.array(baseline_level.nights, dtype=float), error, policy)
-    return math.expm1(noise.visible(own, processes, noisy, limit, policy))
 
 
 def _log_medians(samples: Sequence[Sequence[float]]) -> Array:
@@ -212,9 +180,7 @@ class _Look:
         """Where to look: the divisor, the optimisation that stopped paying, a level below, or the machine."""
         divisor = self.policy.divisor(level)
         if divisor and self.policy.divisor(divisor) in {*self.tonight} - {level} and self.absolute(divisor).faster:
-            return (
-                f"{divisor!r} itself got faster, which raises every ratio to it: if that is meant, update the baseline."
-            )
+            return f"{divisor!r} itself got faster, which raises every ratio to it: if that is meant, {ACCEPT}."
         at: str | None = level
         while at is not None and at in self.tonight and not self.looks_red(at, "ladder"):
             at = self.policy.parents.get(at)
@@ -226,7 +192,7 @@ class _Look:
             return (
                 f"{inherited}The optimisation that stopped paying is {self.policy.own_fields.get(at)} "
                 f"({parent} -> {at}): it was worth x{was:.3f} and is worth x{now:.3f}. "
-                f"Bisect what changed in that step, or accept it with `--update-baseline --reason`."
+                f"Bisect what changed in that step, or {ACCEPT}."
             )
         drift = self.drift(level)
         if drift is not None and drift > self.absolute(level).limit:
@@ -256,7 +222,7 @@ class _Look:
                 f"{_percent(step.low)} to {_percent(step.high)}, limit {_percent(step.limit)}."
             )
         if kind == "published":
-            text += f" Published numbers bound from above only ({self.baseline.source_note}); record a baseline here."
+            text += f" Published numbers bound from above only ({self.baseline.source_note})."
         elif len(base) < self.policy.min_processes:
             text += f" The interval is wide because the baseline has under {self.policy.min_processes} processes."
         ratios = {"ratio": own.ratio, "low": own.low, "high": own.high, "drift": self.drift(level)}

@@ -9,6 +9,8 @@ from perf_tests.harness.policy import Policy
 from perf_tests.harness.schema import Baseline, Counters, Measurement, Outcome, Result, Verdict
 
 RECORD = "record one on a quiet machine with `pytest perf_tests --record-baseline`"
+ACCEPT = "accept it with `--update-baseline --reason`"
+"""Only beside the rules of `plugin.ACCEPTABLE`."""
 
 
 def verdict(
@@ -49,10 +51,11 @@ def no_divisor(level: str, run: Mapping[str, Sequence[Result]], baseline: Baseli
     if policy.relative_to is None:
         return None
     if divisor is None or not run.get(divisor) or divisor not in baseline.levels:
-        missing = "this run" if divisor in baseline.levels else "the baseline"
+        missing, action = "the baseline", RECORD.capitalize()
+        if divisor in baseline.levels:
+            missing, action = "it", f"Run both together: `pytest perf_tests --levels {divisor},{level}`"
         message = (
-            f"on {policy.slug!r} latency is a ratio to {divisor!r} of the same run, and that is not in {missing}. "
-            f"Run both levels together: `pytest perf_tests --levels {divisor},{level}`."
+            f"on {policy.slug!r} latency is a ratio to {divisor!r} of this run, which is not in {missing}. {action}."
         )
         return verdict(Outcome.INCOMPARABLE, level, "divisor", message, run[level])
     if found := obstacle(divisor, run[divisor], baseline, clocked=True):

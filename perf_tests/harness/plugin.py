@@ -155,6 +155,9 @@ class Judge:
         if option.update_baseline and option.reason and verdict.rule in ACCEPTABLE:
             own.accepted.append(verdict)
             pytest.xfail(f"to be accepted ({option.reason}): {verdict.explain()}")
+        if option.record_baseline and verdict.outcome is Outcome.INCOMPARABLE:
+            own.accepted.append(verdict)
+            pytest.xfail(f"not compared, since a new baseline is recorded: {verdict.explain()}")
         if row := own.quarantine.get(node.nodeid):
             pytest.xfail(row.excuse(verdict))
         pytest.fail("\n".join([verdict.explain(), *self._bisects(verdict)]), pytrace=False)
@@ -231,9 +234,8 @@ def _record(own: Suite, session: pytest.Session, reporter: Any) -> None:
         if reason := "the run is not green" if session.exitstatus != 0 else own.not_recordable():
             raise store.BaselineError(reason)
         option = session.config.option
-        lines = record.store_run(
-            own.session, update=option.update_baseline, reason=option.reason, is_accepting=bool(own.accepted)
-        )
+        accepted = {verdict.level for verdict in own.accepted}
+        lines = record.store_run(own.session, update=option.update_baseline, reason=option.reason, accepted=accepted)
         reporter.write_line("\n" + "\n".join(lines))
     except StoreError as error:
         reporter.write_line(f"\nno baseline was written: {error}", red=True)

@@ -51,10 +51,6 @@ class Deadlines:
         """Seconds allowed for `stage`."""
         return float(getattr(self, f"{stage}_s"))
 
-    def scaled(self, factor: float) -> Deadlines:
-        """Every deadline times `factor`: for a slow or a shared machine."""
-        return Deadlines(**{f"{stage}_s": self.of(stage) * factor for stage in STAGES})
-
 
 CPU_DEADLINES: Final = Deadlines(load_s=180, apply_s=900, warmup_s=900, measure_s=300, finish_s=60)
 """For the tiny workload on two cores; a cold Inductor cache takes most of the time."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,11 @@ def baseline_of(session: Session, stored: Any) -> tuple[Baseline, bytes]:
     return baseline, png
 
 
-def store_run(session: Session, *, update: bool, reason: str | None, is_accepting: bool = False) -> list[str]:
+def store_run(session: Session, *, update: bool, reason: str | None, accepted: Collection[str] = ()) -> list[str]:
     """Write a new baseline file, or one with what moved; lines for the terminal.
 
     Args:
-        is_accepting: whether a red verdict was let pass for `reason`, so that an unchanged baseline is no answer.
+        accepted: levels with a red verdict that was let pass for `reason`.
 
     Raises:
         StoreError: saying why the run cannot be a baseline.
@@ -63,11 +64,11 @@ def store_run(session: Session, *, update: bool, reason: str | None, is_acceptin
         new,
         _limits(session),
         reason,
+        accepted=accepted,
+        leaner=[level for level in session.results if session.memory(level).outcome is Outcome.IMPROVED],
         nights=_nights(session),
         relative_to=session.policy.relative_to,
     )
-    if not lines and is_accepting:
-        raise store.BaselineError("no latency moved, and what is red is not updated by itself: use --record-baseline")
     if updated == session.baseline:
         return ["baseline unchanged: nothing moved beyond a third of its limit, and this night is known"]
     # The reference image stays the old one, which lies there already.

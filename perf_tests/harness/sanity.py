@@ -1,4 +1,4 @@
-"""Times that this chip cannot reach: a measurement below them is wrong, whatever it says. No torch."""
+"""Numbers that cannot be: times that this chip cannot reach, or no numbers at all. No torch."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ CEILING_TFLOPS: Final = {"bfloat16": 1069.0, "float8": 2171.0}
 
 They make 65 ms a bf16 step and 32 ms a float8 step of 256 text tokens at 1024x1024.
 """
+
+
+class NonFinite(Exception):
+    """A measurement holds a number that cannot be, so it is wrong, whatever it says: `exit_status.NON_FINITE`."""
 
 
 def step_seconds(workload: Workload, stages_s: Mapping[str, Sequence[float]]) -> list[float]:
@@ -38,7 +42,7 @@ def require_possible_steps(
     """Raise if the median step of a full-size workload beats the chip.
 
     Raises:
-        ArithmeticError: with both times.
+        NonFinite: with both times.
     """
     if not is_gpu or not workload.is_full_size:
         return
@@ -46,7 +50,7 @@ def require_possible_steps(
     floor_s = step_tflop(workload.tokens) / CEILING_TFLOPS[dtype]
     step_s = statistics.median(step_seconds(workload, stages_s))
     if step_s < floor_s:
-        raise ArithmeticError(
+        raise NonFinite(
             f"a step took {step_s * 1e3:.1f} ms and its arithmetic alone takes {floor_s * 1e3:.1f} ms in {dtype} on "
             "this chip: the clock, a cached output or a skipped block is to be found, not celebrated"
         )

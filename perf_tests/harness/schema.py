@@ -119,7 +119,7 @@ class Measurement(Strict):
     peak_memory_bytes: Annotated[int, Field(gt=0)]
     """CUDA: the allocator's peak. CPU: all weights and the peak of what one call allocates."""
     transformer_weight_bytes: Annotated[int, Field(gt=0)]
-    proofs: list[Proof]
+    proofs: Annotated[list[Proof], Field(min_length=1)]
     inductor_config: dict[str, Any]
     """Options that Inductor was given beyond its defaults."""
     image: str

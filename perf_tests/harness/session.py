@@ -142,12 +142,11 @@ class Session:
 
     def fidelity(self, level: str) -> Verdict:
         """The image against the same run's bf16 image and the stored one."""
-        if broken := self._broken(level, REFERENCE_LEVEL):
-            return broken
+        broken = self._broken(level, REFERENCE_LEVEL)
+        if found := broken or obstacle(level, self.results[level], self.baseline, clocked=False):
+            return self._unless_not_compared(found)
         values = worst(self.image_scores(level, self.stored_reference()))
-        levels = self.baseline.levels if self.baseline else {}
-        rounding = levels.get(self.policy.rounding_level or "")
-        judged = gate.judge_fidelity(level, values, levels.get(level), self.policy, rounding)
+        judged = gate.judge_fidelity(level, values, fidelity.METHOD, self.baseline, self.policy)
         verdict = self._unless_not_compared(judged)
         if verdict.outcome is not Outcome.REGRESSED:
             return verdict
@@ -157,9 +156,9 @@ class Session:
         """The first step's output against float32, bounded by bf16's own error."""
         if broken := self._broken(level, REFERENCE_LEVEL, EXACT_LEVEL):
             return broken
-        known = self.baseline.levels.get(level) if self.baseline else None
         error, own = max(self.step_errors(level)), max(self.step_errors(REFERENCE_LEVEL))
-        return self._unless_not_compared(gate.judge_step_error(level, error, own, known, self.policy))
+        verdict = gate.judge_step_error(level, self.results[level], error, own, self.baseline, self.policy)
+        return self._unless_not_compared(verdict)
 
     def image_scores(self, level: str, stored: Any) -> list[dict[str, float]]:
         """One a process: metrics against this run's bf16 image, and as `<metric>_stored` against `stored`, if given.
@@ -259,13 +258,12 @@ class Session:
         return rerun if rerun.is_dir() else self.folder / level / process
 
     def _broken(self, level: str, *references: str) -> Verdict | None:
-        """The verdict on a level that has no measurement to compare, or no reference to compare it with."""
-        own = obstacle(level, self.results[level], self.baseline, clocked=False)
-        if own is not None:
-            return self._unless_not_compared(own)
-        for needed in references:
+        """The error of a level that gave no measurement, or whose reference gave none."""
+        for needed in (level, *references):
             found = obstacle(needed, self.results[needed], None, clocked=False)
             if found is not None and found.outcome is Outcome.ERROR:
+                if needed == level:
+                    return found
                 message = f"{needed!r} of the same run, its reference, gave no measurement: {found.message}"
                 return found.model_copy(update={"level": level, "message": message})
         return None

@@ -40,7 +40,10 @@ NUMBERED = re.compile(r"(\d{4})_([a-z0-9][a-z0-9_-]*(?:\.[a-z0-9_-]+)?)\.json", 
 LEVEL_ID = re.compile(r"[a-z0-9][a-z0-9_]*")
 IMAGE_PATH = re.compile(r"reference/[a-z0-9][a-z0-9._-]*\.png")
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
-RECORD = "restore the file from version control, or record a new one with `pytest perf_tests --record-baseline`"
+RECORD = (
+    "restore the file from version control, or remove it and record a new one with "
+    "`pytest perf_tests --record-baseline`"
+)
 MEASURE = "measure again"
 
 Model = TypeVar("Model", bound=Strict)
@@ -158,7 +161,7 @@ def result_image(path: Path, result: Result) -> Picture:
 
 
 def _checked(raw: bytes, path: Path) -> Baseline:
-    document = load_json(raw, path, BaselineError)
+    document = load_json(raw, path, BaselineError, RECORD)
     block = document.get("fluxfast")
     if not isinstance(block, dict):
         raise BaselineError(f"{path}: no 'fluxfast' block, so it is a plain pytest-benchmark file; {RECORD}")

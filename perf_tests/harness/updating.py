@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from perf_tests.harness.schema import AnnotatedStep, Baseline, LevelBaseline
@@ -21,27 +21,32 @@ def update_baseline(
     limits: Mapping[str, float],
     reason: str | None,
     *,
+    accepted: Collection[str] = (),
+    leaner: Collection[str] = (),
     nights: Mapping[str, float] | None = None,
     relative_to: str | None = None,
     today: datetime.date | None = None,
 ) -> tuple[Baseline, list[str]]:
-    """`old` with the levels that moved beyond a third of their limit taken from `new`.
+    """`old` with the levels that moved beyond a third of their limit, or are `accepted`, taken from `new`.
 
     What moved less stays, so that many small updates do not add up to an unseen regression; there tonight's change is
     kept as one of the level's `nights`, from which the gate learns how much it moves when nothing changed. Without a
-    reason a level may become faster only, and keeps its fidelity, step error and memory.
+    reason a level may become faster or `leaner` only, and keeps its fidelity and step error.
 
     Args:
         old, new: of the same machine, workload and method; `new` from `baseline_from_results`.
         limits: level id -> latency limit as the gate has it, the natural log of a ratio (0.02 is about +2 %).
+        accepted: level ids of which anything was red and is let pass for `reason`: image, memory, counts or time.
+        leaner: level ids whose peak memory improved; it is taken from `new`.
         nights: level id -> tonight's log ratio to `old`, of those levels that passed.
-        reason: why slower is accepted; needed too if a level's effective fields or proofs changed.
+        reason: why slower is accepted; needed too if a level is accepted, or its effective fields or proofs changed.
         relative_to: the policy's: level by whose median all others are divided first (`bf16` on slug `cpu`). Then one
             level that moved replaces all: times of two runs do not mix where only ratios within a run count.
         today: date of the annotation; default: now, UTC.
 
     Returns:
-        The baseline, equal to `old` if nothing moved and no night is given, and one line a level that moved.
+        The baseline, equal to `old` if nothing moved and no night is given, and one line a level of which more than
+        its nights is rewritten for its own sake.
 
     Raises:
         BaselineError: not comparable, a level is missing, or a loosening without reason.
@@ -58,7 +63,7 @@ def update_baseline(
             "record a new baseline with `pytest perf_tests --record-baseline`"
         )
     ratios = {level: _unit(new, level, relative_to) / _unit(old, level, relative_to) for level in old.levels}
-    changed = {level for level in old.levels if _identity(old, level) != _identity(new, level)}
+    changed = {*accepted, *(level for level in old.levels if _identity(old, level) != _identity(new, level))}
     moved = [level for level in old.levels if level in changed or abs(math.log(ratios[level])) > limits[level] / 3]
     loosened = [f"{level} x{ratios[level]:.4f}" for level in moved if level in changed or ratios[level] > 1]
     if loosened and not (reason and reason.strip()):
@@ -66,26 +71,29 @@ def update_baseline(
             f"slower, or built otherwise, than the baseline: {', '.join(loosened)}; "
             'say why it is accepted with --reason "...", or fix it'
         )
-    levels = {level: _with_night(kept, (nights or {}).get(level)) for level, kept in old.levels.items()}
+    replaced = moved if relative_to is None or not moved else list(old.levels)
+    levels, lines = {}, []
+    for level, was in old.levels.items():
+        leaned = {"peak_memory_bytes": new.levels[level].peak_memory_bytes} if level in leaner else {}
+        kept = was.model_copy(update=leaned)
+        if level in replaced:
+            levels[level] = _merge(kept, new.levels[level], level in moved and bool(reason))
+        else:
+            levels[level] = _with_night(kept, (nights or {}).get(level))
+        changes = _changes(was, levels[level])
+        if level in moved:
+            changes.insert(0, _times(old, new, level, ratios[level], limits[level]))
+        if changes:
+            lines.append(f"{level}: {', '.join(changes)}")
     if not moved:
-        return old.model_copy(update={"levels": levels}), []
-    lines = [_difference(old, new, level, ratios[level], limits[level]) for level in moved]
+        return old.model_copy(update={"levels": levels}), lines
     date = (today or datetime.datetime.now(datetime.UTC).date()).isoformat()
     steps = [
         AnnotatedStep(level=level, date=date, ratio=ratios[level], reason=reason or "faster; no reason given")
         for level in moved
     ]
-    replaced = moved if relative_to is None else list(old.levels)
-    return old.model_copy(
-        update={
-            "environment": new.environment,
-            "levels": {
-                level: _merge(old.levels[level], new.levels[level], bool(reason)) if level in replaced else kept
-                for level, kept in levels.items()
-            },
-            "steps": [*old.steps, *steps],
-        }
-    ), lines
+    update = {"environment": new.environment, "levels": levels, "steps": [*old.steps, *steps]}
+    return old.model_copy(update=update), lines
 
 
 def _with_night(level: LevelBaseline, night: float | None) -> LevelBaseline:
@@ -114,12 +122,31 @@ def _merge(old: LevelBaseline, new: LevelBaseline, with_reason: bool) -> LevelBa
     return new.model_copy(update={field: getattr(old, field) for field in kept})
 
 
-def _difference(old: Baseline, new: Baseline, level: str, ratio: float, limit: float) -> str:
-    own = f"{level}: {_median_s(old, level):.6g} s -> {_median_s(new, level):.6g} s, x{ratio:.4f}"
-    before, after = old.levels[level].fields, new.levels[level].fields
+def _times(old: Baseline, new: Baseline, level: str, ratio: float, limit: float) -> str:
+    seconds = f"{_median_s(old, level):.6g} s -> {_median_s(new, level):.6g} s, x{ratio:.4f}"
+    return seconds if math.isinf(limit) else f"{seconds} (a third of its limit is {limit / 3:.2%})"
+
+
+def _changes(old: LevelBaseline, new: LevelBaseline) -> list[str]:
+    """Effective fields, and means of what is judged beside time, where they differ."""
     fields = [
-        f"{name} {before.get(name)} -> {after.get(name)}"
-        for name in {**before, **after}
-        if before.get(name) != after.get(name)
+        f"{name} {old.fields.get(name)} -> {new.fields.get(name)}"
+        for name in {**old.fields, **new.fields}
+        if old.fields.get(name) != new.fields.get(name)
     ]
-    return ", ".join([f"{own} (a third of its limit is {limit / 3:.2%})", *fields])
+    before, after = _judged(old), _judged(new)
+    return fields + [
+        f"{name} {before[name]:.10g} -> {after[name]:.10g}"
+        for name in after
+        if before.get(name, after[name]) != after[name]
+    ]
+
+
+def _judged(level: LevelBaseline) -> dict[str, float]:
+    values: dict[str, list[float]] = {
+        **level.fidelity,
+        "step error": level.step_error,
+        "peak memory in bytes": [float(peak) for peak in level.peak_memory_bytes],
+        "weights in bytes": [float(level.transformer_weight_bytes or 0)],
+    }
+    return {name: statistics.fmean(own) for name, own in values.items() if own}

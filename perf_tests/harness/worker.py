@@ -62,7 +62,7 @@ def main() -> None:
         leave(out, exit_status.STEP_NOT_APPLIED, str(error))
     except (CheckpointError, LevelUnavailable, PackageError) as error:
         leave(out, exit_status.BAD_INPUT, str(error))
-    except ArithmeticError as error:
+    except sanity.NonFinite as error:
         leave(out, exit_status.NON_FINITE, str(error))
     except ImportError as error:
         traceback.print_exc()
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace, out: Path) -> Result:
 
     Raises:
         FluxFastError: from building or proving.
-        ArithmeticError: if the decoded image is not finite, or a step was faster than the chip can be.
+        NonFinite: if the decoded image is not finite, or a step was faster than the chip can be.
     """
     import torch
 
