@@ -230,6 +230,7 @@ def apply_static_fields(pipeline: Pipeline, applied: Level, target: Level) -> li
     facts += proof.memory_format_facts(pipeline.vae, target)
     if applied.fast_decode:
         decoder.fuse_norms(pipeline.vae.decoder)
+        decoder.use_gemms_for_attention(pipeline.vae.decoder)
     facts += proof.decoder_facts(pipeline.vae.decoder, target)
     if applied.attention != "sdpa":
         steps.fa3_attention(pipeline, cast_outside=applied.attention == "fa3_fp8")

@@ -18,11 +18,11 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.t5.modeling_t5 import T5Block
 from transformers.utils import import_utils
 
-from fluxfast.levels import INDUCTOR_FLAGS, Level
+from fluxfast.levels import COORDINATE_DESCENT, INDUCTOR_FLAGS, Level
 
 MAX_AUTOTUNE: dict[str, Any] = {
     "max_autotune": True,
-    # The "max-autotune" mode of torch.compile sets this one too; here it belongs to the level `inductor_flags`.
+    # The "max-autotune" mode of torch.compile sets this one too; here it is the field `coordinate_descent`.
     "coordinate_descent_tuning": False,
     # Searching Triton convolutions for the VAE took over 4 minutes on an H200 and lost to cuDNN.
     "max_autotune_conv_backends": "ATEN",
@@ -37,7 +37,12 @@ def inductor_options(level: Level) -> dict[str, Any]:
     """Inductor options of `level` beyond the defaults. Given per compilation: no process-global state is touched."""
     if level.compile_mode == "none":
         return {}
-    return MAX_AUTOTUNE | (GEMM_SEARCH if level.gemm_search else {}) | (INDUCTOR_FLAGS if level.inductor_flags else {})
+    chosen = (
+        (level.gemm_search, GEMM_SEARCH),
+        (level.inductor_flags, INDUCTOR_FLAGS),
+        (level.coordinate_descent, COORDINATE_DESCENT),
+    )
+    return MAX_AUTOTUNE | {name: value for is_on, options in chosen if is_on for name, value in options.items()}
 
 
 @dataclasses.dataclass
@@ -82,7 +87,7 @@ class Compiler:
         from torch._inductor.compile_fx import compile_fx
 
         with config.patch(self.options):
-            seen = {name: getattr(config, name) for name in MAX_AUTOTUNE | INDUCTOR_FLAGS}
+            seen = {name: getattr(config, name) for name in MAX_AUTOTUNE | INDUCTOR_FLAGS | COORDINATE_DESCENT}
             # Before Inductor, which takes the graph apart.
             record = CompiledGraph(seen, Counter(_name(n.target) for n in graph.graph.nodes if n.op == "call_function"))
             compiled = compile_fx(graph, example_inputs)

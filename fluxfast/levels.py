@@ -35,7 +35,7 @@ class Level:
         quantization: "float8_tensorwise" is torchao's dynamic float8 with one scale a tensor, on every Linear of the
             transformer; "float8_rowwise" has one scale a row, on the blocks' Linears only: AdaLN, embedders and the
             output projection stay as they are.
-        inductor_flags: flux-fast's `INDUCTOR_FLAGS` on top of max-autotune.
+        inductor_flags: `INDUCTOR_FLAGS`, which choose what Inductor makes of a graph, on top of max-autotune.
         packaging: "aoti" replaces torch.compile of the blocks by torch.export + AOTInductor packages.
         fused_quantize: Triton kernels that end in a row's maximum and e4m3: GELU, GELU + concatenation, LayerNorm +
             modulation, the same behind the gated residual. The single blocks hand on the joint text and image stream,
@@ -51,7 +51,9 @@ class Level:
         fast_decode: one Triton operation for GroupNorm and SiLU in the VAE's decoder, which reads NHWC memory once for
             the statistics; it also adds the bias of a residual block's first convolution.
         gemm_search: max-autotune times Triton's GEMM templates beside the libraries' kernels, up to 106 for a shape in
-            float8. That is most of flux-fast's compile time, so it is a rung of its own.
+            float8.
+        coordinate_descent: Inductor's search for the launch parameters of every kernel it writes, which flux-fast
+            switches on too. This and `gemm_search` are minutes a process, so they are rungs of their own.
     """
 
     id: str
@@ -72,6 +74,7 @@ class Level:
     fast_encode: bool = False
     fast_decode: bool = False
     gemm_search: bool = False
+    coordinate_descent: bool = False
 
     def then(self, id: str, **change: Any) -> Level:
         """The next rung: this level with one field changed.
@@ -110,13 +113,12 @@ FUSED_BLOCK_FIELDS: tuple[str, ...] = (
 )
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Level) if f.name in FIELDS}
 
-INDUCTOR_FLAGS: dict[str, bool] = {
-    "conv_1x1_as_mm": True,
-    "epilogue_fusion": False,
+INDUCTOR_FLAGS: dict[str, bool] = {"conv_1x1_as_mm": True, "epilogue_fusion": False}
+COORDINATE_DESCENT: dict[str, bool] = {
     "coordinate_descent_tuning": True,
     "coordinate_descent_check_all_directions": True,
 }
-"""Source: flux-fast's `run_benchmark.py`; torchao's float8 config sets the last two itself unless told not to."""
+"""Source of both: flux-fast's `run_benchmark.py`; torchao's float8 config sets these two unless told not to."""
 
 FP32 = Level(id="fp32")
 BF16 = FP32.then("bf16", dtype="bfloat16")
@@ -141,7 +143,8 @@ LADDER: tuple[Level, ...] = (
 )
 
 SEARCHED = AOTI.then("aoti_gemm_search", gemm_search=True)
-FLUX_FAST = SEARCHED.then("flux_fast", attention="fa3_fp8_cast_inside")
+DESCENDED = SEARCHED.then("aoti_coordinate_descent", coordinate_descent=True)
+FLUX_FAST = DESCENDED.then("flux_fast", attention="fa3_fp8_cast_inside")
 """flux-fast's exact last recipe. Beside the ladder, not on it: it exists to be compared with."""
 
 FLOAT8_ROWWISE = FA3_FP8.then("float8_rowwise", quantization="float8_rowwise")
@@ -173,7 +176,7 @@ process, and its `epilogue_fusion=False` forbids what these rungs want Inductor 
 the Triton operations would be compiled ahead of time once more for every rung while they change.
 """
 
-LEVELS: dict[str, Level] = {level.id: level for level in (*LADDER, SEARCHED, FLUX_FAST, *BEYOND)}
+LEVELS: dict[str, Level] = {level.id: level for level in (*LADDER, SEARCHED, DESCENDED, FLUX_FAST, *BEYOND)}
 
 
 def get_level(id: str) -> Level:

@@ -14,6 +14,7 @@ FA3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")
 """FlashAttention-3's own build, and the forward-only wheel of PyPI's `fa3-fwd`."""
 
 TRITON_FIELDS = ("fused_quantize", "fused_qk_rope", "fast_decode")
+SEARCH_FIELDS = ("gemm_search", "coordinate_descent")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,11 +70,12 @@ def unavailable(level: Level, machine: Machine) -> dict[str, str]:
             )
     if level.whole_loop_graph and machine.capability is None:
         reasons["whole_loop_graph"] = f"whole_loop_graph: needs CUDA graphs; found {machine.found}"
-    if level.gemm_search and (machine.capability is None or not machine.triton):
-        reasons["gemm_search"] = (
-            f"gemm_search: needs CUDA and Triton; found {machine.found} and "
-            f"{'Triton' if machine.triton else 'no Triton'}"
-        )
+    for field in SEARCH_FIELDS:
+        if getattr(level, field) and (machine.capability is None or not machine.triton):
+            reasons[field] = (
+                f"{field}: is a search among Triton kernels on CUDA; found {machine.found} and "
+                f"{'Triton' if machine.triton else 'no Triton'}"
+            )
     if level.fused_qk_rope and "attention" in reasons:
         reasons.setdefault("fused_qk_rope", f"fused_qk_rope: casts for {reasons['attention']}")
     if "quantization" in reasons:

@@ -16,10 +16,11 @@ from torch import nn
 
 from fluxfast.attention import Fa3Fp8Processor
 from fluxfast.compilation import GEMM_SEARCH, block_lists, text_encoder_layers
-from fluxfast.decoder import FusedGroupNorm, norms
+from fluxfast.decoder import FusedGroupNorm, GemmAttnProcessor, norms
+from fluxfast.decoder import attentions as decoder_attentions
 from fluxfast.errors import StepNotApplied
 from fluxfast.kernels.linear import RowwiseFloat8Linear
-from fluxfast.levels import INDUCTOR_FLAGS, Level
+from fluxfast.levels import COORDINATE_DESCENT, INDUCTOR_FLAGS, Level
 from fluxfast.steps import UNFUSED, attentions, block_linears, blocks_of, float8_candidates, linears
 
 if TYPE_CHECKING:
@@ -93,14 +94,17 @@ def memory_format_facts(vae: nn.Module, level: Level) -> list[Fact]:
 
 
 def decoder_facts(decoder: nn.Module, level: Level) -> list[Fact]:
-    """Norms of the VAE's decoder that are one operation with their activation, and activations left beside them."""
+    """Norms of the VAE's decoder that are one operation with their activation, what is left beside, and attentions."""
     found = norms(decoder)
     fused = sum(isinstance(norm, FusedGroupNorm) for norm in found)
     facts = [Fact("fast_decode", "fused norms in the decoder", fused, _all_if(level.fast_decode, len(found)))]
     if level.fast_decode:
         apart = sum(isinstance(module, nn.SiLU) for module in decoder.modules())
         facts.append(Fact("fast_decode", "activations of the decoder apart from its norms", apart, 0))
-    return facts
+    attended = decoder_attentions(decoder)
+    as_gemms = sum(isinstance(attn.processor, GemmAttnProcessor) for attn in attended)
+    expected = _all_if(level.fast_decode, len(attended))
+    return [*facts, Fact("fast_decode", "attentions of the decoder as two GEMMs", as_gemms, expected)]
 
 
 def attention_facts(transformer: nn.Module, level: Level) -> list[Fact]:
@@ -252,6 +256,8 @@ def run_facts(built: Built, calls: int, steps: int) -> list[Fact]:
              _with(INDUCTOR_FLAGS, configs), _all_if(compiled and level.inductor_flags, classes)),
         Fact("gemm_search", "graphs or packages compiled with a search of Triton's GEMMs",
              _with(GEMM_SEARCH, configs), _all_if(compiled and level.gemm_search, classes)),
+        Fact("coordinate_descent", "graphs or packages compiled with coordinate descent",
+             _with(COORDINATE_DESCENT, configs), _all_if(compiled and level.coordinate_descent, classes)),
         Fact("attention", "launches of the FA3 op",
              built.fa3_launches, _all_if(level.attention != "sdpa", forwards["transformer"] * blocks)),
     ]  # fmt: skip

@@ -7,12 +7,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from micro_flux import micro_vae
 from test_kernels import CUDA, DEVICE, implementations, needs_kernels, normal, operation, poisoned
 from torch import nn
 
-from fluxfast.decoder import FusedGroupNorm, fuse_norms, norms
+from fluxfast.decoder import FusedGroupNorm, GemmAttnProcessor, fuse_norms, norms, use_gemms_for_attention
 from fluxfast.levels import get_level
 from fluxfast.proof import decoder_facts
 
@@ -164,6 +165,7 @@ def decoders():
             module.bias.normal_(std=0.3)
     fused = copy.deepcopy(stock)
     fuse_norms(fused)
+    use_gemms_for_attention(fused)
     return stock, fused, torch.randn(2, 16, 3, 5)
 
 
@@ -193,13 +195,14 @@ def test_decoder_is_proven(decoders):
     """A norm that was left out, one of another level, and a SiLU that would be applied twice, are noticed."""
     stock, fused, _ = decoders
     fast, plain = get_level("fast_decode"), get_level("fast_encode")
-    assert [(f.observed, f.expected) for f in decoder_facts(fused, fast)] == [(22, 22), (0, 0)]
-    assert [(f.observed, f.expected) for f in decoder_facts(stock, plain)] == [(0, 0)]
+    assert [(f.observed, f.expected) for f in decoder_facts(fused, fast)] == [(22, 22), (0, 0), (1, 1)]
+    assert [(f.observed, f.expected) for f in decoder_facts(stock, plain)] == [(0, 0), (0, 0)]
     fused.conv_act = nn.SiLU()
-    assert [f.holds for f in decoder_facts(fused, fast)] == [True, False]
+    assert [f.holds for f in decoder_facts(fused, fast)] == [True, False, True]
     fused.conv_norm_out = stock.conv_norm_out
-    assert [f.observed for f in decoder_facts(fused, fast)] == [21, 1]
+    assert [f.observed for f in decoder_facts(fused, fast)] == [21, 1, 1]
     assert not decoder_facts(stock, fast)[0].holds and not decoder_facts(fused, plain)[0].holds
+    assert [decoder_facts(stock, fast)[-1].observed, decoder_facts(fused, plain)[-1].holds] == [0, False]
 
 
 def test_decoder_is_one_graph_and_exports(decoders):
@@ -225,6 +228,29 @@ def dynamo_graph(module: nn.Module, x: torch.Tensor) -> torch.fx.Graph:
     torch.compile(module, backend=backend, fullgraph=True)(x)
     (graph,) = seen
     return graph
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_attention_as_gemms_is_the_stock_attention(is_fused):
+    """Against diffusers' processor in float64, residual, norm and fused projections included; NHWC stays NHWC."""
+    attn = micro_vae().decoder.mid_block.attentions[0].double().requires_grad_(False)
+    attn.fuse_projections(fuse=is_fused)
+    attn.set_processor(FusedAttnProcessor2_0() if is_fused else AttnProcessor2_0())
+    x = torch.randn(2, attn.group_norm.num_channels, 3, 5, dtype=torch.float64)
+    x = x.contiguous(memory_format=torch.channels_last)
+    expected = attn(x)
+    attn.set_processor(GemmAttnProcessor())
+    # The scores are float32 by design.
+    torch.testing.assert_close(attn(x), expected, rtol=1e-5, atol=1e-5)
+    assert attn(x).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_attention_of_several_heads_is_refused():
+    """Their scores would not be one matrix."""
+    decoder = micro_vae().decoder
+    decoder.mid_block.attentions[0].heads = 2
+    with pytest.raises(ValueError, match="got 2 heads"):
+        use_gemms_for_attention(decoder)
 
 
 def test_decoders_that_cannot_be_fused_are_refused(decoders):
