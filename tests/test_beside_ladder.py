@@ -1,4 +1,4 @@
-"""`flux_fast` and whatever else is beside the ladder: measured by name, in one run with it, judged like any level."""
+"""What is beside the ladder: measured by name, in one run with it, judged like any level."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from test_session import Machine, session
 from fluxfast.levels import LADDER, get_level
 from perf_tests.harness.machine import chosen_levels
 
-BESIDE = "flux_fast"
+BESIDE = "aoti_gemm_search"
 IDS = [level.id for level in LADDER]
 ALL = [*IDS, BESIDE]
 
 
 @pytest.fixture(autouse=True)
 def known_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The made-up machine runs flux_fast a little slower than its parent."""
+    """The made-up machine runs it a little slower than its parent."""
     monkeypatch.setitem(SPEED_S, BESIDE, SPEED_S["aoti"] * 1.05)
     monkeypatch.setattr("suite_samples.LEVELS", (*LEVELS, BESIDE))
 
@@ -27,12 +27,12 @@ def known_speed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_only_its_name_brings_it_in() -> None:
     """The default is the ladder; `ladder` and names combine, in the order of the levels."""
     assert chosen_levels(None, IDS, ALL, {}) == IDS
-    assert chosen_levels("flux_fast,bf16", IDS, ALL, {}) == ["bf16", BESIDE]
-    assert chosen_levels("flux_fast, ladder", IDS, ALL, {}) == ALL
-    with pytest.raises(ValueError, match="--levels flux_fast: needs Hopper"):
-        chosen_levels("flux_fast", IDS, IDS, {BESIDE: "needs Hopper"})
-    with pytest.raises(ValueError, match="--levels flux_fast: not in this run; choose from fp32"):
-        chosen_levels("flux_fast", IDS, IDS, {})
+    assert chosen_levels(f"{BESIDE},bf16", IDS, ALL, {}) == ["bf16", BESIDE]
+    assert chosen_levels(f"{BESIDE}, ladder", IDS, ALL, {}) == ALL
+    with pytest.raises(ValueError, match=f"--levels {BESIDE}: needs Hopper"):
+        chosen_levels(BESIDE, IDS, IDS, {BESIDE: "needs Hopper"})
+    with pytest.raises(ValueError, match=f"--levels {BESIDE}: not in this run; choose from fp32"):
+        chosen_levels(BESIDE, IDS, IDS, {})
 
 
 def test_its_references_come_along(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_default_run_has_no_test_of_it(tmp_path: Path) -> None:
 
 
 def test_recorded_and_judged_in_one_run_with_the_ladder(tmp_path: Path) -> None:
-    """A run of both becomes a baseline, is green against it, red if flux_fast is slower, and tells both ratios."""
+    """A run of both becomes a baseline, is green against it, red if it is slower, and tells both ratios."""
     levels = (*LEVELS, BESIDE)
     recorded = run_suite(
         tmp_path, "--replay", write_run(tmp_path / "run5", 5, levels), "--record-baseline",
@@ -72,7 +72,7 @@ def test_recorded_and_judged_in_one_run_with_the_ladder(tmp_path: Path) -> None:
     assert ran.of("failure") == {f"test_latency[{BESIDE}]"}
     put(run, changed(BESIDE, transformer_weight_bytes=1))
     ran = run_suite(
-        tmp_path, "--replay", run, "--levels=bf16,float8,flux_fast", "--benchmark-compare",
+        tmp_path, "--replay", run, f"--levels=bf16,float8,{BESIDE}", "--benchmark-compare",
         paths=("perf_tests/test_memory.py",),
     )  # fmt: skip
     assert ran.of("failure") == {f"test_memory[{BESIDE}]"}
