@@ -397,6 +397,29 @@ def test_deselection_is_not_green(tmp: Path) -> None:
     assert run_suite(tmp, "--replay", tmp / "run", "--levels=compile").status == 0
 
 
+ONE = f"{STRUCTURE}::test_structure[aoti]"
+
+
+@pytest.mark.parametrize(
+    ("options", "paths", "said"),
+    [
+        (["-k", "not test_structure"], ["perf_tests"], f"left out were test_structure of {', '.join(LEVELS)}."),
+        ([f"--deselect={ONE}"], ["perf_tests"], "left out were test_structure of aoti."),
+        (["--ignore=perf_tests/test_structure.py"], ["perf_tests"], "left out were test_structure of fp32, "),
+        ([f"--deselect={ONE}"], [STRUCTURE, MEMORY], "left out were test_structure of aoti."),
+        ([f"--deselect={STRUCTURE}::test_structure[fa3_fp8]"], ["perf_tests"], ""),
+        ([], [STRUCTURE, f"{MEMORY}::test_memory[aoti]"], ""),
+    ],
+    ids=["-k", "--deselect", "--ignore", "--deselect beside files", "not on this machine", "files"],
+)
+def test_a_compared_run_judges_every_test(tmp: Path, options: list[str], paths: list[str], said: str) -> None:
+    """A test of a level that was left out is named; files and node ids say what is wanted."""
+    ran = run_suite(tmp, "--replay", tmp / "run", "--benchmark-compare", *options, paths=paths)
+    assert ran.status == (1 if said else 0), ran.text
+    assert said in ran.text
+    assert ("not green" in ran.text) == bool(said)
+
+
 def quarantine(tmp: Path, added: datetime.date, expires: datetime.date) -> Path:
     path = tmp / "quarantine.toml"
     path.write_text(

@@ -6,7 +6,7 @@ import contextlib
 import importlib.metadata
 import statistics
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from perf_tests.harness.obstacles import measured
 from perf_tests.harness.recording import machine_info
 from perf_tests.harness.schema import Outcome, Verdict
 from perf_tests.harness.session import REFERENCE_LEVEL, Session
-from perf_tests.harness.suite import ROOT, Suite
+from perf_tests.harness.suite import FOLDER, ROOT, Suite, asked_for
 from perf_tests.history import night
 from perf_tests.history import store as history
 
@@ -54,7 +54,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--results", type=Path, default=ROOT / "results", help="folder of runs")
     group.addoption("--cache", type=Path, default=ROOT / ".cache", help="compiled code, kept between runs")
     group.addoption("--baselines", type=Path, default=ROOT / "baselines", help="folder of baselines")
-    group.addoption("--quarantine", type=Path, default=ROOT / "perf_tests" / "quarantine.toml", help="excused tests")
+    group.addoption("--quarantine", type=Path, default=FOLDER / "quarantine.toml", help="excused tests")
     group.addoption("--history", type=Path, help="SQLite file that runs append to; default: history.db below --results")
     group.addoption("--replay", type=Path, help="judge a stored run again, without a machine")
     group.addoption("--record-baseline", action="store_true", help="store this run as a new baseline if nothing is red")
@@ -69,19 +69,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Read the options, and point pytest-benchmark at this machine's baselines before it looks for them."""
-    if not _asks_for_suite(config):
+    if not asked_for(config, config.args):
         return
     _refuse_what_disables_timing(config)
     try:
         config.stash[SUITE] = Suite(config)
     except (ValueError, StoreError, gpu.GpuError) as error:
         raise pytest.UsageError(str(error)) from None
-
-
-def _asks_for_suite(config: pytest.Config) -> bool:
-    folder = ROOT / "perf_tests"
-    paths = [Path(config.invocation_params.dir, argument.split("::")[0]).resolve() for argument in config.args]
-    return any(path == folder or folder in path.parents or path in folder.parents for path in paths)
 
 
 def _refuse_what_disables_timing(config: pytest.Config) -> None:
@@ -182,6 +176,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """One test a level of this run."""
     if (own := metafunc.config.stash.get(SUITE, None)) and {"level", "suite"} <= set(metafunc.fixturenames):
         metafunc.parametrize("level", own.shown)
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    """Remember what was taken out, so that a run without it is not green."""
+    for item in items:
+        if own := item.config.stash.get(SUITE, None):
+            own.deselected.add(item.name)
 
 
 @pytest.fixture

@@ -17,12 +17,14 @@ from perf_tests.harness.machine import ask_machine, chosen_levels, first_gpu, gi
 from perf_tests.harness.progress import CPU_DEADLINES, GPU_DEADLINES, ProgressPrinter
 from perf_tests.harness.quarantine import load_quarantine
 from perf_tests.harness.recording import MIN_PROCESSES
+from perf_tests.harness.replay import tests_of
 from perf_tests.harness.schema import Outcome, Result, Verdict
 from perf_tests.harness.session import Session
 from perf_tests.harness.stored_run import RunFacts, read_facts
 from perf_tests.history.night import Judged
 
 ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "perf_tests"
 
 
 class Suite:
@@ -33,6 +35,7 @@ class Suite:
         verdicts: of the tests so far, by node id.
         baseline_name: file that judges this run; None if none does.
         accepted: verdicts that `--update-baseline --reason` is about to accept.
+        deselected: names of tests that `-k`, `--deselect` or the like took out.
 
     Raises:
         ValueError, StoreError, GpuError: one sentence, before anything is measured.
@@ -46,6 +49,7 @@ class Suite:
         self.is_recording = option.record_baseline or option.update_baseline
         self.verdicts: dict[str, Verdict] = {}
         self.accepted: list[Verdict] = []
+        self.deselected: set[str] = set()
         self.quarantine = load_quarantine(option.quarantine, datetime.datetime.now(datetime.UTC).date())
         self._why_workload = ""
         facts = read_facts(option.replay) if option.replay else self._new_facts(option)
@@ -66,6 +70,9 @@ class Suite:
         folder = option.baselines / facts.slug
         path = store.find_baseline(folder, workload.id) if folder.is_dir() else None
         is_compared = bool(option.benchmark_compare)
+        self._is_judging = is_compared or self.is_recording
+        # Files or node ids say which tests are wanted; a folder says all.
+        self._is_whole = any(FOLDER not in path.parents for path in asked_for(config, config.args))
         self.baseline_name = path.name if path and is_compared else None
         _point_benchmark_at(option, path)
         is_gpu = facts.slug != gpu.CPU_SLUG
@@ -104,12 +111,31 @@ class Suite:
         missing = self.session.unmeasured()
         judged = {verdict.level for verdict in self.verdicts.values()}
         unjudged = [level for level in self.expected if level not in judged]
-        if not (missing or unjudged):
-            return None
-        return (
-            f"not green: levels {', '.join(missing or unjudged)} were expected on this machine and not "
-            f"{'measured' if missing else 'judged'}; narrow with --levels, not with -k or node ids"
-        )
+        if missing or unjudged:
+            return (
+                f"not green: levels {', '.join(missing or unjudged)} were expected on this machine and not "
+                f"{'measured' if missing else 'judged'}; narrow with --levels, not with -k or node ids"
+            )
+        if self._is_judging and (left := self._left_out()):
+            tests = "; ".join(f"{test} of {', '.join(levels)}" for test, levels in left.items())
+            return (
+                f"not green: left out were {tests}. A run that is compared or recorded judges every test of every "
+                "level: leave -k, -m, --deselect, --ignore and --lf away, or name the files of perf_tests to run"
+            )
+        return None
+
+    def _left_out(self) -> dict[str, list[str]]:
+        """Test -> expected levels that it gave no verdict on, though not only other files were asked for."""
+        said = {node.rpartition("::")[2] for node in self.verdicts}
+        left = {
+            test: [
+                level
+                for level in self.expected
+                if (name := f"{test}[{level}]") not in said and (self._is_whole or name in self.deselected)
+            ]
+            for test in tests_of(self.session.workload)
+        }
+        return {test: levels for test, levels in left.items() if levels}
 
     def not_recordable(self) -> str | None:
         """Why a green run may not become a baseline: quarantine excuses a test, not a number."""
@@ -175,6 +201,12 @@ class Suite:
             finally:
                 printer.close()
         return results
+
+
+def asked_for(config: pytest.Config, arguments: Sequence[str]) -> list[Path]:
+    """Those of pytest's arguments that are in `perf_tests`, are it or hold it, as paths."""
+    paths = [Path(config.invocation_params.dir, argument.split("::")[0]).resolve() for argument in arguments]
+    return [path for path in paths if path == FOLDER or FOLDER in path.parents or path in FOLDER.parents]
 
 
 def _point_benchmark_at(option: Any, path: Path | None) -> None:
