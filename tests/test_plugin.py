@@ -319,6 +319,7 @@ def test_other_weights(tmp: Path) -> None:
         (["--benchmark-only"], "leave tests out"),
         (["-p", "no:benchmark"], "pytest-benchmark"),
         (["-n2"], "cannot run under xdist"),
+        ([f"--baselines={300 * 'x'}"], "File name too long"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

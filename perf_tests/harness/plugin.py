@@ -15,6 +15,7 @@ import pytest
 from fluxfast.workloads import WORKLOADS
 from perf_tests.harness import culprit, gpu, record, store
 from perf_tests.harness.files import StoreError
+from perf_tests.harness.lease import GpuBusy
 from perf_tests.harness.machine import WHOLE_LADDER
 from perf_tests.harness.obstacles import measured
 from perf_tests.harness.recording import machine_info
@@ -74,7 +75,7 @@ def pytest_configure(config: pytest.Config) -> None:
     _refuse_what_disables_timing(config)
     try:
         config.stash[SUITE] = Suite(config)
-    except (ValueError, StoreError, gpu.GpuError) as error:
+    except (OSError, ValueError, StoreError, gpu.GpuError) as error:
         raise pytest.UsageError(str(error)) from None
 
 
@@ -199,12 +200,22 @@ def suite(request: pytest.FixtureRequest) -> Judge:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_pyfunc_call() -> Generator[None, object, object]:
-    """A damaged image or output of a stored run is a sentence, not a traceback."""
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """A damaged file is a sentence, not a traceback; what ends the measuring is one, and ends the run."""
+    own = pyfuncitem.config.stash.get(SUITE, None)
     try:
         return (yield)
     except StoreError as error:
-        pytest.fail(str(error), pytrace=False)
+        raise pytest.fail.Exception(str(error), pytrace=False) from None
+    except Exception as error:
+        if own is None or error is not own.session.error:
+            raise
+        pyfuncitem.session.shouldstop = "measuring ended, and nothing can be judged without it"
+        if not isinstance(error, (OSError, GpuBusy, gpu.GpuError)):
+            raise
+        where = "; --results, --cache and the temporary folder have to be folders that can be written, with space left"
+        said = f"measuring ended with: {error}{where if isinstance(error, OSError) else ''}"
+        raise pytest.fail.Exception(said, pytrace=False) from None
 
 
 @pytest.hookimpl(trylast=True)

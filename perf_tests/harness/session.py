@@ -6,10 +6,11 @@ gives the same verdicts again.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class Session:
         baseline: None if there is none or it was not asked for.
         is_compared: whether a missing baseline is a failure.
         measure: runs workers; None replays what is in `folder`.
+        error: what ended the measuring. It is raised again for whoever asks next, who would run into the same.
     """
 
     folder: Path
@@ -60,6 +62,7 @@ class Session:
     is_compared: bool
     measure: Measure | None
     make_folder: Callable[[], Path] | None = None
+    error: Exception | None = dataclasses.field(default=None, init=False)
     _results: dict[str, list[Result]] = dataclasses.field(default_factory=dict)
     _latency: dict[str, Verdict] = dataclasses.field(default_factory=dict)
 
@@ -77,17 +80,30 @@ class Session:
                 self._results = read_run(self.folder, levels, self.processes)
                 self._results |= read_run(self.folder / RERUN, levels, self.processes, is_optional=True)
             else:
-                if self.make_folder is not None:
-                    self.folder = self.make_folder()
-                self.describe()
-                self._results = self.measure(levels, self.processes, self.folder)
-                disturbed = [level for level in levels if self._is_void(level)]
-                if disturbed:
-                    self._results |= self.measure(disturbed, self.processes, self.folder / RERUN)
+                with self._measuring():
+                    self._results = self._measured(levels, self.measure)
         return self._results
 
-    def _is_void(self, level: str) -> bool:
-        found = obstacle(level, self._results[level], self.baseline, clocked=True)
+    def _measured(self, levels: Sequence[str], measure: Measure) -> dict[str, list[Result]]:
+        if self.make_folder is not None:
+            self.folder = self.make_folder()
+        self.describe()
+        results = measure(levels, self.processes, self.folder)
+        disturbed = [level for level in levels if self._is_void(level, results[level])]
+        return results | measure(disturbed, self.processes, self.folder / RERUN) if disturbed else results
+
+    @contextlib.contextmanager
+    def _measuring(self) -> Iterator[None]:
+        if self.error is not None:
+            raise self.error
+        try:
+            yield
+        except Exception as error:
+            self.error = error
+            raise
+
+    def _is_void(self, level: str, results: Sequence[Result]) -> bool:
+        found = obstacle(level, results, self.baseline, clocked=True)
         return found is not None and found.outcome is Outcome.VOID
 
     @property
@@ -130,7 +146,8 @@ class Session:
         folder = self.folder / CONFIRM / level
         if self.measure is None:
             return read_run(folder, levels) if folder.is_dir() else {}
-        return self.measure(levels, self.policy.confirmation_processes, folder)
+        with self._measuring():
+            return self.measure(levels, self.policy.confirmation_processes, folder)
 
     def structure(self, level: str) -> Verdict:
         """The proofs; exact, with or without a baseline."""
