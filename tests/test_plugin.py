@@ -131,6 +131,16 @@ def test_partial_ladder_is_not_recorded(tmp: Path) -> None:
     assert "whole ladder" in ran.text
 
 
+@pytest.mark.parametrize("option", ["--record-baseline", "--update-baseline"])
+def test_narrowed_run_is_not_recorded_when_replayed(tmp: Path, option: str) -> None:
+    """A stored run of `--levels` holds a part of the machine's ladder, though it is whole by itself."""
+    run = write_run(tmp / "narrow", 5, ("fp32", "bf16", "compile"))
+    ran = run_suite(tmp, "--replay", run, option)
+    assert ran.status == 4, ran.text
+    assert "leave --levels without fused_qkv, channels_last, float8, inductor_flags, aoti away" in ran.text
+    assert run_suite(tmp, "--replay", run).status == 0
+
+
 def test_update_needs_a_reason_to_accept_something_slower(tmp: Path) -> None:
     """Without one the level is red and nothing is written; with one the next file holds the new times."""
     run = write_run(tmp / "slow", 5)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from fluxfast.levels import LADDER, LEVELS
-from fluxfast.workloads import get_workload
+from fluxfast.workloads import Workload, get_workload
 from perf_tests.harness import faults, gpu, lease, runner, store
 from perf_tests.harness.machine import ask_machine, chosen_levels, first_gpu, git_sha
 from perf_tests.harness.progress import CPU_DEADLINES, GPU_DEADLINES, ProgressPrinter
@@ -58,14 +58,8 @@ class Suite:
         workload = get_workload(facts.workload)
         runnable = facts.levels if option.replay else [level for level in LEVELS if level not in facts.unavailable]
         self.expected = chosen_levels(option.levels, facts.levels, runnable, facts.unavailable)
-        if option.partial_baseline and (option.update_baseline or option.baselines.resolve() == ROOT / "baselines"):
-            raise ValueError("--partial-baseline goes with --record-baseline and a --baselines folder of your own")
-        left = set() if option.partial_baseline else set(facts.levels) - set(self.expected)
-        if self.is_recording and (option.inject or left):
-            why = "--inject" if option.inject else f"--levels without {', '.join(sorted(left))}"
-            raise ValueError(f"a baseline holds the whole ladder, unbroken: leave {why} away to record or update one")
-        if self.is_recording and "@" in workload.id:
-            raise ValueError(f"a baseline belongs to a workload by its name, and {workload.id!r} takes other weights")
+        if self.is_recording:
+            self._refuse_to_record(option, facts, workload)
         self.injections = _injections(option.inject, self.expected)
         folder = option.baselines / facts.slug
         path = store.find_baseline(folder, workload.id) if folder.is_dir() else None
@@ -173,6 +167,21 @@ class Suite:
             unavailable=unavailable,
             processes=processes,
         )
+
+    def _refuse_to_record(self, option: Any, facts: RunFacts, workload: Workload) -> None:
+        if option.partial_baseline and (option.update_baseline or option.baselines.resolve() == ROOT / "baselines"):
+            raise ValueError("--partial-baseline goes with --record-baseline and a --baselines folder of your own")
+        # Of the machine and not of the run: a stored run may have been narrowed itself.
+        ladder = [level.id for level in LADDER if level.id not in facts.unavailable]
+        left = [] if option.partial_baseline else [level for level in ladder if level not in self.expected]
+        if option.inject or left:
+            why = "--inject" if option.inject else f"--levels without {', '.join(left)}"
+            raise ValueError(
+                f"a baseline holds the whole ladder, unbroken: leave {why} away, here and in the run that is replayed, "
+                "to record or update one"
+            )
+        if "@" in workload.id:
+            raise ValueError(f"a baseline belongs to a workload by its name, and {workload.id!r} takes other weights")
 
     def _measure(self, levels: Sequence[str], processes: int, folder: Path) -> dict[str, list[Result]]:
         """Run workers, with progress on the terminal; Ctrl-C keeps what was measured."""
