@@ -341,6 +341,26 @@ def test_usage_errors(tmp_path: Path, recorded: Path, options: list[str], said: 
     assert "Traceback" not in ran.text
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--benchmark-compare", "perf_tests"],
+        ["--benchmark-compare", "perf_tests/"],
+        ["--benchmark-compare", f"{LATENCY}::test_latency[aoti]"],
+        ["--benchmark-compare", "."],
+        [STRUCTURE, "--benchmark-compare", LATENCY],
+        ["perf_tests", "--benchmark-compare="],
+    ],
+    ids=" ".join,
+)
+def test_benchmark_compare_takes_no_path(tmp_path: Path, arguments: list[str]) -> None:
+    """A path behind the flag would be its value, and an empty value compares nothing."""
+    ran = run_suite(tmp_path, f"--replay={write_run(tmp_path / 'run')}", paths=arguments)
+    assert ran.status == 4, ran.text
+    assert "give the flag last" in ran.text
+    assert "Traceback" not in ran.text
+
+
 def damaged(tmp: Path, how: str) -> Path:
     """A stored run with one defect."""
     if how == "empty folder":

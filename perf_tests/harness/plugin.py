@@ -70,6 +70,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Read the options, and point pytest-benchmark at this machine's baselines before it looks for them."""
+    _refuse_swallowed_path(config)
     if not asked_for(config, config.args):
         return
     _refuse_what_disables_timing(config)
@@ -77,6 +78,16 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[SUITE] = Suite(config)
     except (OSError, ValueError, StoreError, gpu.GpuError) as error:
         raise pytest.UsageError(str(error)) from None
+
+
+def _refuse_swallowed_path(config: pytest.Config) -> None:
+    """`--benchmark-compare perf_tests` takes the path for its value, and pytest would run something else."""
+    value = getattr(config.option, "benchmark_compare", None)
+    if isinstance(value, str) and (not value or asked_for(config, [value])):
+        raise pytest.UsageError(
+            f"--benchmark-compare took {value!r} for the number of a baseline: give the flag last, without a value, or "
+            "--benchmark-compare=0001"
+        )
 
 
 def _refuse_what_disables_timing(config: pytest.Config) -> None:
