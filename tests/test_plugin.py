@@ -21,6 +21,7 @@ from suite_samples import (
     put,
     run_suite,
     sample,
+    step_output,
     write_run,
 )
 
@@ -403,17 +404,29 @@ def test_damaged_run(tmp_path: Path, how: str) -> None:
 
 
 def test_damaged_artefacts_are_red_without_a_traceback(tmp: Path) -> None:
-    """An image that is not the one measured, a truncated step output, NaN in one, an image of another size."""
+    """Images that are not the measured ones or of another size; step outputs truncated, NaN, or of another kind."""
     run = tmp / "run"
     (run / "aoti" / "0" / "image.png").write_bytes((run / "aoti" / "0" / "image.png").read_bytes()[:-20])
     put(run, sample("float8"), picture()[:96])
     (run / "compile" / "0" / "step_output.npy").write_bytes(b"\x93NUMPY")
     np.save(run / "fused_qkv" / "0" / "step_output.npy", np.full((1, 16, 16), np.nan, np.float32))
+    np.save(run / "channels_last" / "0" / "step_output.npy", step_output("channels_last")[:, :8])
+    np.save(run / "float8" / "0" / "step_output.npy", np.full((1, 16, 16), "1"))
+    with (run / "inductor_flags" / "0" / "step_output.npy").open("wb") as file:
+        np.savez(file, step_output("inductor_flags"), step_output("fp32"))
+    (run / "aoti" / "0" / "step_output.npy").write_bytes(b"PK\x03\x04" + bytes(40))
     ran = run_suite(tmp, "--replay", run, "--benchmark-compare", paths=(FIDELITY,))
     assert ran.status == 1
     assert ran.of("failure") == {
-        "test_image[aoti]", "test_image[float8]", "test_step_error[compile]", "test_step_error[fused_qkv]",
+        "test_image[aoti]", "test_image[float8]", *(f"test_step_error[{level}]" for level in LEVELS[2:]),
     }  # fmt: skip
+    for level, said in {
+        "channels_last": "shapes are (1, 8, 16) and (1, 16, 16)",
+        "float8": "holds <U1, expected an array of float32",
+        "inductor_flags": "holds an archive, expected an array of float32",
+        "aoti": "not a whole .npy file",
+    }.items():
+        assert said in ran.messages[f"test_step_error[{level}]"]
     assert "Traceback" not in ran.text
     assert "raise " not in ran.text
 
@@ -426,6 +439,29 @@ def test_deselection_is_not_green(tmp: Path) -> None:
     assert "narrow with --levels" in ran.text
     assert run_suite(tmp, "--replay", tmp / "run", "-k", "nosuchtest").status == 5
     assert run_suite(tmp, "--replay", tmp / "run", "--levels=compile").status == 0
+
+
+def test_difference_map_that_cannot_be_written(tmp: Path) -> None:
+    """The verdict stands, and says why there is no map."""
+    put(tmp / "run", sample("aoti"), apply_image_fault(parse("hole"), picture()))
+    (tmp / "run" / "aoti" / "0" / "difference_from_stored.png").mkdir()
+    ran = run_suite(tmp, "--replay", tmp / "run", "--benchmark-compare", paths=(FIDELITY,))
+    assert ran.of("failure") == {"test_image[aoti]"}
+    assert ran.properties["test_image[aoti]"]["verdict"] == "regressed"
+    assert "its difference map cannot be written ([Errno 21]" in ran.messages["test_image[aoti]"]
+    assert "Traceback" not in ran.text
+
+
+@pytest.mark.parametrize("option", ["--update-baseline", "--record-baseline"])
+def test_run_without_its_bf16_image_is_not_recorded(tmp: Path, option: str) -> None:
+    """One sentence, and the tests of the run are reported."""
+    run = write_run(tmp / "run5", 5)
+    (run / "bf16" / "0" / "image.png").unlink()
+    ran = run_suite(tmp, "--replay", run, option, paths=(LATENCY,))
+    assert ran.status == 1, ran.text
+    assert "no baseline was written" in ran.text and "image.png: cannot be read" in ran.text
+    assert ran.of("passed") and "Traceback" not in ran.text and "INTERNALERROR" not in ran.text
+    assert only_baseline(tmp).name == "0001_tiny.json"
 
 
 ONE = f"{STRUCTURE}::test_structure[aoti]"

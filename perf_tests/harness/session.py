@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,8 +18,9 @@ import numpy as np
 from fluxfast.levels import LEVELS
 from fluxfast.workloads import Workload
 from perf_tests.harness import fidelity, gate, store
-from perf_tests.harness.files import MAX_PNG_BYTES, read_bytes, read_png, write_over
+from perf_tests.harness.files import read_floats, read_png, write_over
 from perf_tests.harness.obstacles import obstacle
+from perf_tests.harness.policy import worst
 from perf_tests.harness.schema import Baseline, Environment, Outcome, Result, Verdict
 from perf_tests.harness.stored_run import RUN_FILE, RunFacts, read_run
 
@@ -213,7 +213,13 @@ class Session:
         outputs = [self.step_output(level, index) for index in range(len(self.results[level]))]
         if not np.isfinite(exact).all():
             return [math.inf] * len(outputs)
-        return [fidelity.relative_l2(own, exact) if np.isfinite(own).all() else math.inf for own in outputs]
+        try:
+            return [fidelity.relative_l2(own, exact) if np.isfinite(own).all() else math.inf for own in outputs]
+        except ValueError as error:
+            raise store.ResultError(
+                f"the step's output of {level!r} in {self.folder} does not compare with {EXACT_LEVEL!r}'s ({error}); "
+                "measure again"
+            ) from error
 
     def image(self, level: str, index: int) -> Any:
         """Of one process: uint8, (height, width, 3)."""
@@ -229,12 +235,7 @@ class Session:
         """Of one process: float32, (batch, image tokens, channels)."""
         measurement = self.results[level][index].measurement
         assert measurement is not None
-        path = self._place(level, index) / measurement.step_output
-        raw = read_bytes(path, MAX_PNG_BYTES, store.ResultError)
-        try:
-            return np.load(io.BytesIO(raw), allow_pickle=False)
-        except (OSError, ValueError, EOFError, MemoryError) as error:
-            raise store.ResultError(f"{path}: the step's output cannot be read ({error}); measure again") from error
+        return read_floats(self._place(level, index) / measurement.step_output, store.ResultError)
 
     def stored_reference(self) -> Any:
         """The baseline's bf16 image, None without a baseline."""
@@ -249,7 +250,10 @@ class Session:
         return max(range(len(scores)), key=lambda at: max(scores[at].get(f"flip_worst_tile{s}", 0.0) for s in SUFFIXES))
 
     def show_difference(self, level: str) -> str:
-        """Write the difference maps of a level's worst process beside its image; a sentence that names the files."""
+        """Write the difference maps of a level's worst process beside its image; a sentence that names the files.
+
+        Where they cannot be written the sentence says so: the verdict stands without them.
+        """
         stored, index = self.stored_reference(), self.worst_process(level)
         path = self.image_path(level, index)
         references = {"stored": stored}
@@ -259,8 +263,11 @@ class Session:
         for name, reference in references.items():
             if reference is not None:
                 paths.append(str(path.with_name(f"difference_from_{name}.png")))
-                # Not through a link that lies there: the folder may be someone else's.
-                write_over(Path(paths[-1]), fidelity.difference_map(self.image(level, index), reference))
+                try:
+                    # Not through a link that lies there: the folder may be someone else's.
+                    write_over(Path(paths[-1]), fidelity.difference_map(self.image(level, index), reference))
+                except OSError as error:
+                    return f"Look at {path}; its difference map cannot be written ({error})."
         return f"Look at {path} and at {' and '.join(paths)}."
 
     def unmeasured(self) -> list[str]:
@@ -299,12 +306,3 @@ def with_references(levels: Sequence[str], unavailable: Mapping[str, str]) -> li
     parents = gate.nearest_parents(unavailable)
     needed = {*levels, EXACT_LEVEL, REFERENCE_LEVEL, *(parents.get(level) for level in levels)}
     return [level for level in LEVELS if level in needed and level not in unavailable]
-
-
-def worst(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Metric -> the worst of the processes' values."""
-    return {
-        metric: (max if gate.direction(metric) == "higher_is_worse" else min)(own[metric] for own in scores)
-        for metric in scores[0]
-        if all(metric in own for own in scores)  # PSNR has no value for identical images
-    }
