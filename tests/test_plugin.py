@@ -25,6 +25,7 @@ from suite_samples import (
     write_run,
 )
 
+from fluxfast.workloads import TINY
 from perf_tests.harness.faults import apply_image_fault, parse
 from perf_tests.harness.recording import stock_json
 from perf_tests.harness.schema import Counters, ErrorKind, Proof
@@ -214,6 +215,7 @@ def test_faster_level_warns_and_is_red_when_strict(tmp: Path) -> None:
     assert strict.status == 1
     assert strict.of("failure") == {"test_latency[aoti]"}
     assert strict.messages["test_latency[aoti]"].startswith("improved") or "improved [aoti]" in strict.text
+    assert run_suite(tmp, *options, "-o", "addopts=--strict", paths=(LATENCY,)).of("failure") == {"test_latency[aoti]"}
 
 
 def test_disturbed_level_is_neither_green_nor_red(tmp: Path) -> None:
@@ -230,12 +232,15 @@ def test_disturbed_level_is_neither_green_nor_red(tmp: Path) -> None:
 
 
 def test_other_workload_does_not_compare(tmp: Path) -> None:
-    """A changed digest is red in every test of the level."""
-    put(tmp / "run", changed("aoti", result={"workload_digest": "0123456789abcdef"}))
+    """A baseline of a workload that was changed since is red in every test."""
+    old = read_baseline(only_baseline(tmp)).model_copy(
+        update={"workload_digest": "0123456789abcdef", "reference_image": None, "reference_sha256": None}
+    )
+    write_baseline(tmp / "baselines" / "cpu", "tiny", old, stock_json(old), {})
     ran = run_suite(tmp, "--replay", tmp / "run", "--benchmark-compare")
     assert ran.status == 1
-    assert ran.of("failure") == {name for name in ran.outcomes if name.endswith("[aoti]")}
-    assert ran.properties["test_image[aoti]"]["verdict"] == "incomparable"
+    assert ran.of("failure") == {name for name in ran.outcomes if "fa3_fp8" not in name}
+    assert {ran.properties[name]["verdict"] for name in ran.of("failure")} == {"incomparable"}
 
 
 def test_no_baseline(tmp_path: Path) -> None:
@@ -323,8 +328,14 @@ def test_other_weights(tmp: Path) -> None:
         (["--levels=quick"], "unknown level 'quick'; known levels: fp32"),
         (["--levels=fa3_fp8"], "needs compute capability 9.0"),
         (["--workload=huge"], "--workload huge"),
-        (["--inject=compile:fire"], "known faults"),
-        (["--inject=fa3_fp8:oom"], "expected LEVEL:FAULT"),
+        (["--inject=compile:oom"], "--replay starts none"),
+        (["--processes=3"], "--replay starts none"),
+        (["--record-baseline", "--update-baseline"], "leave one away"),
+        (["--reason=why not"], "give both"),
+        (["--record-baseline", "--reason=why not"], "give both"),
+        (["--update-baseline", "--reason="], "give both"),
+        (["--partial-baseline"], "--partial-baseline goes with --record-baseline"),
+        (["--partial-baseline", "--update-baseline"], "--partial-baseline goes with --record-baseline"),
         (["--benchmark-disable"], "leave tests out"),
         (["--benchmark-skip"], "leave tests out"),
         (["--benchmark-only"], "leave tests out"),
@@ -340,6 +351,23 @@ def test_usage_errors(tmp_path: Path, recorded: Path, options: list[str], said: 
     assert ran.status == 4, ran.text
     assert said in ran.text
     assert "Traceback" not in ran.text
+
+
+@pytest.mark.parametrize(
+    ("faults", "said"),
+    [
+        (["compile:fire"], "known faults"),
+        (["fa3_fp8:oom"], "expected LEVEL:FAULT"),
+        (["aoti:latency=+20%", "compile:oom", "aoti:latency=+30%"], "'aoti' has a fault already"),
+    ],
+    ids=" ".join,
+)
+def test_faults_that_cannot_be_injected(tmp_path: Path, faults: list[str], said: str) -> None:
+    """One sentence, nothing is measured; a level takes one fault."""
+    ran = run_suite(tmp_path, "-p", "fake_machine", *(f"--inject={fault}" for fault in faults))
+    assert ran.status == 4, ran.text
+    assert said in ran.text
+    assert not (tmp_path / "results").exists()
 
 
 @pytest.mark.parametrize(
@@ -379,6 +407,14 @@ def damaged(tmp: Path, how: str) -> Path:
         result.write_text(result.read_text().replace('"result_schema": 1', '"result_schema": 2'))
     elif how == "truncated result":
         result.write_bytes(result.read_bytes()[:300])
+    elif how == "no level":
+        facts.write_text(
+            RunFacts.model_validate_json(facts.read_bytes()).model_copy(update={"levels": []}).model_dump_json()
+        )
+    elif how == "another workload's result":
+        put(run, changed("aoti", result={"workload_digest": "0123456789abcdef"}))
+    elif how == "a workload as it was":
+        facts.write_text(facts.read_text().replace(TINY.digest, "0123456789abcdef"))
     elif how == "another level's result":
         result.write_bytes((run / "float8" / "0" / "result.json").read_bytes())
     elif how == "run.json is a list":
@@ -392,7 +428,8 @@ def damaged(tmp: Path, how: str) -> Path:
     "how",
     [
         "empty folder", "partial", "fewer processes than told", "other schema", "truncated result",
-        "another level's result", "run.json is a list", "unknown level",
+        "another level's result", "run.json is a list", "unknown level", "no level", "another workload's result",
+        "a workload as it was",
     ],
 )  # fmt: skip
 def test_damaged_run(tmp_path: Path, how: str) -> None:

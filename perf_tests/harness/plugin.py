@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fluxfast.workloads import WORKLOADS
-from perf_tests.harness import culprit, gpu, record, store
+from perf_tests.harness import culprit, gpu, record, store, usage
 from perf_tests.harness.files import StoreError
 from perf_tests.harness.lease import GpuBusy
 from perf_tests.harness.machine import WHOLE_LADDER
@@ -21,7 +21,7 @@ from perf_tests.harness.obstacles import measured
 from perf_tests.harness.recording import machine_info
 from perf_tests.harness.schema import Outcome, Verdict
 from perf_tests.harness.session import REFERENCE_LEVEL, Session
-from perf_tests.harness.suite import FOLDER, ROOT, Suite, asked_for
+from perf_tests.harness.suite import ROOT, Suite
 from perf_tests.history import night
 from perf_tests.history import store as history
 
@@ -55,7 +55,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--results", type=Path, default=ROOT / "results", help="folder of runs")
     group.addoption("--cache", type=Path, default=ROOT / ".cache", help="compiled code, kept between runs")
     group.addoption("--baselines", type=Path, default=ROOT / "baselines", help="folder of baselines")
-    group.addoption("--quarantine", type=Path, default=FOLDER / "quarantine.toml", help="excused tests")
+    group.addoption("--quarantine", type=Path, default=usage.FOLDER / "quarantine.toml", help="excused tests")
     group.addoption("--history", type=Path, help="SQLite file that runs append to; default: history.db below --results")
     group.addoption("--replay", type=Path, help="judge a stored run again, without a machine")
     group.addoption("--record-baseline", action="store_true", help="store this run as a new baseline if nothing is red")
@@ -70,40 +70,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Read the options, and point pytest-benchmark at this machine's baselines before it looks for them."""
-    _refuse_swallowed_path(config)
-    if not asked_for(config, config.args):
+    usage.refuse_swallowed_path(config)
+    if not usage.asked_for(config, config.args):
         return
-    _refuse_what_disables_timing(config)
+    usage.refuse_what_disables_timing(config)
+    usage.refuse_contradictions(config.option)
     try:
         config.stash[SUITE] = Suite(config)
     except (OSError, ValueError, StoreError, gpu.GpuError) as error:
         raise pytest.UsageError(str(error)) from None
-
-
-def _refuse_swallowed_path(config: pytest.Config) -> None:
-    """`--benchmark-compare perf_tests` takes the path for its value, and pytest would run something else."""
-    value = getattr(config.option, "benchmark_compare", None)
-    if isinstance(value, str) and (not value or asked_for(config, [value])):
-        raise pytest.UsageError(
-            f"--benchmark-compare took {value!r} for the number of a baseline: give the flag last, without a value, or "
-            "--benchmark-compare=0001"
-        )
-
-
-def _refuse_what_disables_timing(config: pytest.Config) -> None:
-    option = config.option
-    if not config.pluginmanager.hasplugin("benchmark"):
-        raise pytest.UsageError("perf_tests shows its samples through pytest-benchmark; install it, no -p no:benchmark")
-    if getattr(option, "numprocesses", None) or getattr(option, "dist", "no") != "no":
-        raise pytest.UsageError(
-            "perf_tests cannot run under xdist (-n): levels would share the machine while they are timed, and "
-            "pytest-benchmark turns itself off; run without -n"
-        )
-    for name in ("benchmark_disable", "benchmark_skip", "benchmark_only"):
-        if getattr(option, name):
-            raise pytest.UsageError(
-                f"--{name.replace('_', '-')} with perf_tests would leave tests out and be green; leave it away"
-            )
 
 
 class Judge:

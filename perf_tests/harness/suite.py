@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from perf_tests.harness.replay import tests_of
 from perf_tests.harness.schema import Outcome, Result, Verdict
 from perf_tests.harness.session import Session
 from perf_tests.harness.stored_run import RunFacts, read_facts
+from perf_tests.harness.usage import FOLDER, asked_for
 from perf_tests.history.night import Judged
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDER = ROOT / "perf_tests"
 
 
 class Suite:
@@ -44,8 +45,8 @@ class Suite:
     def __init__(self, config: pytest.Config) -> None:
         option = config.option
         self.config = config
-        # pytest has this option already, for its own strict mode; given by hand it means ours too.
-        self.is_strict = "--strict" in config.invocation_params.args
+        # pytest has this option already, for its own strict mode; given by hand or PYTEST_ADDOPTS it means ours too.
+        self.is_strict = bool(option.strict)
         self.is_recording = option.record_baseline or option.update_baseline
         self.verdicts: dict[str, Verdict] = {}
         self.accepted: list[Verdict] = []
@@ -85,7 +86,7 @@ class Suite:
             measure=None if option.replay else self._measure,
         )
         if option.replay:
-            self.session.results  # noqa: B018  # a partial run is refused here and not test by test
+            _refuse_other_workload(option.replay, facts, workload, self.session.results)  # and a partial run
         else:
             self.session.make_folder = lambda: runner.new_run_folder(option.results, git_sha())
 
@@ -169,8 +170,6 @@ class Suite:
         )
 
     def _refuse_to_record(self, option: Any, facts: RunFacts, workload: Workload) -> None:
-        if option.partial_baseline and (option.update_baseline or option.baselines.resolve() == ROOT / "baselines"):
-            raise ValueError("--partial-baseline goes with --record-baseline and a --baselines folder of your own")
         # Of the machine and not of the run: a stored run may have been narrowed itself.
         ladder = [level.id for level in LADDER if level.id not in facts.unavailable]
         left = [] if option.partial_baseline else [level for level in ladder if level not in self.expected]
@@ -212,12 +211,6 @@ class Suite:
         return results
 
 
-def asked_for(config: pytest.Config, arguments: Sequence[str]) -> list[Path]:
-    """Those of pytest's arguments that are in `perf_tests`, are it or hold it, as paths."""
-    paths = [Path(config.invocation_params.dir, argument.split("::")[0]).resolve() for argument in arguments]
-    return [path for path in paths if path == FOLDER or FOLDER in path.parents or path in FOLDER.parents]
-
-
 def _point_benchmark_at(option: Any, path: Path | None) -> None:
     """Let pytest-benchmark show the baseline that the gate judges by; without one it has nothing to compare with."""
     if not option.benchmark_compare:
@@ -234,11 +227,29 @@ def _point_benchmark_at(option: Any, path: Path | None) -> None:
         option.benchmark_storage = str(path.parent)
 
 
+def _refuse_other_workload(
+    folder: Path, facts: RunFacts, workload: Workload, results: Mapping[str, Sequence[Result]]
+) -> None:
+    if facts.workload_digest != workload.digest:
+        raise ValueError(
+            f"{folder} is of workload {facts.workload!r} with digest {facts.workload_digest}, in this checkout it is "
+            f"{workload.digest}: the workload was changed; measure again, or judge it in a checkout that measured it"
+        )
+    for result in itertools.chain.from_iterable(results.values()):
+        if (result.workload, result.workload_digest) != (workload.id, workload.digest):
+            raise ValueError(
+                f"{folder}: level {result.level!r}, process {result.process} is of workload {result.workload!r} with "
+                f"digest {result.workload_digest}, the run of {workload.id!r} with {workload.digest}; measure again"
+            )
+
+
 def _injections(specs: Sequence[str], levels: Sequence[str]) -> dict[str, str]:
     injections = {}
     for spec in specs:
         level, _, fault = spec.partition(":")
         if level not in levels:
             raise ValueError(f"--inject {spec!r}: expected LEVEL:FAULT with one of {', '.join(levels)}")
+        if level in injections:
+            raise ValueError(f"--inject {spec!r}: {level!r} has a fault already; a level takes one, leave one away")
         injections[level] = faults.parse(fault).spec
     return injections
