@@ -250,6 +250,9 @@ def test_no_baseline(tmp_path: Path) -> None:
     assert ran.status == 1
     assert len(ran.of("failure")) == 5 * len(LEVELS)
     assert "pytest perf_tests --record-baseline" in ran.messages["test_latency[compile]"]
+    for test in ("structure", "latency", "image", "step_error", "memory"):
+        said = f"None of workload 'tiny' is in {tmp_path / 'baselines' / 'cpu'}."
+        assert said in ran.messages[f"test_{test}[compile]"]
     ran = run_suite(tmp_path, "--replay", run)
     assert ran.status == 0, ran.text
     assert {ran.properties[name]["rule"] for name in ran.of("passed")} == {"count", "not_compared"} - (
@@ -288,7 +291,8 @@ def test_unmeasured_reference_is_not_green(tmp: Path) -> None:
     put(tmp / "run", failed("bf16", ErrorKind.STEP_NOT_APPLIED))
     ran = run_suite(tmp, "--replay", tmp / "run", "--levels=aoti", "--benchmark-compare")
     assert ran.status == 1
-    assert "not green: levels bf16" in ran.text
+    assert "not green: bf16 gave no measurement. error [bf16] (step_not_applied)" in ran.text
+    assert "the step_not_applied that was asked for" in ran.text and "-k" not in ran.text.partition("not green")[2]
 
 
 @pytest.mark.parametrize("fault", ["colour-cast", "hole", "wrong-seed"])
@@ -360,7 +364,7 @@ def test_usage_errors(tmp_path: Path, recorded: Path, options: list[str], said: 
         (["fa3_fp8:oom"], "expected LEVEL:FAULT"),
         (["aoti:latency=+20%", "compile:oom", "aoti:latency=+30%"], "'aoti' has a fault already"),
     ],
-    ids=" ".join,
+    ids=["unknown", "of an unavailable level", "two of a level"],
 )
 def test_faults_that_cannot_be_injected(tmp_path: Path, faults: list[str], said: str) -> None:
     """One sentence, nothing is measured; a level takes one fault."""

@@ -295,8 +295,11 @@ class Session:
         return None
 
     def _unless_not_compared(self, verdict: Verdict) -> Verdict:
-        if verdict.outcome is not Outcome.NO_BASELINE or self.is_compared:
+        if verdict.outcome is not Outcome.NO_BASELINE:
             return verdict
+        if self.is_compared:
+            where = "" if self.baseline else f" None of workload {self.workload.id!r} is in {self.baseline_folder}."
+            return verdict.model_copy(update={"message": verdict.message + where})
         message = f"level {verdict.level!r} was measured and proven; add --benchmark-compare for a verdict"
         return verdict.model_copy(update={"outcome": Outcome.PASS, "rule": "not_compared", "message": message})
 

@@ -15,6 +15,7 @@ from fluxfast.levels import LADDER, LEVELS
 from fluxfast.workloads import Workload, get_workload
 from perf_tests.harness import faults, gpu, lease, runner, store
 from perf_tests.harness.machine import ask_machine, chosen_levels, first_gpu, git_sha
+from perf_tests.harness.obstacles import obstacle
 from perf_tests.harness.progress import CPU_DEADLINES, GPU_DEADLINES, ProgressPrinter
 from perf_tests.harness.quarantine import load_quarantine
 from perf_tests.harness.recording import MIN_PROCESSES
@@ -103,14 +104,16 @@ class Suite:
 
     def not_green(self) -> str | None:
         """Why a run without a red test is red all the same."""
-        missing = self.session.unmeasured()
         judged = {verdict.level for verdict in self.verdicts.values()}
-        unjudged = [level for level in self.expected if level not in judged]
-        if missing or unjudged:
+        if unjudged := [level for level in self.expected if level not in judged]:
             return (
-                f"not green: levels {', '.join(missing or unjudged)} were expected on this machine and not "
-                f"{'measured' if missing else 'judged'}; narrow with --levels, not with -k or node ids"
+                f"not green: levels {', '.join(unjudged)} were expected on this machine and not judged; narrow with "
+                "--levels, not with -k or node ids"
             )
+        if missing := self.session.unmeasured():
+            found = obstacle(missing[0], self.session.results[missing[0]], None, clocked=False)
+            assert found is not None
+            return f"not green: {', '.join(missing)} gave no measurement. {found.explain()}"
         if self._is_judging and (left := self._left_out()):
             tests = "; ".join(f"{test} of {', '.join(levels)}" for test, levels in left.items())
             return (
