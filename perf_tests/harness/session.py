@@ -89,7 +89,8 @@ class Session:
             self.folder = self.make_folder()
         self.describe()
         results = measure(levels, self.processes, self.folder)
-        disturbed = [level for level in levels if self._is_void(level, results[level])]
+        found = {level: obstacle(level, results[level], self.baseline, clocked=True) for level in levels}
+        disturbed = [level for level, own in found.items() if own and own.outcome is Outcome.VOID]
         return results | measure(disturbed, self.processes, self.folder / RERUN) if disturbed else results
 
     @contextlib.contextmanager
@@ -101,10 +102,6 @@ class Session:
         except Exception as error:
             self.error = error
             raise
-
-    def _is_void(self, level: str, results: Sequence[Result]) -> bool:
-        found = obstacle(level, results, self.baseline, clocked=True)
-        return found is not None and found.outcome is Outcome.VOID
 
     @property
     def environment(self) -> Environment | None:
@@ -203,9 +200,8 @@ class Session:
         try:
             return fidelity.compare(image, reference).as_dict()
         except ValueError as error:
-            raise store.ResultError(
-                f"the image of level {level!r} in {self.folder} cannot be judged: {error}"
-            ) from error
+            said = f"the image of level {level!r} in {self.folder} cannot be judged: {error}"
+            raise store.ResultError(said) from error
 
     def step_errors(self, level: str) -> list[float]:
         """One a process: relative L2 of the first step's output against float32; infinite if not finite."""
@@ -216,10 +212,8 @@ class Session:
         try:
             return [fidelity.relative_l2(own, exact) if np.isfinite(own).all() else math.inf for own in outputs]
         except ValueError as error:
-            raise store.ResultError(
-                f"the step's output of {level!r} in {self.folder} does not compare with {EXACT_LEVEL!r}'s ({error}); "
-                "measure again"
-            ) from error
+            said = f"the step's output of {level!r} in {self.folder} does not compare with {EXACT_LEVEL!r}'s ({error})"
+            raise store.ResultError(f"{said}; measure again") from error
 
     def image(self, level: str, index: int) -> Any:
         """Of one process: uint8, (height, width, 3)."""
@@ -250,10 +244,7 @@ class Session:
         return max(range(len(scores)), key=lambda at: max(scores[at].get(f"flip_worst_tile{s}", 0.0) for s in SUFFIXES))
 
     def show_difference(self, level: str) -> str:
-        """Write the difference maps of a level's worst process beside its image; a sentence that names the files.
-
-        Where they cannot be written the sentence says so: the verdict stands without them.
-        """
+        """Write difference maps of a level's worst process beside its image; a sentence that names or misses them."""
         stored, index = self.stored_reference(), self.worst_process(level)
         path = self.image_path(level, index)
         references = {"stored": stored}
