@@ -21,9 +21,11 @@ from suite_samples import (
     put,
     run_suite,
     sample,
+    step_output,
     write_run,
 )
 
+from fluxfast.workloads import TINY
 from perf_tests.harness.faults import apply_image_fault, parse
 from perf_tests.harness.recording import stock_json
 from perf_tests.harness.schema import Counters, ErrorKind, Proof
@@ -148,6 +150,16 @@ def test_partial_ladder_is_not_recorded(tmp: Path) -> None:
     assert "whole ladder" in ran.text
 
 
+@pytest.mark.parametrize("option", ["--record-baseline", "--update-baseline"])
+def test_narrowed_run_is_not_recorded_when_replayed(tmp: Path, option: str) -> None:
+    """A stored run of `--levels` holds a part of the machine's ladder, though it is whole by itself."""
+    run = write_run(tmp / "narrow", 5, ("fp32", "bf16", "compile"))
+    ran = run_suite(tmp, "--replay", run, option)
+    assert ran.status == 4, ran.text
+    assert "leave --levels without fused_qkv, channels_last, float8, inductor_flags, aoti away" in ran.text
+    assert run_suite(tmp, "--replay", run).status == 0
+
+
 def test_update_needs_a_reason_to_accept_something_slower(tmp: Path) -> None:
     """Without one the level is red and nothing is written; with one the next file holds the new times."""
     run = write_run(tmp / "slow", 5)
@@ -220,6 +232,7 @@ def test_faster_level_warns_and_is_red_when_strict(tmp: Path) -> None:
     assert strict.status == 1
     assert strict.of("failure") == {"test_latency[aoti]"}
     assert strict.messages["test_latency[aoti]"].startswith("improved") or "improved [aoti]" in strict.text
+    assert run_suite(tmp, *options, "-o", "addopts=--strict", paths=(LATENCY,)).of("failure") == {"test_latency[aoti]"}
 
 
 def test_disturbed_level_is_neither_green_nor_red(tmp: Path) -> None:
@@ -236,12 +249,15 @@ def test_disturbed_level_is_neither_green_nor_red(tmp: Path) -> None:
 
 
 def test_other_workload_does_not_compare(tmp: Path) -> None:
-    """A changed digest is red in every test of the level."""
-    put(tmp / "run", changed("aoti", result={"workload_digest": "0123456789abcdef"}))
+    """A baseline of a workload that was changed since is red in every test."""
+    old = read_baseline(only_baseline(tmp)).model_copy(
+        update={"workload_digest": "0123456789abcdef", "reference_image": None, "reference_sha256": None}
+    )
+    write_baseline(tmp / "baselines" / "cpu", "tiny", old, stock_json(old), {})
     ran = run_suite(tmp, "--replay", tmp / "run", "--benchmark-compare")
     assert ran.status == 1
-    assert ran.of("failure") == {name for name in ran.outcomes if name.endswith("[aoti]")}
-    assert ran.properties["test_image[aoti]"]["verdict"] == "incomparable"
+    assert ran.of("failure") == {name for name in ran.outcomes if "fa3_fp8" not in name}
+    assert {ran.properties[name]["verdict"] for name in ran.of("failure")} == {"incomparable"}
 
 
 def test_no_baseline(tmp_path: Path) -> None:
@@ -251,6 +267,9 @@ def test_no_baseline(tmp_path: Path) -> None:
     assert ran.status == 1
     assert len(ran.of("failure")) == 5 * len(LEVELS)
     assert "pytest perf_tests --record-baseline" in ran.messages["test_latency[compile]"]
+    for test in ("structure", "latency", "image", "step_error", "memory"):
+        said = f"None of workload 'tiny' is in {tmp_path / 'baselines' / 'cpu'}."
+        assert said in ran.messages[f"test_{test}[compile]"]
     ran = run_suite(tmp_path, "--replay", run)
     assert ran.status == 0, ran.text
     assert {ran.properties[name]["rule"] for name in ran.of("passed")} == {"count", "not_compared"} - (
@@ -321,7 +340,8 @@ def test_unmeasured_reference_is_not_green(tmp: Path) -> None:
     put(tmp / "run", failed("bf16", ErrorKind.STEP_NOT_APPLIED))
     ran = run_suite(tmp, "--replay", tmp / "run", "--levels=aoti", "--benchmark-compare")
     assert ran.status == 1
-    assert "not green: levels bf16" in ran.text
+    assert "not green: bf16 gave no measurement. error [bf16] (step_not_applied)" in ran.text
+    assert "the step_not_applied that was asked for" in ran.text and "-k" not in ran.text.partition("not green")[2]
 
 
 @pytest.mark.parametrize("fault", ["colour-cast", "hole", "wrong-seed"])
@@ -361,13 +381,20 @@ def test_other_weights(tmp: Path) -> None:
         (["--levels=quick"], "unknown level 'quick'; known levels: fp32"),
         (["--levels=fa3_fp8"], "needs compute capability 9.0"),
         (["--workload=huge"], "--workload huge"),
-        (["--inject=compile:fire"], "known faults"),
-        (["--inject=fa3_fp8:oom"], "expected LEVEL:FAULT"),
+        (["--inject=compile:oom"], "--replay starts none"),
+        (["--processes=3"], "--replay starts none"),
+        (["--record-baseline", "--update-baseline"], "leave one away"),
+        (["--reason=why not"], "give both"),
+        (["--record-baseline", "--reason=why not"], "give both"),
+        (["--update-baseline", "--reason="], "give both"),
+        (["--partial-baseline"], "--partial-baseline goes with --record-baseline"),
+        (["--partial-baseline", "--update-baseline"], "--partial-baseline goes with --record-baseline"),
         (["--benchmark-disable"], "leave tests out"),
         (["--benchmark-skip"], "leave tests out"),
         (["--benchmark-only"], "leave tests out"),
         (["-p", "no:benchmark"], "pytest-benchmark"),
         (["-n2"], "cannot run under xdist"),
+        ([f"--baselines={300 * 'x'}"], "File name too long"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -376,6 +403,43 @@ def test_usage_errors(tmp_path: Path, recorded: Path, options: list[str], said: 
     ran = run_suite(tmp_path, "--replay", recorded / "run5", *options)
     assert ran.status == 4, ran.text
     assert said in ran.text
+    assert "Traceback" not in ran.text
+
+
+@pytest.mark.parametrize(
+    ("faults", "said"),
+    [
+        (["compile:fire"], "known faults"),
+        (["fa3_fp8:oom"], "expected LEVEL:FAULT"),
+        (["aoti:latency=+20%", "compile:oom", "aoti:latency=+30%"], "'aoti' has a fault already"),
+    ],
+    ids=["unknown", "of an unavailable level", "two of a level"],
+)
+def test_faults_that_cannot_be_injected(tmp_path: Path, faults: list[str], said: str) -> None:
+    """One sentence, nothing is measured; a level takes one fault."""
+    ran = run_suite(tmp_path, "-p", "fake_machine", *(f"--inject={fault}" for fault in faults))
+    assert ran.status == 4, ran.text
+    assert said in ran.text
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--benchmark-compare", "perf_tests"],
+        ["--benchmark-compare", "perf_tests/"],
+        ["--benchmark-compare", f"{LATENCY}::test_latency[aoti]"],
+        ["--benchmark-compare", "."],
+        [STRUCTURE, "--benchmark-compare", LATENCY],
+        ["perf_tests", "--benchmark-compare="],
+    ],
+    ids=" ".join,
+)
+def test_benchmark_compare_takes_no_path(tmp_path: Path, arguments: list[str]) -> None:
+    """A path behind the flag would be its value, and an empty value compares nothing."""
+    ran = run_suite(tmp_path, f"--replay={write_run(tmp_path / 'run')}", paths=arguments)
+    assert ran.status == 4, ran.text
+    assert "give the flag last" in ran.text
     assert "Traceback" not in ran.text
 
 
@@ -396,6 +460,14 @@ def damaged(tmp: Path, how: str) -> Path:
         result.write_text(result.read_text().replace('"result_schema": 1', '"result_schema": 2'))
     elif how == "truncated result":
         result.write_bytes(result.read_bytes()[:300])
+    elif how == "no level":
+        facts.write_text(
+            RunFacts.model_validate_json(facts.read_bytes()).model_copy(update={"levels": []}).model_dump_json()
+        )
+    elif how == "another workload's result":
+        put(run, changed("aoti", result={"workload_digest": "0123456789abcdef"}))
+    elif how == "a workload as it was":
+        facts.write_text(facts.read_text().replace(TINY.digest, "0123456789abcdef"))
     elif how == "another level's result":
         result.write_bytes((run / "float8" / "0" / "result.json").read_bytes())
     elif how == "run.json is a list":
@@ -409,7 +481,8 @@ def damaged(tmp: Path, how: str) -> Path:
     "how",
     [
         "empty folder", "partial", "fewer processes than told", "other schema", "truncated result",
-        "another level's result", "run.json is a list", "unknown level",
+        "another level's result", "run.json is a list", "unknown level", "no level", "another workload's result",
+        "a workload as it was",
     ],
 )  # fmt: skip
 def test_damaged_run(tmp_path: Path, how: str) -> None:
@@ -421,17 +494,29 @@ def test_damaged_run(tmp_path: Path, how: str) -> None:
 
 
 def test_damaged_artefacts_are_red_without_a_traceback(tmp: Path) -> None:
-    """An image that is not the one measured, a truncated step output, NaN in one, an image of another size."""
+    """Images that are not the measured ones or of another size; step outputs truncated, NaN, or of another kind."""
     run = tmp / "run"
     (run / "aoti" / "0" / "image.png").write_bytes((run / "aoti" / "0" / "image.png").read_bytes()[:-20])
     put(run, sample("float8"), picture()[:96])
     (run / "compile" / "0" / "step_output.npy").write_bytes(b"\x93NUMPY")
     np.save(run / "fused_qkv" / "0" / "step_output.npy", np.full((1, 16, 16), np.nan, np.float32))
+    np.save(run / "channels_last" / "0" / "step_output.npy", step_output("channels_last")[:, :8])
+    np.save(run / "float8" / "0" / "step_output.npy", np.full((1, 16, 16), "1"))
+    with (run / "inductor_flags" / "0" / "step_output.npy").open("wb") as file:
+        np.savez(file, step_output("inductor_flags"), step_output("fp32"))
+    (run / "aoti" / "0" / "step_output.npy").write_bytes(b"PK\x03\x04" + bytes(40))
     ran = run_suite(tmp, "--replay", run, "--benchmark-compare", paths=(FIDELITY,))
     assert ran.status == 1
     assert ran.of("failure") == {
-        "test_image[aoti]", "test_image[float8]", "test_step_error[compile]", "test_step_error[fused_qkv]",
+        "test_image[aoti]", "test_image[float8]", *(f"test_step_error[{level}]" for level in LEVELS[2:]),
     }  # fmt: skip
+    for level, said in {
+        "channels_last": "shapes are (1, 8, 16) and (1, 16, 16)",
+        "float8": "holds <U1, expected an array of float32",
+        "inductor_flags": "holds an archive, expected an array of float32",
+        "aoti": "not a whole .npy file",
+    }.items():
+        assert said in ran.messages[f"test_step_error[{level}]"]
     assert "Traceback" not in ran.text
     assert "raise " not in ran.text
 
@@ -444,6 +529,52 @@ def test_deselection_is_not_green(tmp: Path) -> None:
     assert "narrow with --levels" in ran.text
     assert run_suite(tmp, "--replay", tmp / "run", "-k", "nosuchtest").status == 5
     assert run_suite(tmp, "--replay", tmp / "run", "--levels=compile").status == 0
+
+
+def test_difference_map_that_cannot_be_written(tmp: Path) -> None:
+    """The verdict stands, and says why there is no map."""
+    put(tmp / "run", sample("aoti"), apply_image_fault(parse("hole"), picture()))
+    (tmp / "run" / "aoti" / "0" / "difference_from_stored.png").mkdir()
+    ran = run_suite(tmp, "--replay", tmp / "run", "--benchmark-compare", paths=(FIDELITY,))
+    assert ran.of("failure") == {"test_image[aoti]"}
+    assert ran.properties["test_image[aoti]"]["verdict"] == "regressed"
+    assert "its difference map cannot be written ([Errno 21]" in ran.messages["test_image[aoti]"]
+    assert "Traceback" not in ran.text
+
+
+@pytest.mark.parametrize("option", ["--update-baseline", "--record-baseline"])
+def test_run_without_its_bf16_image_is_not_recorded(tmp: Path, option: str) -> None:
+    """One sentence, and the tests of the run are reported."""
+    run = write_run(tmp / "run5", 5)
+    (run / "bf16" / "0" / "image.png").unlink()
+    ran = run_suite(tmp, "--replay", run, option, paths=(LATENCY,))
+    assert ran.status == 1, ran.text
+    assert "no baseline was written" in ran.text and "image.png: cannot be read" in ran.text
+    assert ran.of("passed") and "Traceback" not in ran.text and "INTERNALERROR" not in ran.text
+    assert only_baseline(tmp).name == "0001_tiny.json"
+
+
+ONE = f"{STRUCTURE}::test_structure[aoti]"
+
+
+@pytest.mark.parametrize(
+    ("options", "paths", "said"),
+    [
+        (["-k", "not test_structure"], ["perf_tests"], f"left out were test_structure of {', '.join(LEVELS)}."),
+        ([f"--deselect={ONE}"], ["perf_tests"], "left out were test_structure of aoti."),
+        (["--ignore=perf_tests/test_structure.py"], ["perf_tests"], "left out were test_structure of fp32, "),
+        ([f"--deselect={ONE}"], [STRUCTURE, MEMORY], "left out were test_structure of aoti."),
+        ([f"--deselect={STRUCTURE}::test_structure[fa3_fp8]"], ["perf_tests"], ""),
+        ([], [STRUCTURE, f"{MEMORY}::test_memory[aoti]"], ""),
+    ],
+    ids=["-k", "--deselect", "--ignore", "--deselect beside files", "not on this machine", "files"],
+)
+def test_a_compared_run_judges_every_test(tmp: Path, options: list[str], paths: list[str], said: str) -> None:
+    """A test of a level that was left out is named; files and node ids say what is wanted."""
+    ran = run_suite(tmp, "--replay", tmp / "run", "--benchmark-compare", *options, paths=paths)
+    assert ran.status == (1 if said else 0), ran.text
+    assert said in ran.text
+    assert ("not green" in ran.text) == bool(said)
 
 
 def quarantine(tmp: Path, added: datetime.date, expires: datetime.date) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 from suite_samples import LEVELS, UNAVAILABLE, changed, failed, put, sample
 
 from fluxfast.workloads import TINY
@@ -48,6 +49,22 @@ def test_one_folder_even_if_every_worker_fails(tmp_path: Path) -> None:
     assert own.unmeasured() == list(LEVELS)
     assert own.folder == tmp_path / "run"
     assert read_facts(own.folder).processes == 2
+
+
+def test_what_ended_the_measuring_is_not_tried_again(tmp_path: Path) -> None:
+    """Neither the run nor a confirmation is measured after one of them raised."""
+    calls = []
+
+    def measure(levels: Sequence[str], processes: int, folder: Path) -> dict[str, list[Result]]:
+        calls.append(folder)
+        raise OSError(28, "No space left on device")
+
+    own = session(tmp_path, Machine())
+    own.measure = measure
+    for ask in (own.structure, own.latency, own.memory):
+        with pytest.raises(OSError, match="No space left"):
+            ask("aoti")
+    assert calls == [tmp_path / "run"]
 
 
 def test_references_are_measured_with_a_chosen_level(tmp_path: Path) -> None:

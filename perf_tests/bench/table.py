@@ -12,9 +12,9 @@ import numpy as np
 
 from perf_tests.bench.interval import interval, median
 from perf_tests.harness.obstacles import disturbances, measured
-from perf_tests.harness.policy import PARENTS
+from perf_tests.harness.policy import PARENTS, worst
 from perf_tests.harness.schema import Environment, Measurement, Result
-from perf_tests.harness.session import EXACT_LEVEL, REFERENCE_LEVEL, Session, worst
+from perf_tests.harness.session import EXACT_LEVEL, REFERENCE_LEVEL, Session
 
 STAGES = ("text_encode", "steps", "decode", "postprocess", "other")
 """The parts of a call, in time's order; `other` is the call less its stages: noise, scheduler, host work."""

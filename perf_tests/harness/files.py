@@ -12,6 +12,7 @@ import os
 import stat
 import struct
 import uuid
+import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from pydantic import BaseModel, ValidationError
 
 MAX_JSON_BYTES = 64 << 20
 MAX_PNG_BYTES = 64 << 20
+MAX_NPY_BYTES = 64 << 20
 MAX_PIXELS = 4096 * 4096
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -147,6 +149,19 @@ def decode_png(raw: bytes, path: Path, error: type[StoreError], max_pixels: int 
             return np.array(image, dtype=np.uint8)
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as bad:
         raise error(f"{path}: not a whole PNG ({bad}); restore it or measure again") from bad
+
+
+def read_floats(path: Path, error: type[StoreError]) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The one float32 array of a `.npy` file, of whatever shape; anything else is an `error`."""
+    raw = read_bytes(path, MAX_NPY_BYTES, error)
+    try:
+        array = np.load(io.BytesIO(raw), allow_pickle=False)
+    except (OSError, ValueError, EOFError, MemoryError, zipfile.BadZipFile) as bad:
+        raise error(f"{path}: not a whole .npy file ({bad}); measure again") from bad
+    kind = array.dtype if isinstance(array, np.ndarray) else "an archive"
+    if kind != np.float32:
+        raise error(f"{path}: holds {kind}, expected an array of float32; measure again")
+    return array
 
 
 @contextlib.contextmanager

@@ -52,8 +52,11 @@ def first_gpu() -> int | str:
 
 
 def git_sha() -> str:
-    """Of the checkout; "nogit" outside one."""
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    """Of the checkout; "nogit" outside one, or without git."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return "nogit"
     return found.stdout.strip() or "nogit"
 
 

@@ -6,15 +6,16 @@ import contextlib
 import importlib.metadata
 import statistics
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fluxfast.workloads import WORKLOADS
-from perf_tests.harness import culprit, gpu, record, store
+from perf_tests.harness import culprit, gpu, record, store, usage
 from perf_tests.harness.files import StoreError
+from perf_tests.harness.lease import GpuBusy
 from perf_tests.harness.machine import WHOLE_LADDER
 from perf_tests.harness.obstacles import measured
 from perf_tests.harness.recording import machine_info
@@ -54,7 +55,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--results", type=Path, default=ROOT / "results", help="folder of runs")
     group.addoption("--cache", type=Path, default=ROOT / ".cache", help="compiled code, kept between runs")
     group.addoption("--baselines", type=Path, default=ROOT / "baselines", help="folder of baselines")
-    group.addoption("--quarantine", type=Path, default=ROOT / "perf_tests" / "quarantine.toml", help="excused tests")
+    group.addoption("--quarantine", type=Path, default=usage.FOLDER / "quarantine.toml", help="excused tests")
     group.addoption("--history", type=Path, help="SQLite file that runs append to; default: history.db below --results")
     group.addoption("--replay", type=Path, help="judge a stored run again, without a machine")
     group.addoption("--record-baseline", action="store_true", help="store this run as a new baseline if nothing is red")
@@ -69,35 +70,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Read the options, and point pytest-benchmark at this machine's baselines before it looks for them."""
-    if not _asks_for_suite(config):
+    usage.refuse_swallowed_path(config)
+    if not usage.asked_for(config, config.args):
         return
-    _refuse_what_disables_timing(config)
+    usage.refuse_what_disables_timing(config)
+    usage.refuse_contradictions(config.option)
     try:
         config.stash[SUITE] = Suite(config)
-    except (ValueError, StoreError, gpu.GpuError) as error:
+    except (OSError, ValueError, StoreError, gpu.GpuError) as error:
         raise pytest.UsageError(str(error)) from None
-
-
-def _asks_for_suite(config: pytest.Config) -> bool:
-    folder = ROOT / "perf_tests"
-    paths = [Path(config.invocation_params.dir, argument.split("::")[0]).resolve() for argument in config.args]
-    return any(path == folder or folder in path.parents or path in folder.parents for path in paths)
-
-
-def _refuse_what_disables_timing(config: pytest.Config) -> None:
-    option = config.option
-    if not config.pluginmanager.hasplugin("benchmark"):
-        raise pytest.UsageError("perf_tests shows its samples through pytest-benchmark; install it, no -p no:benchmark")
-    if getattr(option, "numprocesses", None) or getattr(option, "dist", "no") != "no":
-        raise pytest.UsageError(
-            "perf_tests cannot run under xdist (-n): levels would share the machine while they are timed, and "
-            "pytest-benchmark turns itself off; run without -n"
-        )
-    for name in ("benchmark_disable", "benchmark_skip", "benchmark_only"):
-        if getattr(option, name):
-            raise pytest.UsageError(
-                f"--{name.replace('_', '-')} with perf_tests would leave tests out and be green; leave it away"
-            )
 
 
 class Judge:
@@ -187,6 +168,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("level", own.shown)
 
 
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    """Remember what was taken out, so that a run without it is not green."""
+    for item in items:
+        if own := item.config.stash.get(SUITE, None):
+            own.deselected.add(item.name)
+
+
 @pytest.fixture
 def suite(request: pytest.FixtureRequest) -> Judge:
     """The run; skips, with the reason, what this machine cannot run or the user left out."""
@@ -201,12 +189,22 @@ def suite(request: pytest.FixtureRequest) -> Judge:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_pyfunc_call() -> Generator[None, object, object]:
-    """A damaged image or output of a stored run is a sentence, not a traceback."""
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
+    """A damaged file is a sentence, not a traceback; what ends the measuring is one, and ends the run."""
+    own = pyfuncitem.config.stash.get(SUITE, None)
     try:
         return (yield)
     except StoreError as error:
-        pytest.fail(str(error), pytrace=False)
+        raise pytest.fail.Exception(str(error), pytrace=False) from None
+    except Exception as error:
+        if own is None or error is not own.session.error:
+            raise
+        pyfuncitem.session.shouldstop = "measuring ended, and nothing can be judged without it"
+        if not isinstance(error, (OSError, GpuBusy, gpu.GpuError)):
+            raise
+        where = "; --results, --cache and the temporary folder have to be folders that can be written, with space left"
+        said = f"measuring ended with: {error}{where if isinstance(error, OSError) else ''}"
+        raise pytest.fail.Exception(said, pytrace=False) from None
 
 
 @pytest.hookimpl(trylast=True)

@@ -7,7 +7,7 @@ docs/gate.md.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from fluxfast.levels import LEVELS
@@ -118,6 +118,15 @@ def direction(metric: str) -> Direction:
     if metric.startswith(("flip", "lpips")):
         return "higher_is_worse"
     raise ValueError(f"fidelity metric {metric!r} has no known direction; add it to perf_tests/harness/policy.py")
+
+
+def worst(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Metric -> the worst of the processes' values."""
+    return {
+        metric: (max if direction(metric) == "higher_is_worse" else min)(own[metric] for own in scores)
+        for metric in scores[0]
+        if all(metric in own for own in scores)  # PSNR has no value for identical images
+    }
 
 
 def fidelity_floor(metric: str) -> float:

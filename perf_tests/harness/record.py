@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from perf_tests.harness import fidelity, recording, store, updating
+from perf_tests.harness.files import MAX_PNG_BYTES, read_bytes
 from perf_tests.harness.schema import Baseline, Outcome
 from perf_tests.harness.session import EXACT_LEVEL, REFERENCE_LEVEL, Session
 
@@ -25,7 +26,7 @@ def baseline_of(session: Session, stored: Any) -> tuple[Baseline, bytes]:
     if broken := session.unmeasured():
         raise store.BaselineError(f"level {broken[0]!r} was not measured; {recording.UNACCEPTABLE}")
     results = session.results
-    png = session.image_path(REFERENCE_LEVEL, 0).read_bytes()
+    png = read_bytes(session.image_path(REFERENCE_LEVEL, 0), MAX_PNG_BYTES, store.ResultError)
     scores = {level: session.image_scores(level, stored) for level in results}
     baseline = recording.baseline_from_results(
         results,

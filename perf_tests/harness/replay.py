@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxfast.levels import LADDER
-from fluxfast.workloads import get_workload
+from fluxfast.workloads import Workload, get_workload
 from perf_tests.harness import store
 from perf_tests.harness.files import Picture, StoreError
 from perf_tests.harness.schema import Outcome, Verdict
@@ -105,6 +105,11 @@ FILES = {
 }
 
 
+def tests_of(workload: Workload) -> list[str]:
+    """Names of the tests that judge each level of a workload; images of random weights are noise and not judged."""
+    return [test for test in TESTS if test != "test_image" or not workload.has_random_weights]
+
+
 def judge(session: Session) -> dict[str, dict[str, Verdict]]:
     """Level -> test -> verdict, as `pytest perf_tests --replay RUN --benchmark-compare` gives them.
 
@@ -114,11 +119,9 @@ def judge(session: Session) -> dict[str, dict[str, Verdict]]:
     found: dict[str, dict[str, Verdict]] = {}
     for level in session.levels:
         found[level] = {}
-        for test, verdict_on in TESTS.items():
-            if test == "test_image" and session.workload.checkpoint.startswith("synthetic"):
-                continue
+        for test in tests_of(session.workload):
             try:
-                verdict = verdict_on(session, level)
+                verdict = TESTS[test](session, level)
             except StoreError as error:
                 verdict = Verdict(outcome=Outcome.ERROR, level=level, rule="unreadable", message=str(error))
             if verdict.rule == "step_not_applied" and test != "test_structure":

@@ -6,10 +6,10 @@ gives the same verdicts again.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ import numpy as np
 from fluxfast.levels import LEVELS
 from fluxfast.workloads import Workload
 from perf_tests.harness import fidelity, gate, store
-from perf_tests.harness.files import MAX_PNG_BYTES, read_bytes, read_png, write_over
+from perf_tests.harness.files import read_floats, read_png, write_over
 from perf_tests.harness.obstacles import obstacle
+from perf_tests.harness.policy import worst
 from perf_tests.harness.schema import Baseline, Environment, Outcome, Result, Verdict
 from perf_tests.harness.stored_run import RUN_FILE, RunFacts, read_run
 
@@ -47,6 +48,7 @@ class Session:
         baseline: None if there is none or it was not asked for.
         is_compared: whether a missing baseline is a failure.
         measure: runs workers; None replays what is in `folder`.
+        error: what ended the measuring. It is raised again for whoever asks next, who would run into the same.
     """
 
     folder: Path
@@ -60,6 +62,7 @@ class Session:
     is_compared: bool
     measure: Measure | None
     make_folder: Callable[[], Path] | None = None
+    error: Exception | None = dataclasses.field(default=None, init=False)
     _results: dict[str, list[Result]] = dataclasses.field(default_factory=dict)
     _latency: dict[str, Verdict] = dataclasses.field(default_factory=dict)
 
@@ -77,18 +80,28 @@ class Session:
                 self._results = read_run(self.folder, levels, self.processes)
                 self._results |= read_run(self.folder / RERUN, levels, self.processes, is_optional=True)
             else:
-                if self.make_folder is not None:
-                    self.folder = self.make_folder()
-                self.describe()
-                self._results = self.measure(levels, self.processes, self.folder)
-                disturbed = [level for level in levels if self._is_void(level)]
-                if disturbed:
-                    self._results |= self.measure(disturbed, self.processes, self.folder / RERUN)
+                with self._measuring():
+                    self._results = self._measured(levels, self.measure)
         return self._results
 
-    def _is_void(self, level: str) -> bool:
-        found = obstacle(level, self._results[level], self.baseline, clocked=True)
-        return found is not None and found.outcome is Outcome.VOID
+    def _measured(self, levels: Sequence[str], measure: Measure) -> dict[str, list[Result]]:
+        if self.make_folder is not None:
+            self.folder = self.make_folder()
+        self.describe()
+        results = measure(levels, self.processes, self.folder)
+        found = {level: obstacle(level, results[level], self.baseline, clocked=True) for level in levels}
+        disturbed = [level for level, own in found.items() if own and own.outcome is Outcome.VOID]
+        return results | measure(disturbed, self.processes, self.folder / RERUN) if disturbed else results
+
+    @contextlib.contextmanager
+    def _measuring(self) -> Iterator[None]:
+        if self.error is not None:
+            raise self.error
+        try:
+            yield
+        except Exception as error:
+            self.error = error
+            raise
 
     @property
     def environment(self) -> Environment | None:
@@ -130,7 +143,8 @@ class Session:
         folder = self.folder / CONFIRM / level
         if self.measure is None:
             return read_run(folder, levels) if folder.is_dir() else {}
-        return self.measure(levels, self.policy.confirmation_processes, folder)
+        with self._measuring():
+            return self.measure(levels, self.policy.confirmation_processes, folder)
 
     def structure(self, level: str) -> Verdict:
         """The proofs; exact, with or without a baseline."""
@@ -185,9 +199,8 @@ class Session:
         try:
             return fidelity.compare(image, reference).as_dict()
         except ValueError as error:
-            raise store.ResultError(
-                f"the image of level {level!r} in {self.folder} cannot be judged: {error}"
-            ) from error
+            said = f"the image of level {level!r} in {self.folder} cannot be judged: {error}"
+            raise store.ResultError(said) from error
 
     def step_errors(self, level: str) -> list[float]:
         """One a process: relative L2 of the first step's output against float32; infinite if not finite."""
@@ -195,7 +208,11 @@ class Session:
         outputs = [self.step_output(level, index) for index in range(len(self.results[level]))]
         if not np.isfinite(exact).all():
             return [math.inf] * len(outputs)
-        return [fidelity.relative_l2(own, exact) if np.isfinite(own).all() else math.inf for own in outputs]
+        try:
+            return [fidelity.relative_l2(own, exact) if np.isfinite(own).all() else math.inf for own in outputs]
+        except ValueError as error:
+            said = f"the step's output of {level!r} in {self.folder} does not compare with {EXACT_LEVEL!r}'s ({error})"
+            raise store.ResultError(f"{said}; measure again") from error
 
     def image(self, level: str, index: int) -> Any:
         """Of one process: uint8, (height, width, 3)."""
@@ -211,12 +228,7 @@ class Session:
         """Of one process: float32, (batch, image tokens, channels)."""
         measurement = self.results[level][index].measurement
         assert measurement is not None
-        path = self._place(level, index) / measurement.step_output
-        raw = read_bytes(path, MAX_PNG_BYTES, store.ResultError)
-        try:
-            return np.load(io.BytesIO(raw), allow_pickle=False)
-        except (OSError, ValueError, EOFError, MemoryError) as error:
-            raise store.ResultError(f"{path}: the step's output cannot be read ({error}); measure again") from error
+        return read_floats(self._place(level, index) / measurement.step_output, store.ResultError)
 
     def stored_reference(self) -> Any:
         """The baseline's bf16 image, None without a baseline."""
@@ -231,7 +243,7 @@ class Session:
         return max(range(len(scores)), key=lambda at: max(scores[at].get(f"flip_worst_tile{s}", 0.0) for s in SUFFIXES))
 
     def show_difference(self, level: str) -> str:
-        """Write the difference maps of a level's worst process beside its image; a sentence that names the files."""
+        """Write difference maps of a level's worst process beside its image; a sentence that names or misses them."""
         stored, index = self.stored_reference(), self.worst_process(level)
         path = self.image_path(level, index)
         references = {"stored": stored}
@@ -241,8 +253,11 @@ class Session:
         for name, reference in references.items():
             if reference is not None:
                 paths.append(str(path.with_name(f"difference_from_{name}.png")))
-                # Not through a link that lies there: the folder may be someone else's.
-                write_over(Path(paths[-1]), fidelity.difference_map(self.image(level, index), reference))
+                try:
+                    # Not through a link that lies there: the folder may be someone else's.
+                    write_over(Path(paths[-1]), fidelity.difference_map(self.image(level, index), reference))
+                except OSError as error:
+                    return f"Look at {path}; its difference map cannot be written ({error})."
         return f"Look at {path} and at {' and '.join(paths)}."
 
     def unmeasured(self) -> list[str]:
@@ -269,8 +284,11 @@ class Session:
         return None
 
     def _unless_not_compared(self, verdict: Verdict) -> Verdict:
-        if verdict.outcome is not Outcome.NO_BASELINE or self.is_compared:
+        if verdict.outcome is not Outcome.NO_BASELINE:
             return verdict
+        if self.is_compared:
+            where = "" if self.baseline else f" None of workload {self.workload.id!r} is in {self.baseline_folder}."
+            return verdict.model_copy(update={"message": verdict.message + where})
         message = f"level {verdict.level!r} was measured and proven; add --benchmark-compare for a verdict"
         return verdict.model_copy(update={"outcome": Outcome.PASS, "rule": "not_compared", "message": message})
 
@@ -280,12 +298,3 @@ def with_references(levels: Sequence[str], unavailable: Mapping[str, str]) -> li
     parents = gate.nearest_parents(unavailable)
     needed = {*levels, EXACT_LEVEL, REFERENCE_LEVEL, *(parents.get(level) for level in levels)}
     return [level for level in LEVELS if level in needed and level not in unavailable]
-
-
-def worst(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Metric -> the worst of the processes' values."""
-    return {
-        metric: (max if gate.direction(metric) == "higher_is_worse" else min)(own[metric] for own in scores)
-        for metric in scores[0]
-        if all(metric in own for own in scores)  # PSNR has no value for identical images
-    }

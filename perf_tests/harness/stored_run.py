@@ -22,7 +22,7 @@ class RunFacts(Strict):
     slug: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
     workload: str
     workload_digest: str
-    levels: list[str]
+    levels: Annotated[list[str], Field(min_length=1)]
     unavailable: dict[str, str]
     processes: Annotated[int, Field(ge=1)]
 

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fluxfast.levels import LADDER, LEVELS
-from fluxfast.workloads import get_workload
+from fluxfast.workloads import Workload, get_workload
 from perf_tests.harness import faults, gpu, lease, runner, store
 from perf_tests.harness.machine import ask_machine, chosen_levels, first_gpu, git_sha
+from perf_tests.harness.obstacles import obstacle
 from perf_tests.harness.progress import CPU_DEADLINES, GPU_DEADLINES, ProgressPrinter
 from perf_tests.harness.quarantine import load_quarantine
 from perf_tests.harness.recording import MIN_PROCESSES
+from perf_tests.harness.replay import tests_of
 from perf_tests.harness.schema import Outcome, Result, Verdict
 from perf_tests.harness.session import Session
 from perf_tests.harness.stored_run import RunFacts, read_facts
+from perf_tests.harness.usage import FOLDER, asked_for
 from perf_tests.history.night import Judged
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,6 +37,7 @@ class Suite:
         verdicts: of the tests so far, by node id.
         baseline_name: file that judges this run; None if none does.
         accepted: verdicts that `--update-baseline --reason` is about to accept.
+        deselected: names of tests that `-k`, `--deselect` or the like took out.
 
     Raises:
         ValueError, StoreError, GpuError: one sentence, before anything is measured.
@@ -41,11 +46,12 @@ class Suite:
     def __init__(self, config: pytest.Config) -> None:
         option = config.option
         self.config = config
-        # pytest has this option already, for its own strict mode; given by hand it means ours too.
-        self.is_strict = "--strict" in config.invocation_params.args
+        # pytest has this option already, for its own strict mode; given by hand or PYTEST_ADDOPTS it means ours too.
+        self.is_strict = bool(option.strict)
         self.is_recording = option.record_baseline or option.update_baseline
         self.verdicts: dict[str, Verdict] = {}
         self.accepted: list[Verdict] = []
+        self.deselected: set[str] = set()
         self.quarantine = load_quarantine(option.quarantine, datetime.datetime.now(datetime.UTC).date())
         self._why_workload = ""
         facts = read_facts(option.replay) if option.replay else self._new_facts(option)
@@ -54,18 +60,15 @@ class Suite:
         workload = get_workload(facts.workload)
         runnable = facts.levels if option.replay else [level for level in LEVELS if level not in facts.unavailable]
         self.expected = chosen_levels(option.levels, facts.levels, runnable, facts.unavailable)
-        if option.partial_baseline and (option.update_baseline or option.baselines.resolve() == ROOT / "baselines"):
-            raise ValueError("--partial-baseline goes with --record-baseline and a --baselines folder of your own")
-        left = set() if option.partial_baseline else set(facts.levels) - set(self.expected)
-        if self.is_recording and (option.inject or left):
-            why = "--inject" if option.inject else f"--levels without {', '.join(sorted(left))}"
-            raise ValueError(f"a baseline holds the whole ladder, unbroken: leave {why} away to record or update one")
-        if self.is_recording and "@" in workload.id:
-            raise ValueError(f"a baseline belongs to a workload by its name, and {workload.id!r} takes other weights")
+        if self.is_recording:
+            self._refuse_to_record(option, facts, workload)
         self.injections = _injections(option.inject, self.expected)
         folder = option.baselines / facts.slug
         path = store.find_baseline(folder, workload.id) if folder.is_dir() else None
         is_compared = bool(option.benchmark_compare)
+        self._is_judging = is_compared or self.is_recording
+        # Files or node ids say which tests are wanted; a folder says all.
+        self._is_whole = any(FOLDER not in path.parents for path in asked_for(config, config.args))
         self.baseline_name = path.name if path and is_compared else None
         _point_benchmark_at(option, path)
         is_gpu = facts.slug != gpu.CPU_SLUG
@@ -84,7 +87,7 @@ class Suite:
             measure=None if option.replay else self._measure,
         )
         if option.replay:
-            self.session.results  # noqa: B018  # a partial run is refused here and not test by test
+            _refuse_other_workload(option.replay, facts, workload, self.session.results)  # and a partial run
         else:
             self.session.make_folder = lambda: runner.new_run_folder(option.results, git_sha())
 
@@ -101,15 +104,36 @@ class Suite:
 
     def not_green(self) -> str | None:
         """Why a run without a red test is red all the same."""
-        missing = self.session.unmeasured()
         judged = {verdict.level for verdict in self.verdicts.values()}
-        unjudged = [level for level in self.expected if level not in judged]
-        if not (missing or unjudged):
-            return None
-        return (
-            f"not green: levels {', '.join(missing or unjudged)} were expected on this machine and not "
-            f"{'measured' if missing else 'judged'}; narrow with --levels, not with -k or node ids"
-        )
+        if unjudged := [level for level in self.expected if level not in judged]:
+            return (
+                f"not green: levels {', '.join(unjudged)} were expected on this machine and not judged; narrow with "
+                "--levels, not with -k or node ids"
+            )
+        if missing := self.session.unmeasured():
+            found = obstacle(missing[0], self.session.results[missing[0]], None, clocked=False)
+            assert found is not None
+            return f"not green: {', '.join(missing)} gave no measurement. {found.explain()}"
+        if self._is_judging and (left := self._left_out()):
+            tests = "; ".join(f"{test} of {', '.join(levels)}" for test, levels in left.items())
+            return (
+                f"not green: left out were {tests}. A run that is compared or recorded judges every test of every "
+                "level: leave -k, -m, --deselect, --ignore and --lf away, or name the files of perf_tests to run"
+            )
+        return None
+
+    def _left_out(self) -> dict[str, list[str]]:
+        """Test -> expected levels that it gave no verdict on, though not only other files were asked for."""
+        said = {node.rpartition("::")[2] for node in self.verdicts}
+        left = {
+            test: [
+                level
+                for level in self.expected
+                if (name := f"{test}[{level}]") not in said and (self._is_whole or name in self.deselected)
+            ]
+            for test in tests_of(self.session.workload)
+        }
+        return {test: levels for test, levels in left.items() if levels}
 
     def not_recordable(self) -> str | None:
         """Why a green run may not become a baseline: quarantine excuses a test, not a number."""
@@ -147,6 +171,19 @@ class Suite:
             unavailable=unavailable,
             processes=processes,
         )
+
+    def _refuse_to_record(self, option: Any, facts: RunFacts, workload: Workload) -> None:
+        # Of the machine and not of the run: a stored run may have been narrowed itself.
+        ladder = [level.id for level in LADDER if level.id not in facts.unavailable]
+        left = [] if option.partial_baseline else [level for level in ladder if level not in self.expected]
+        if option.inject or left:
+            why = "--inject" if option.inject else f"--levels without {', '.join(left)}"
+            raise ValueError(
+                f"a baseline holds the whole ladder, unbroken: leave {why} away, here and in the run that is replayed, "
+                "to record or update one"
+            )
+        if "@" in workload.id:
+            raise ValueError(f"a baseline belongs to a workload by its name, and {workload.id!r} takes other weights")
 
     def _measure(self, levels: Sequence[str], processes: int, folder: Path) -> dict[str, list[Result]]:
         """Run workers, with progress on the terminal; Ctrl-C keeps what was measured."""
@@ -193,11 +230,29 @@ def _point_benchmark_at(option: Any, path: Path | None) -> None:
         option.benchmark_storage = str(path.parent)
 
 
+def _refuse_other_workload(
+    folder: Path, facts: RunFacts, workload: Workload, results: Mapping[str, Sequence[Result]]
+) -> None:
+    if facts.workload_digest != workload.digest:
+        raise ValueError(
+            f"{folder} is of workload {facts.workload!r} with digest {facts.workload_digest}, in this checkout it is "
+            f"{workload.digest}: the workload was changed; measure again, or judge it in a checkout that measured it"
+        )
+    for result in itertools.chain.from_iterable(results.values()):
+        if (result.workload, result.workload_digest) != (workload.id, workload.digest):
+            raise ValueError(
+                f"{folder}: level {result.level!r}, process {result.process} is of workload {result.workload!r} with "
+                f"digest {result.workload_digest}, the run of {workload.id!r} with {workload.digest}; measure again"
+            )
+
+
 def _injections(specs: Sequence[str], levels: Sequence[str]) -> dict[str, str]:
     injections = {}
     for spec in specs:
         level, _, fault = spec.partition(":")
         if level not in levels:
             raise ValueError(f"--inject {spec!r}: expected LEVEL:FAULT with one of {', '.join(levels)}")
+        if level in injections:
+            raise ValueError(f"--inject {spec!r}: {level!r} has a fault already; a level takes one, leave one away")
         injections[level] = faults.parse(fault).spec
     return injections

@@ -12,8 +12,9 @@ from PIL import Image
 
 from perf_tests.harness import fidelity
 from perf_tests.harness.files import Picture, StoreError, decode_png
+from perf_tests.harness.policy import worst
 from perf_tests.harness.replay import ReadOnlySession
-from perf_tests.harness.session import REFERENCE_LEVEL, worst
+from perf_tests.harness.session import REFERENCE_LEVEL
 
 BUDGET_BYTES = 3 << 19
 """Of all images of a page together, as data URIs: half of a page of at most 3 MiB."""

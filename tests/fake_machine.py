@@ -1,0 +1,54 @@
+"""A pytest plugin (`-p fake_machine`): perf_tests on a machine without a GPU, whose workers are made up."""
+
+from __future__ import annotations
+
+import errno
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from suite_samples import UNAVAILABLE, put, sample
+
+from fluxfast.levels import LEVELS
+from perf_tests.harness import runner, suite
+from perf_tests.harness.lease import GpuBusy
+from perf_tests.harness.schema import Result
+from perf_tests.harness.store import read_result
+
+MACHINE = {
+    "device": "cpu",
+    "workload": "tiny",
+    "why_workload": "made up",
+    "levels": {level: UNAVAILABLE.get(level) for level in LEVELS},
+}
+BREAKS = {
+    "disk": OSError(errno.ENOSPC, "No space left on device", "log.txt"),
+    "busy": GpuBusy("GPU-1 is held by process 7"),
+    "bug": RuntimeError("a mistake"),
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--breaks", choices=BREAKS, help="what the first worker of a confirmation or the second one meets")
+    parser.addoption("--slow", help="a level that takes twice its time")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    started: list[str] = []
+    option = config.option
+
+    def run_level(level: str, workload: str, process: int, folder: Path, *, cache: Path, **_: Any) -> Result:
+        started.append(level)
+        cache.mkdir(exist_ok=True)
+        if option.breaks and ("confirm" in folder.parts if option.slow else len(started) == 2):
+            raise BREAKS[option.breaks]
+        put(folder, sample(level, process, 2.0 if level == option.slow else 1.0))
+        return read_result(folder / level / str(process) / "result.json")
+
+    suite.runner = types.SimpleNamespace(
+        run_level=run_level, schedule=runner.schedule, new_run_folder=runner.new_run_folder
+    )
+
+
+suite.ask_machine = lambda workload: MACHINE

@@ -1,0 +1,70 @@
+"""A run that cannot measure says why once and starts no worker again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from suite_samples import Ran, run_suite, write_run
+
+from perf_tests.harness.machine import git_sha
+
+INTERRUPTED = 2
+
+
+def run_live(tmp: Path, *options: str | Path) -> Ran:
+    """`pytest perf_tests` that measures, with made-up workers."""
+    return run_suite(tmp, "-p", "fake_machine", f"--cache={tmp / 'cache'}", *options)
+
+
+def test_made_up_workers_are_a_green_run(tmp_path: Path) -> None:
+    """What the tests below break is whole, and lies in the history."""
+    ran = run_live(tmp_path)
+    assert ran.status == 0, ran.text
+    assert (tmp_path / "results" / "history.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("--breaks=disk", "measuring ended with: [Errno 28] No space left on device: 'log.txt'; --results, --cache"),
+        ("--breaks=busy", "measuring ended with: GPU-1 is held by process 7"),
+        ("results", "File exists"),
+        ("cache", "File exists"),
+    ],
+)
+def test_what_ends_the_measuring_ends_the_run(tmp_path: Path, how: str, said: str) -> None:
+    """One red test with one sentence, one folder, and nothing in the history."""
+    if not how.startswith("-"):
+        (tmp_path / how).write_text("a file")
+    ran = run_live(tmp_path, *([how] if how.startswith("-") else []))
+    assert ran.status == INTERRUPTED, ran.text
+    assert len(ran.outcomes) == len(ran.of("failure")) == 1
+    assert said in ran.text
+    assert "Traceback" not in ran.text and "raise " not in ran.text and "During handling" not in ran.text
+    assert how == "results" or len(list((tmp_path / "results").iterdir())) == 1
+
+
+def test_a_mistake_of_the_suite_has_one_traceback(tmp_path: Path) -> None:
+    """Not one a test, each after hours of measuring."""
+    ran = run_live(tmp_path, "--breaks=bug")
+    assert ran.status == INTERRUPTED
+    assert ran.text.count("RuntimeError: a mistake") <= 3 and "raise " in ran.text
+    assert len(list((tmp_path / "results").iterdir())) == 1
+
+
+def test_what_ends_a_confirmation_ends_the_run(tmp_path: Path) -> None:
+    """The verdicts before it are shown."""
+    recorded = run_suite(tmp_path, "--replay", write_run(tmp_path / "run5", 5), "--record-baseline")
+    assert recorded.status == 0, recorded.text
+    ran = run_live(tmp_path, "--slow=aoti", "--breaks=disk", "--benchmark-compare")
+    assert ran.status == INTERRUPTED, ran.text
+    assert ran.of("failure") == {"test_latency[aoti]"}
+    assert "No space left" in ran.text and "Traceback" not in ran.text
+    assert "test_image[fp32]" in ran.text
+
+
+def test_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout that was copied to a machine without git."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert git_sha() == "nogit"
