@@ -60,7 +60,7 @@ def test_either_end_is_installed(nightly_index: str, tmp_path: Path, version: st
     python = build(recipe, version, tmp_path / "environment")
     code = "import importlib.metadata as m; print(sorted(f'{d.name}=={d.version}' for d in m.distributions()))"
     brought = ["compiler==3.0+git1", "helper==1.0"] if version == NIGHTLY else []
-    installed = subprocess.check_output([python, "-c", code], text=True).strip()
+    installed = subprocess.check_output([python, "-I", "-c", code], text=True).strip()
     assert installed == str(sorted([*brought, f"component=={version}", "pinned==1.5"]))
 
 
