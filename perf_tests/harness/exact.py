@@ -10,7 +10,7 @@ import numpy as np
 
 from perf_tests.harness import noise
 from perf_tests.harness.obstacles import ACCEPT, RECORD, measured, obstacle, verdict
-from perf_tests.harness.policy import Policy, direction, fidelity_floor, roundoff_factor
+from perf_tests.harness.policy import MOST_BF16_ERROR, Policy, direction, fidelity_floor, roundoff_factor
 from perf_tests.harness.schema import Baseline, LevelBaseline, Outcome, Proof, Result, Verdict
 
 
@@ -138,6 +138,13 @@ def judge_step_error(
             f"in the first step of {level!r}, or for a bf16 that ran in float32."
         )
         return verdict(Outcome.REGRESSED, level, "not_finite", message, results)
+    if bf16_error > MOST_BF16_ERROR:
+        message = (
+            f"bf16's first step is {bf16_error:.3g} from float32's, expected at most {MOST_BF16_ERROR}: they do not "
+            "start from the same weights and noise, and no other level's error means anything. Look at what is drawn in "
+            "the pipeline's own dtype."
+        )
+        return verdict(Outcome.REGRESSED, level, "reference", message, results)
     factor, source = roundoff_factor(results[0].fields)
     bounds = {"roundoff": factor * bf16_error}
     text = f"{factor:.3g} x bf16's {bf16_error:.3g} = {bounds['roundoff']:.3g} (k = {source})"
