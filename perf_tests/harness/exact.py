@@ -141,8 +141,8 @@ def judge_step_error(
     if bf16_error > MOST_BF16_ERROR:
         message = (
             f"bf16's first step is {bf16_error:.3g} from float32's, expected at most {MOST_BF16_ERROR}: they do not "
-            "start from the same weights and noise, and no other level's error means anything. Look at what is drawn in "
-            "the pipeline's own dtype."
+            "start from the same weights and noise, and no other level's error means anything. Look at what is drawn "
+            "in the pipeline's own dtype."
         )
         return verdict(Outcome.REGRESSED, level, "reference", message, results)
     factor, source = roundoff_factor(results[0].fields)
