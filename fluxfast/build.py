@@ -18,6 +18,7 @@ The one legal order of application, which is not the ladder's order:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -108,7 +109,8 @@ def generate(built: Built, workload: Workload, **overrides: Any) -> Any:
     Returns:
         The `FluxPipelineOutput`; its `images[0]` is (height, width) RGB unless `overrides` say otherwise.
     """
-    latents = initial_noise(built.pipeline, workload)
+    noise = functools.partial(initial_noise, built.pipeline, workload)
+    latents = noise if isinstance(built.pipeline, LoopPipeline) else noise()
     return built.pipeline(**(workload.call_arguments() | input_arguments(workload) | {"latents": latents} | overrides))
 
 

@@ -7,7 +7,7 @@ true classifier-free guidance, IP-adapters.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,10 +53,14 @@ class LoopPipeline(FluxPipeline):
         guidance_scale: float,
         max_sequence_length: int,
         generator: torch.Generator | None = None,
-        latents: torch.Tensor | None = None,
+        latents: torch.Tensor | Callable[[], torch.Tensor] | None = None,
         output_type: str = "pil",
     ) -> FluxPipelineOutput:
         """FluxPipeline's arguments, of which the loop takes no others.
+
+        Args:
+            latents: the noise, or what makes it: called when the text encoders are launched, so that a CPU draws while
+                the device encodes.
 
         Returns:
             `images` as FluxPipeline gives them for the `output_type`.
@@ -67,15 +71,16 @@ class LoopPipeline(FluxPipeline):
             prompt=prompt, prompt_2=None, device=device, max_sequence_length=max_sequence_length
         )
         channels = self.transformer.config.in_channels // 4
-        latents, image_ids = self.prepare_latents(
-            len(embeddings), channels, height, width, embeddings.dtype, device, generator, latents
-        )
-        timesteps, sigmas = self.schedule(num_inference_steps, latents.shape[1])
+        noise, image_ids = self.prepare_latents(
+            len(embeddings), channels, height, width, embeddings.dtype, device, generator,
+            latents() if callable(latents) else latents,
+        )  # fmt: skip
+        timesteps, sigmas = self.schedule(num_inference_steps, noise.shape[1])
         guidance = None
         if self.transformer.config.guidance_embeds:
-            guidance = torch.full([1], guidance_scale, device=device, dtype=torch.float32).expand(len(latents))
-        latents, _ = self.denoise(
-            latents=latents,
+            guidance = torch.full([1], guidance_scale, device=device, dtype=torch.float32).expand(len(noise))
+        denoised, _ = self.denoise(
+            latents=noise,
             encoder_hidden_states=embeddings,
             pooled_projections=pooled,
             guidance=guidance,
@@ -86,10 +91,10 @@ class LoopPipeline(FluxPipeline):
         )
         self.loops += 1
         if output_type == "latent":
-            return FluxPipelineOutput(images=latents)
-        latents = self._unpack_latents(latents, height, width, self.vae_scale_factor)
-        latents = (latents / self.vae.config.scaling_factor) + self.vae.config.shift_factor
-        image = self.vae.decode(latents, return_dict=False)[0]
+            return FluxPipelineOutput(images=denoised)
+        denoised = self._unpack_latents(denoised, height, width, self.vae_scale_factor)
+        denoised = (denoised / self.vae.config.scaling_factor) + self.vae.config.shift_factor
+        image = self.vae.decode(denoised, return_dict=False)[0]
         return FluxPipelineOutput(images=self.image_processor.postprocess(image, output_type=output_type))
 
     def denoise(

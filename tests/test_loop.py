@@ -56,6 +56,26 @@ def test_loop_draws_what_flux_pipeline_draws(dev: bool, dtype: torch.dtype) -> N
     assert loop.loops == len(CALLS) + 2
 
 
+def test_noise_is_drawn_behind_the_text_encoders() -> None:
+    """Given as what makes it, the image is the stock pipeline's from the same noise, and the encoders are launched."""
+    stock, loop = pipelines(False, torch.float32)
+    noise, order = torch.randn(1, 16, 64), []
+    encode = loop.encode_prompt
+
+    def watched(**arguments: Any) -> Any:
+        order.append("encode")
+        return encode(**arguments)
+
+    def late() -> torch.Tensor:
+        order.append("noise")
+        return noise
+
+    loop.encode_prompt = watched
+    size = {"height": 64, "width": 64, "num_inference_steps": 2}
+    own, theirs = draw(loop, "pt", **size, latents=late), draw(stock, "pt", **size, latents=noise)
+    assert torch.equal(own, theirs) and order == ["encode", "noise"]
+
+
 def test_pixels_are_those_of_the_stock_processor() -> None:
     """Every value that rounding could send either way becomes the same byte, in bfloat16 and float32."""
     _, loop = pipelines(False, torch.float32)
