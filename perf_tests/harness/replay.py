@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fluxfast.levels import LADDER
+from fluxfast.levels import LEVELS
 from fluxfast.workloads import Workload, get_workload
 from perf_tests.harness import store
 from perf_tests.harness.files import Picture, StoreError
@@ -66,9 +66,7 @@ def open_run(folder: Path, baselines: Path | None) -> ReadOnlySession:
         workload = get_workload(facts.workload)
     except ValueError as error:
         raise store.ResultError(f"{folder}: {error}") from error
-    levels = [level.id for level in LADDER if level.id in facts.levels]
-    if not levels:
-        raise store.ResultError(f"{folder} holds no level of the ladder, and only those are judged")
+    levels = [level for level in LEVELS if level in facts.levels]
     place = (baselines or ROOT / "baselines") / facts.slug
     path = store.find_baseline(place, workload.id) if baselines is not None and place.is_dir() else None
     session = ReadOnlySession(

@@ -216,19 +216,19 @@ class Session:
 
     def image(self, level: str, index: int) -> Any:
         """Of one process: uint8, (height, width, 3)."""
-        return store.result_image(self._place(level, index) / "result.json", self.results[level][index])
+        return store.result_image(self.place(level, index) / "result.json", self.results[level][index])
 
     def image_path(self, level: str, index: int) -> Path:
         """Of one process."""
         measurement = self.results[level][index].measurement
         assert measurement is not None
-        return self._place(level, index) / measurement.image
+        return self.place(level, index) / measurement.image
 
     def step_output(self, level: str, index: int) -> Any:
         """Of one process: float32, (batch, image tokens, channels)."""
         measurement = self.results[level][index].measurement
         assert measurement is not None
-        return read_floats(self._place(level, index) / measurement.step_output, store.ResultError)
+        return read_floats(self.place(level, index) / measurement.step_output, store.ResultError)
 
     def stored_reference(self) -> Any:
         """The baseline's bf16 image, None without a baseline."""
@@ -267,7 +267,8 @@ class Session:
             level for level in needed if not (own := self._results.get(level)) or not all(r.measurement for r in own)
         ]
 
-    def _place(self, level: str, index: int) -> Path:
+    def place(self, level: str, index: int) -> Path:
+        """Folder of one process: of its rerun, if it was disturbed."""
         process = str(self.results[level][index].process)
         rerun = self.folder / RERUN / level / process
         return rerun if rerun.is_dir() else self.folder / level / process
