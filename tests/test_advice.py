@@ -25,7 +25,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run and the baseline that was recorded of it."""
     folder = tmp_path_factory.mktemp("recorded")
     options = ("--replay", write_run(folder / "run", PROCESSES), "--record-baseline")
-    ran = run_suite(folder, *options, paths=(STRUCTURE,))
+    ran = run_suite(folder, *options)
     assert ran.status == 0, ran.text
     return folder
 
@@ -100,9 +100,9 @@ def test_less_memory_is_updated(tmp: Path) -> None:
     """An improvement is red under --strict only, and needs no reason."""
     for process in range(PROCESSES):
         put(tmp / "run", changed("aoti", process, peak_memory_bytes=500_000_000))
-    red = advice(judge(tmp, "--strict", path=MEMORY))
+    red = advice(judge(tmp, "--strict"))
     assert red == {"test_memory[aoti]": ("--update-baseline",)}
-    follow(tmp, red, "--strict", path=MEMORY)
+    follow(tmp, red, "--strict")
 
 
 def test_what_the_baseline_lacks_is_recorded(tmp: Path) -> None:
@@ -128,9 +128,10 @@ def test_what_the_baseline_lacks_is_recorded(tmp: Path) -> None:
 def test_a_baseline_without_the_divisor_is_recorded(tmp: Path) -> None:
     """On a CPU no time compares without bf16."""
     replace_baseline(tmp, levels={level: own for level, own in baseline(tmp).levels.items() if level != "bf16"})
-    red = advice(judge(tmp, path=LATENCY))
-    assert set(red) == {f"test_latency[{level}]" for level in LEVELS}
-    follow(tmp, red, path=LATENCY)
+    red = advice(judge(tmp))
+    tests = ("structure", "image", "step_error", "memory")
+    assert set(red) == {f"test_latency[{level}]" for level in LEVELS} | {f"test_{test}[bf16]" for test in tests}
+    follow(tmp, red)
 
 
 def test_a_damaged_baseline_is_removed_and_recorded(tmp: Path) -> None:
@@ -139,8 +140,8 @@ def test_a_damaged_baseline_is_removed_and_recorded(tmp: Path) -> None:
     whole = path.read_bytes()
     for damaged in (whole[:-30], whole.replace(b"a cpu", b"b cpu"), b"{}"):
         path.write_bytes(damaged)
-        refused = judge(tmp, "--record-baseline", path=MEMORY)
+        refused = judge(tmp, "--record-baseline")
         assert refused.status == 4 and "restore the file" in refused.text and "or remove it and" in refused.text
     path.unlink()
-    assert judge(tmp, "--record-baseline", path=MEMORY).status == 0
+    assert judge(tmp, "--record-baseline").status == 0
     assert judge(tmp, path=MEMORY).status == 0

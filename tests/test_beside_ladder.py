@@ -57,7 +57,6 @@ def test_recorded_and_judged_in_one_run_with_the_ladder(tmp_path: Path) -> None:
     levels = (*LEVELS, BESIDE)
     recorded = run_suite(
         tmp_path, "--replay", write_run(tmp_path / "run5", 5, levels), "--record-baseline",
-        paths=("perf_tests/test_structure.py",),
     )  # fmt: skip
     assert recorded.status == 0, recorded.text
     run = write_run(tmp_path / "run", 1, levels)

@@ -15,6 +15,7 @@ import pytest
 from baseline_samples import ENVIRONMENT
 from suite_samples import (
     LEVELS,
+    UNAVAILABLE,
     changed,
     failed,
     picture,
@@ -116,7 +117,7 @@ def test_unfit_step_output_is_not_recorded(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", 5)
     np.save(run / "fused_qkv" / "3" / "step_output.npy", np.full((1, 16, 16), np.nan, np.float32))
     shutil.copy(run / "aoti" / "0" / "step_output.npy", run / "compile" / "2" / "step_output.npy")
-    ran = run_suite(tmp_path, "--replay", run, "--record-baseline", paths=(FIDELITY,))
+    ran = run_suite(tmp_path, "--replay", run, "--record-baseline")
     assert ran.status == 1
     assert ran.of("failure") == {"test_step_error[compile]", "test_step_error[fused_qkv]"}
     assert not (tmp_path / "baselines").exists()
@@ -136,7 +137,7 @@ def test_unfit_run_is_not_recorded(tmp_path: Path, result: object, said: str) ->
     processes = 1 if said == "holds 1 of" else 5
     run = write_run(tmp_path / "run", processes)
     put(run, result)
-    ran = run_suite(tmp_path, "--replay", run, "--record-baseline", paths=(STRUCTURE,))
+    ran = run_suite(tmp_path, "--replay", run, "--record-baseline")
     assert ran.status == 1, ran.text
     assert "no baseline was written" in ran.text
     assert said in ran.text or "expected at least 5" in ran.text
@@ -166,10 +167,10 @@ def test_update_needs_a_reason_to_accept_something_slower(tmp: Path) -> None:
     for process in range(5):
         put(run, sample("compile", process, 1.3))
     options = ("--replay", run, "--update-baseline")
-    refused = run_suite(tmp, *options, paths=(LATENCY,))
+    refused = run_suite(tmp, *options)
     assert refused.status == 1
     assert "no baseline was written" in refused.text
-    ran = run_suite(tmp, *options, "--reason=the old kernel was wrong", paths=(LATENCY,))
+    ran = run_suite(tmp, *options, "--reason=the old kernel was wrong")
     assert ran.status == 0, ran.text
     assert "x1.3" in ran.text
     new = read_baseline(tmp / "baselines" / "cpu" / "0002_tiny.json")
@@ -178,7 +179,7 @@ def test_update_needs_a_reason_to_accept_something_slower(tmp: Path) -> None:
 
 def test_update_of_what_did_not_move(tmp: Path, recorded: Path) -> None:
     """A run like the baseline leaves it alone."""
-    ran = run_suite(tmp, "--replay", recorded / "run5", "--update-baseline", paths=(LATENCY,))
+    ran = run_suite(tmp, "--replay", recorded / "run5", "--update-baseline")
     assert ran.status == 0, ran.text
     assert "baseline unchanged" in ran.text
     assert only_baseline(tmp).name == "0001_tiny.json"
@@ -189,7 +190,7 @@ def test_update_keeps_a_quiet_night(tmp: Path) -> None:
     run = write_run(tmp / "night", 5)
     for process in range(5):
         put(run, sample("compile", process, 1.01))
-    ran = run_suite(tmp, "--replay", run, "--update-baseline", paths=(LATENCY,))
+    ran = run_suite(tmp, "--replay", run, "--update-baseline")
     assert ran.status == 0, ran.text
     assert "this night is kept" in ran.text
     new = read_baseline(tmp / "baselines" / "cpu" / "0002_tiny.json")
@@ -289,10 +290,66 @@ def test_meant_change_is_recorded_by_the_documented_command(
     ran = run_suite(tmp, *judged)
     assert ran.status == 1
     assert {ran.properties[name]["verdict"] for name in ran.of("failure")} == {"incomparable"}
-    ran = run_suite(tmp, "--replay", recorded / "run5", "--record-baseline", "--benchmark-compare", paths=(FIDELITY,))
+    ran = run_suite(tmp, "--replay", recorded / "run5", "--record-baseline", "--benchmark-compare")
     assert ran.status == 0, ran.text
     assert "0003_tiny.json" in ran.text
     assert run_suite(tmp, *judged).status == 0
+
+
+def test_a_level_that_is_no_longer_available_is_red(tmp: Path) -> None:
+    """A package that is gone takes no level out of a night, or of a new baseline, in silence; `--levels` may."""
+    lost = {"float8": "float8: needs torchao", **UNAVAILABLE}
+    shutil.rmtree(tmp / "run")
+    run = write_run(tmp / "run", 5, [level for level in LEVELS if level != "float8"], unavailable=lost)
+    for options in (("--benchmark-compare",), ("--record-baseline",)):
+        ran = run_suite(tmp, "--replay", run, *options)
+        assert ran.status == 1, ran.text
+        tests = ("structure", "latency", "image", "step_error", "memory")
+        assert ran.of("failure") == {f"test_{test}[float8]" for test in tests}
+        assert "cannot run there now: float8: needs torchao" in ran.messages["test_latency[float8]"]
+        assert ran.properties["test_structure[float8]"]["rule"] == "unavailable"
+    assert only_baseline(tmp).name == "0001_tiny.json"
+    ran = run_suite(tmp, "--replay", run, "--benchmark-compare", "--levels=compile", paths=(LATENCY,))
+    assert ran.status == 0, ran.text
+
+
+def test_a_recording_compares_with_the_last_baseline(tmp: Path) -> None:
+    """Something slower is not recorded without a word, and not by naming the files that would not see it."""
+    run = write_run(tmp / "slow", 5)
+    for process in range(5):
+        put(run, sample("compile", process, 1.3))
+    ran = run_suite(tmp, "--replay", run, "--record-baseline")
+    assert ran.status == 1 and ran.of("failure") == {"test_latency[compile]"}, ran.text
+    for option in ("--record-baseline", "--update-baseline"):
+        ran = run_suite(tmp, "--replay", run, option, paths=(STRUCTURE,))
+        assert ran.status == 4 and "name no files or node ids to record" in ran.text
+    assert only_baseline(tmp).name == "0001_tiny.json"
+
+
+def test_a_replay_of_some_tests_keeps_what_the_night_said(tmp: Path) -> None:
+    """Only all tests, compared, replace the verdicts beside the results."""
+    options = ("--replay", tmp / "run", f"--history={tmp / 'h.db'}")
+    assert run_suite(tmp, *options, "--benchmark-compare").status == 0
+    said = (tmp / "run" / "verdicts.json").read_bytes()
+    for narrowed in ({"paths": (LATENCY,)}, {}):
+        more = ("--benchmark-compare",) if narrowed else ()
+        ran = run_suite(tmp, *options, *more, **narrowed)
+        assert ran.status == 0 and "only a replay of all tests" in ran.text
+        assert (tmp / "run" / "verdicts.json").read_bytes() == said
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--benchmark-min-rounds=9",), "--benchmark-min-rounds=9 would change nothing"),
+        (("--benchmark-autosave",), "use --record-baseline"),
+        (("--benchmark-save=x",), "use --record-baseline"),
+    ],
+)
+def test_stock_options_that_would_do_nothing_are_refused(tmp: Path, options: tuple[str, ...], said: str) -> None:
+    """One sentence each, and nothing is written."""
+    ran = run_suite(tmp, "--replay", tmp / "run", "--benchmark-compare", *options, paths=(LATENCY,))
+    assert ran.status == 4 and said in ran.text
 
 
 def test_recording_over_what_does_not_compare_still_refuses_the_rest(tmp: Path) -> None:
@@ -304,7 +361,7 @@ def test_recording_over_what_does_not_compare_still_refuses_the_rest(tmp: Path) 
     for process in range(5):
         put(run, sample("compile", process, 1.3))
     np.save(run / "aoti" / "0" / "step_output.npy", np.full((1, 16, 16), np.nan, np.float32))
-    ran = run_suite(tmp, "--replay", run, "--benchmark-compare", "--record-baseline", paths=(FIDELITY, LATENCY))
+    ran = run_suite(tmp, "--replay", run, "--benchmark-compare", "--record-baseline")
     assert ran.status == 1
     assert ran.of("failure") == {"test_latency[compile]", "test_step_error[aoti]"}
     assert {ran.properties[f"test_{test}[aoti]"]["verdict"] for test in ("image", "latency")} == {"incomparable"}
@@ -547,7 +604,7 @@ def test_run_without_its_bf16_image_is_not_recorded(tmp: Path, option: str) -> N
     """One sentence, and the tests of the run are reported."""
     run = write_run(tmp / "run5", 5)
     (run / "bf16" / "0" / "image.png").unlink()
-    ran = run_suite(tmp, "--replay", run, option, paths=(LATENCY,))
+    ran = run_suite(tmp, "--replay", run, option)
     assert ran.status == 1, ran.text
     assert "no baseline was written" in ran.text and "image.png: cannot be read" in ran.text
     assert ran.of("passed") and "Traceback" not in ran.text and "INTERNALERROR" not in ran.text
@@ -595,7 +652,7 @@ def test_quarantine(tmp: Path) -> None:
     ran = run_suite(tmp, *options, f"--quarantine={row}", paths=(LATENCY,))
     assert ran.status == 0, ran.text
     assert "quarantined until" in ran.messages["test_latency[aoti]"]
-    ran = run_suite(tmp, *options, f"--quarantine={row}", "--record-baseline", paths=(LATENCY,))
+    ran = run_suite(tmp, *options, f"--quarantine={row}", "--record-baseline")
     assert ran.status == 1
     assert "is quarantined and regressed" in ran.text
     row = quarantine(tmp, today - datetime.timedelta(days=9), today - datetime.timedelta(days=2))

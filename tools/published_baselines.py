@@ -5,8 +5,8 @@
 Only rows whose recipe is that of a level here, field by field, are taken. flux-fast's rows for FlashAttention-3, float8
 and the Inductor flags are not: its attention casts to e4m3 within the op (here only `flux_fast` does), and its float8
 sets two of the Inductor flags. `flux_fast` itself ends in AOTInductor packages, which the published list does not hold.
-Its `compile` also searched GEMMs and launch parameters, `gemm_search` and `coordinate_descent` here; in bf16 the search of
-GEMMs bought nothing on an H200 (docs/performance.md).
+Its `compile` also searched GEMMs and launch parameters, `gemm_search` and `coordinate_descent` here; in bf16 the search
+of GEMMs bought nothing on an H200 (docs/performance.md).
 """
 
 from __future__ import annotations

@@ -60,8 +60,8 @@ def no_divisor(level: str, run: Mapping[str, Sequence[Result]], baseline: Baseli
         return verdict(Outcome.INCOMPARABLE, level, "divisor", message, run[level])
     if found := obstacle(divisor, run[divisor], baseline, clocked=True):
         message = f"latency of {level!r} is a ratio to {divisor!r} of the same run, and that gave: {found.explain()}"
-        outcome = Outcome.VOID if found.outcome is Outcome.VOID else Outcome.INCOMPARABLE
-        return verdict(outcome, level, "divisor", message, run[level])
+        is_own = found.outcome in (Outcome.VOID, Outcome.ERROR)
+        return verdict(found.outcome if is_own else Outcome.INCOMPARABLE, level, "divisor", message, run[level])
     return None
 
 

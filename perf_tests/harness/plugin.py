@@ -136,7 +136,7 @@ class Judge:
         if option.update_baseline and option.reason and verdict.rule in ACCEPTABLE:
             own.accepted.append(verdict)
             pytest.xfail(f"to be accepted ({option.reason}): {verdict.explain()}")
-        if option.record_baseline and verdict.outcome is Outcome.INCOMPARABLE:
+        if option.record_baseline and verdict.outcome is Outcome.INCOMPARABLE and verdict.rule != "unavailable":
             own.accepted.append(verdict)
             pytest.xfail(f"not compared, since a new baseline is recorded: {verdict.explain()}")
         if row := own.quarantine.get(node.nodeid):
@@ -181,9 +181,9 @@ def suite(request: pytest.FixtureRequest) -> Judge:
     own = request.config.stash[SUITE]
     if "level" in request.fixturenames:
         level = request.getfixturevalue("level")
-        if level in own.session.unavailable:
+        if level in own.session.unavailable and not own.lost(level):
             pytest.skip(own.session.unavailable[level])
-        if level not in own.expected:
+        if level not in own.expected and not own.lost(level):
             pytest.skip(f"level {level!r} is not among --levels")
     return Judge(own, request.node)
 
@@ -193,6 +193,8 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
     """A damaged file is a sentence, not a traceback; what ends the measuring is one, and ends the run."""
     own = pyfuncitem.config.stash.get(SUITE, None)
     try:
+        if own and (lost := own.lost(str(pyfuncitem.funcargs.get("level")))):
+            Judge(own, pyfuncitem).require(lost)
         return (yield)
     except StoreError as error:
         raise pytest.fail.Exception(str(error), pytrace=False) from None
@@ -211,7 +213,11 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Refuse to be green on nothing, then store the run if that was asked for."""
     own = session.config.stash.get(SUITE, None)
-    if own is None or session.config.option.collectonly or exitstatus not in (0, 1):
+    if own is None or session.config.option.collectonly:
+        return
+    if exitstatus == pytest.ExitCode.INTERRUPTED and own.session.error and own.verdicts:
+        _remember(own, exitstatus, session.config.pluginmanager.getplugin("terminalreporter"))
+    if exitstatus not in (0, 1):
         return
     reporter = session.config.pluginmanager.getplugin("terminalreporter")
     if exitstatus == 0 and (reason := own.not_green()):
@@ -243,6 +249,9 @@ def _record(own: Suite, session: pytest.Session, reporter: Any) -> None:
 def _remember(own: Suite, exit_status: int, reporter: Any) -> None:
     """Leave the verdicts beside the results and add the night to the history; no failure of either costs the run."""
     option, folder = own.config.option, own.session.folder
+    if option.replay and (folder / night.VERDICTS_FILE).exists() and not own.is_whole:
+        reporter.write_line("\nnot in the history: only a replay of all tests, compared, replaces what a night said")
+        return
     try:
         night.write_record(folder, own.baseline_name, exit_status, own.judged())
         history.append(option.history or option.results / history.NAME, [night.read_night(folder)])

@@ -89,9 +89,15 @@ class Session:
             self.folder = self.make_folder()
         self.describe()
         results = measure(levels, self.processes, self.folder)
-        found = {level: obstacle(level, results[level], self.baseline, clocked=True) for level in levels}
+        return results | self._again(results, self.processes, self.folder, measure)
+
+    def _again(
+        self, results: Mapping[str, Sequence[Result]], processes: int, folder: Path, measure: Measure
+    ) -> dict[str, list[Result]]:
+        """Levels that were disturbed, measured once more."""
+        found = {level: obstacle(level, own, self.baseline, clocked=True) for level, own in results.items()}
         disturbed = [level for level, own in found.items() if own and own.outcome is Outcome.VOID]
-        return results | measure(disturbed, self.processes, self.folder / RERUN) if disturbed else results
+        return measure(disturbed, processes, folder / RERUN) if disturbed else {}
 
     @contextlib.contextmanager
     def _measuring(self) -> Iterator[None]:
@@ -142,9 +148,12 @@ class Session:
         levels = [known for known in LEVELS if known in needed and known in self.results]
         folder = self.folder / CONFIRM / level
         if self.measure is None:
-            return read_run(folder, levels) if folder.is_dir() else {}
+            stored = read_run(folder, levels) if folder.is_dir() else {}
+            return stored | read_run(folder / RERUN, levels, is_optional=True)
         with self._measuring():
-            return self.measure(levels, self.policy.confirmation_processes, folder)
+            processes = self.policy.confirmation_processes
+            results = self.measure(levels, processes, folder)
+            return results | self._again(results, processes, folder, self.measure)
 
     def structure(self, level: str) -> Verdict:
         """The proofs; exact, with or without a baseline."""

@@ -14,6 +14,8 @@ from perf_tests.harness.files import read_model
 from perf_tests.harness.schema import Result, Strict
 
 RUN_FILE = "run.json"
+REFERENCES = {"fp32", "bf16"}
+"""Levels that every run measures and every machine can."""
 
 
 class RunFacts(Strict):
@@ -39,6 +41,9 @@ def read_facts(folder: Path) -> RunFacts:
     facts = read_model(path, RunFacts, "measure again", store.ResultError)
     if odd := [level for level in (*facts.levels, *facts.unavailable) if level not in LEVELS]:
         raise store.ResultError(f"{path} holds levels {', '.join(odd)}, which this checkout does not have")
+    named = [*facts.levels, *facts.unavailable]
+    if odd := sorted({level for level in named if named.count(level) > 1} | {*facts.unavailable} & REFERENCES):
+        raise store.ResultError(f"{path} names {', '.join(odd)} twice, or a reference as unavailable; measure again")
     return facts
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fluxfast.levels import LADDER, LEVELS
+from fluxfast.levels import DEFAULTS, LADDER, LEVELS, get_level
 from fluxfast.workloads import Workload, get_workload
 from perf_tests.harness import faults, gpu, lease, runner, store
 from perf_tests.harness.machine import ask_machine, chosen_levels, first_gpu, git_sha
@@ -69,7 +69,9 @@ class Suite:
         self._is_judging = is_compared or self.is_recording
         # Files or node ids say which tests are wanted; a folder says all.
         self._is_whole = any(FOLDER not in path.parents for path in asked_for(config, config.args))
-        self.baseline_name = path.name if path and is_compared else None
+        if self.is_recording and not (option.partial_baseline or self._is_whole):
+            raise ValueError("a baseline is of a run in which every test judged: name no files or node ids to record")
+        self.baseline_name = path.name if path and self._is_judging else None
         _point_benchmark_at(option, path)
         is_gpu = facts.slug != gpu.CPU_SLUG
         self._deadlines = GPU_DEADLINES if is_gpu else CPU_DEADLINES
@@ -81,7 +83,7 @@ class Suite:
             unavailable=facts.unavailable,
             processes=facts.processes,
             slug=facts.slug,
-            baseline=store.read_baseline(path) if path and (is_compared or option.update_baseline) else None,
+            baseline=store.read_baseline(path) if path and self._is_judging else None,
             baseline_folder=folder,
             is_compared=is_compared and not option.record_baseline,  # which is how a machine gets its first
             measure=None if option.replay else self._measure,
@@ -102,6 +104,17 @@ class Suite:
         """What could not be judged."""
         return [verdict for verdict in self.verdicts.values() if verdict.outcome is Outcome.VOID]
 
+    def lost(self, level: str) -> Verdict | None:
+        """The verdict on a level that the baseline holds and this machine cannot run, unless it was not asked for."""
+        session, why = self.session, self.session.unavailable.get(level)
+        if why is None or session.baseline is None or level not in session.baseline.levels or self.config.option.levels:
+            return None
+        message = (
+            f"level {level!r} was measured for the baseline of {session.slug!r} and cannot run there now: {why}. "
+            "Install what it needs or, if this machine is to do without it, remove the baseline and record one."
+        )
+        return Verdict(outcome=Outcome.INCOMPARABLE, level=level, rule="unavailable", message=message)
+
     def not_green(self) -> str | None:
         """Why a run without a red test is red all the same."""
         judged = {verdict.level for verdict in self.verdicts.values()}
@@ -121,6 +134,11 @@ class Suite:
                 "level: leave -k, -m, --deselect, --ignore and --lf away, or name the files of perf_tests to run"
             )
         return None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the run is compared and every test of every level said something."""
+        return self._is_judging and self._is_whole and not self._left_out()
 
     def _left_out(self) -> dict[str, list[str]]:
         """Test -> expected levels that it gave no verdict on, though not only other files were asked for."""
@@ -254,5 +272,8 @@ def _injections(specs: Sequence[str], levels: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"--inject {spec!r}: expected LEVEL:FAULT with one of {', '.join(levels)}")
         if level in injections:
             raise ValueError(f"--inject {spec!r}: {level!r} has a fault already; a level takes one, leave one away")
-        injections[level] = faults.parse(fault).spec
+        parsed = faults.parse(fault)
+        if parsed.field and get_level(level).fields()[parsed.field] == DEFAULTS[parsed.field]:
+            raise ValueError(f"--inject {spec!r}: level {level!r} does not have {parsed.field}, so nothing would break")
+        injections[level] = parsed.spec
     return injections

@@ -10,6 +10,11 @@ import pytest
 
 FOLDER = Path(__file__).resolve().parents[1]
 """`perf_tests`."""
+STOCK_TIMING = tuple(
+    f"--benchmark-{name}"
+    for name in ("min-rounds", "min-time", "max-time", "timer", "calibration", "warmup", "disable-gc", "cprofile")
+)
+"""Options of pytest-benchmark about timing, which is not its job here."""
 COMMITTED = FOLDER.parent / "baselines"
 
 
@@ -39,6 +44,13 @@ def refuse_what_disables_timing(config: pytest.Config) -> None:
             "perf_tests cannot run under xdist (-n): levels would share the machine while they are timed, and "
             "pytest-benchmark turns itself off; run without -n"
         )
+    for argument in config.invocation_params.args:
+        if argument.startswith(STOCK_TIMING):
+            raise pytest.UsageError(
+                f"{argument} would change nothing: workers time, as the workload says; leave it away"
+            )
+    if option.benchmark_save or option.benchmark_autosave:
+        raise pytest.UsageError("--benchmark-save and -autosave write no baseline of ours; use --record-baseline")
     for name in ("benchmark_disable", "benchmark_skip", "benchmark_only"):
         if getattr(option, name):
             raise pytest.UsageError(
