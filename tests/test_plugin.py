@@ -32,6 +32,7 @@ from perf_tests.harness.schema import Counters, ErrorKind, Proof
 from perf_tests.harness.store import read_baseline, write_baseline
 from perf_tests.harness.stored_run import RunFacts
 from perf_tests.harness.suite import ROOT
+from perf_tests.issues import merged, read_cases
 
 LATENCY, FIDELITY, STRUCTURE, MEMORY = (
     f"perf_tests/test_{name}.py" for name in ("latency", "fidelity", "structure", "memory")
@@ -79,6 +80,7 @@ def test_quiet_run_is_green_and_stock_tools_read_it(tmp: Path) -> None:
     assert len(ran.outcomes) == 5 * (len(LEVELS) + 1)
     assert "needs compute capability 9.0" in ran.messages["test_latency[fa3_fp8]"]
     assert ran.properties["test_latency[compile]"]["verdict"] == "pass"
+    assert ran.suite_properties == [{"name": "slug", "value": "cpu"}, {"name": "workload", "value": "tiny"}]
     assert float(ran.properties["test_latency[compile]"]["ratio"]) == pytest.approx(1, abs=0.01)
     assert "(0001_tiny)" in ran.text, "the table compares with the baseline"
     assert "machine_info is different" not in ran.text
@@ -318,6 +320,8 @@ def test_failed_level(tmp: Path, kind: ErrorKind) -> None:
     ran = run_suite(tmp, "--replay", tmp / "run", "--benchmark-compare", paths=(LATENCY, STRUCTURE))
     assert ran.status == 1
     assert ran.of("failure") == {"test_latency[aoti]", "test_structure[aoti]"}
+    red = [case for case in read_cases(tmp / "junit.xml", "cpu") if case.state == "red"]
+    assert list(merged(red)) == ["test_latency, test_structure[aoti]"]
     message = ran.messages["test_latency[aoti]"]
     assert f"error [aoti] ({kind.value})" in message
     assert "the last line of its log" in message

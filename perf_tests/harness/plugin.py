@@ -6,7 +6,7 @@ import contextlib
 import importlib.metadata
 import statistics
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,8 +175,16 @@ def pytest_deselected(items: Sequence[pytest.Item]) -> None:
             own.deselected.add(item.name)
 
 
+@pytest.fixture(scope="session")
+def named_machine(request: pytest.FixtureRequest, record_testsuite_property: Callable[[str, object], None]) -> None:
+    """What the JUnit XML is of: a verdict says nothing about another machine or workload."""
+    own = request.config.stash[SUITE].session
+    record_testsuite_property("slug", own.slug)
+    record_testsuite_property("workload", own.workload.id)
+
+
 @pytest.fixture
-def suite(request: pytest.FixtureRequest) -> Judge:
+def suite(request: pytest.FixtureRequest, named_machine: None) -> Judge:
     """The run; skips, with the reason, what this machine cannot run or the user left out."""
     own = request.config.stash[SUITE]
     if "level" in request.fixturenames:
