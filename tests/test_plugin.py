@@ -387,6 +387,7 @@ def test_other_weights(tmp: Path) -> None:
         (["--workload=huge"], "--workload huge"),
         (["--inject=compile:oom"], "--replay starts none"),
         (["--processes=3"], "--replay starts none"),
+        (["--require-machine=h200-700w"], "--require-machine h200-700w: this machine is 'cpu'"),
         (["--record-baseline", "--update-baseline"], "leave one away"),
         (["--reason=why not"], "give both"),
         (["--record-baseline", "--reason=why not"], "give both"),

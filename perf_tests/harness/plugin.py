@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import statistics
 import warnings
 from collections.abc import Callable, Generator, Sequence
@@ -64,6 +62,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--update-baseline", action="store_true", help="rewrite what moved beyond a third of its limit")
     group.addoption("--reason", help="why --update-baseline may accept something slower")
+    group.addoption("--require-machine", metavar="SLUG", help="refuse any other than this one, as h200-700w")
     group.addoption("--inject", action="append", default=[], metavar="LEVEL:FAULT", help="break a level on purpose")
 
 
@@ -76,9 +75,10 @@ def pytest_configure(config: pytest.Config) -> None:
     usage.refuse_what_disables_timing(config)
     usage.refuse_contradictions(config.option)
     try:
-        config.stash[SUITE] = Suite(config)
+        config.stash[SUITE] = own = Suite(config)
     except (OSError, ValueError, StoreError, gpu.GpuError) as error:
         raise pytest.UsageError(str(error)) from None
+    usage.refuse_other_machine(config.option.require_machine, own.session.slug)
 
 
 class Judge:
@@ -148,18 +148,9 @@ class Judge:
         was = culprit.versions_of(session.baseline.environment if session.baseline else None)
         now = culprit.versions_of(session.environment)
         if not now and session.measure is not None:  # no worker came far enough to tell; it is this Python
-            now = installed_versions()
+            now = culprit.installed_versions()
         commands = culprit.bisect_commands(self._node.name, session.workload.id, verdict, was, now)
         return ["Packages moved since the baseline; to find the version:", *commands] if commands else []
-
-
-def installed_versions() -> dict[str, str | None]:
-    """Of the components, in the running Python; nothing is imported."""
-    versions: dict[str, str | None] = {}
-    for axis in culprit.AXES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[axis] = importlib.metadata.version(axis)
-    return versions
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
