@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from fluxfast.workloads import WORKLOADS
+from perf_tests.bisect import printed
 from perf_tests.harness import culprit, gpu, record, store, usage
 from perf_tests.harness.files import StoreError
 from perf_tests.harness.lease import GpuBusy
@@ -141,7 +142,10 @@ class Judge:
             pytest.xfail(f"not compared, since a new baseline is recorded: {verdict.explain()}")
         if row := own.quarantine.get(node.nodeid):
             pytest.xfail(row.excuse(verdict))
-        pytest.fail("\n".join([verdict.explain(), *self._bisects(verdict)]), pytrace=False)
+        commands = self._bisects(verdict)
+        node.user_properties += [(printed.PROPERTY, command) for command in commands]
+        told = ["Packages moved since the baseline; to find the version:", *commands] if commands else []
+        pytest.fail("\n".join([verdict.explain(), *told]), pytrace=False)
 
     def _bisects(self, verdict: Verdict) -> list[str]:
         session = self.session
@@ -149,8 +153,7 @@ class Judge:
         now = culprit.versions_of(session.environment)
         if not now and session.measure is not None:  # no worker came far enough to tell; it is this Python
             now = culprit.installed_versions()
-        commands = culprit.bisect_commands(self._node.name, session.workload.id, verdict, was, now)
-        return ["Packages moved since the baseline; to find the version:", *commands] if commands else []
+        return culprit.bisect_commands(self._node.name, session.workload.id, verdict, was, now)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
