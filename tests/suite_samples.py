@@ -118,7 +118,9 @@ class Ran:
         self.outcomes: dict[str, str] = {}
         self.messages: dict[str, str] = {}
         self.properties: dict[str, dict[str, str]] = {}
-        for case in ElementTree.parse(junit).iter("testcase") if junit.exists() else ():
+        root = ElementTree.parse(junit).getroot() if junit.exists() else ElementTree.Element("none")
+        self.suite_properties = [dict(found.items()) for found in root.iterfind("testsuite/properties/property")]
+        for case in root.iter("testcase"):
             name = case.get("name", "")
             told = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
             self.outcomes[name] = "passed" if told is None else told.tag

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
-from xml.sax.saxutils import escape
+from xml.sax.saxutils import escape, quoteattr
 
 import pytest
 
@@ -17,10 +19,13 @@ NOW = {"torch": "2.13.0.dev20260920", "diffusers": "0.43.0"}
 
 
 def red_run(tmp: Path, *commands: str) -> Path:
-    """JUnit XML as the suite writes it: each test red with a message that ends in its commands."""
-    text = escape("\n".join(["regressed [float8] (interval): slower.", "Packages moved:", *commands]))
+    """JUnit XML as the suite writes it: commands as properties; the text has them too, and what a worker logged."""
+    logged = ["python -m perf_tests bisect --help", "python -m perf_tests bisect 'it", "python -m perf_tests bisectx"]
+    text = escape("\n".join(["regressed [float8] (interval): slower.", *logged, "Packages moved:", *commands]))
+    told = "".join(f'<property name="bisect" value={quoteattr(command)}/>' for command in commands)
+    case = f"<properties>{told}</properties><failure message='m'>{text}</failure>"
     path = tmp / "junit.xml"
-    path.write_text(f'<testsuite><testcase name="t"><failure message="m">{text}</failure></testcase></testsuite>')
+    path.write_text(f'<testsuite><testcase name="t">{case}</testcase></testsuite>')
     return path
 
 
@@ -61,6 +66,23 @@ def test_a_file_that_is_no_junit(tmp_path: Path, capsys: pytest.CaptureFixture[s
         path.write_text(content)
     assert cli.main(["--junit", str(path)]) == cli.BAD_INPUT
     assert "not the JUnit XML of a run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["python -m perf_tests bisectx --axis torch", "python -m perf_tests bisect 'it"])
+def test_another_command_is_none(tmp_path: Path, command: str) -> None:
+    """Only the suite's own, and whole."""
+    with pytest.raises(ValueError, match="no command of the suite"):
+        printed_questions(red_run(tmp_path, command))
+
+
+@pytest.mark.parametrize(("commands", "status"), [(printed(), 0), ([], 1), (None, 2)], ids=["red", "green", "no file"])
+def test_read_before_anything_is_installed(tmp_path: Path, commands: list[str] | None, status: int) -> None:
+    """By a Python without packages."""
+    junit = tmp_path / "none.xml" if commands is None else red_run(tmp_path, *commands)
+    command = [sys.executable, "-S", "-m", "perf_tests.bisect.printed", str(junit)]
+    done = subprocess.run(command, cwd=cli.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    assert len(done.stdout.splitlines()) == len(commands or [])
 
 
 def test_a_printed_command_is_judged_like_any_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

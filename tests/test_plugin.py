@@ -33,6 +33,7 @@ from perf_tests.harness.schema import Counters, ErrorKind, Proof
 from perf_tests.harness.store import read_baseline, write_baseline
 from perf_tests.harness.stored_run import RunFacts
 from perf_tests.harness.suite import ROOT
+from perf_tests.issues import merged, read_cases
 
 LATENCY, FIDELITY, STRUCTURE, MEMORY = (
     f"perf_tests/test_{name}.py" for name in ("latency", "fidelity", "structure", "memory")
@@ -80,6 +81,7 @@ def test_quiet_run_is_green_and_stock_tools_read_it(tmp: Path) -> None:
     assert len(ran.outcomes) == 5 * (len(LEVELS) + 1)
     assert "needs compute capability 9.0" in ran.messages["test_latency[fa3_fp8]"]
     assert ran.properties["test_latency[compile]"]["verdict"] == "pass"
+    assert ran.suite_properties == [{"name": "slug", "value": "cpu"}, {"name": "workload", "value": "tiny"}]
     assert float(ran.properties["test_latency[compile]"]["ratio"]) == pytest.approx(1, abs=0.01)
     assert "(0001_tiny)" in ran.text, "the table compares with the baseline"
     assert "machine_info is different" not in ran.text
@@ -375,6 +377,8 @@ def test_failed_level(tmp: Path, kind: ErrorKind) -> None:
     ran = run_suite(tmp, "--replay", tmp / "run", "--benchmark-compare", paths=(LATENCY, STRUCTURE))
     assert ran.status == 1
     assert ran.of("failure") == {"test_latency[aoti]", "test_structure[aoti]"}
+    red = [case for case in read_cases(tmp / "junit.xml", "cpu") if case.state == "red"]
+    assert list(merged(red)) == ["test_latency, test_structure[aoti]"]
     message = ran.messages["test_latency[aoti]"]
     assert f"error [aoti] ({kind.value})" in message
     assert "the last line of its log" in message
@@ -440,6 +444,7 @@ def test_other_weights(tmp: Path) -> None:
         (["--workload=huge"], "--workload huge"),
         (["--inject=compile:oom"], "--replay starts none"),
         (["--processes=3"], "--replay starts none"),
+        (["--require-machine=h200-700w"], "--require-machine h200-700w: this machine is 'cpu'"),
         (["--record-baseline", "--update-baseline"], "leave one away"),
         (["--reason=why not"], "give both"),
         (["--record-baseline", "--reason=why not"], "give both"),
@@ -694,9 +699,11 @@ def test_red_test_prints_the_bisect_command(tmp: Path) -> None:
     slow = changed("float8", proofs=[Proof(field="quantization", what="Linears", observed=0, expected=350)])
     put(tmp / "run", slow.model_copy(update={"environment": environment}))
     ran = run_suite(tmp, "--replay", tmp / "run", "--benchmark-compare", paths=(STRUCTURE,))
-    assert (
+    command = ran.properties["test_structure[float8]"]["bisect"]
+    assert command in ran.messages["test_structure[float8]"].splitlines()
+    assert command.startswith(
         "python -m perf_tests bisect --axis torchao --good 0.18.0 --bad 0.19.0 --test 'test_structure[float8]' "
-        "--workload tiny" in ran.messages["test_structure[float8]"]
+        "--workload tiny"
     )
     put(tmp / "run", slow)
     for level in LEVELS:

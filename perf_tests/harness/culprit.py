@@ -1,7 +1,9 @@
-"""Which package moved under a red test, as the command that finds the version. Pure."""
+"""Which package moved under a red test, as the command that finds the version."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import shlex
 from collections.abc import Mapping
 from typing import Final
@@ -23,6 +25,15 @@ Versions = Mapping[str, str | None]
 def versions_of(environment: Environment | None) -> dict[str, str | None]:
     """Of the components."""
     return {axis: getattr(environment, axis) for axis in AXES} if environment else {}
+
+
+def installed_versions() -> dict[str, str | None]:
+    """Of the components, in the running Python; nothing is imported."""
+    versions: dict[str, str | None] = {}
+    for axis in AXES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[axis] = importlib.metadata.version(axis)
+    return versions
 
 
 def bisect_commands(test: str, workload: str, verdict: Verdict, was: Versions, now: Versions) -> list[str]:

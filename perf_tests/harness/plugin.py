@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import statistics
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fluxfast.workloads import WORKLOADS
+from perf_tests.bisect import printed
 from perf_tests.harness import culprit, gpu, record, store, usage
 from perf_tests.harness.files import StoreError
 from perf_tests.harness.lease import GpuBusy
@@ -64,6 +63,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--update-baseline", action="store_true", help="rewrite what moved beyond a third of its limit")
     group.addoption("--reason", help="why --update-baseline may accept something slower")
+    group.addoption("--require-machine", metavar="SLUG", help="refuse any other than this one, as h200-700w")
     group.addoption("--inject", action="append", default=[], metavar="LEVEL:FAULT", help="break a level on purpose")
 
 
@@ -76,9 +76,10 @@ def pytest_configure(config: pytest.Config) -> None:
     usage.refuse_what_disables_timing(config)
     usage.refuse_contradictions(config.option)
     try:
-        config.stash[SUITE] = Suite(config)
+        config.stash[SUITE] = own = Suite(config)
     except (OSError, ValueError, StoreError, gpu.GpuError) as error:
         raise pytest.UsageError(str(error)) from None
+    usage.refuse_other_machine(config.option.require_machine, own.session.slug)
 
 
 class Judge:
@@ -141,25 +142,18 @@ class Judge:
             pytest.xfail(f"not compared, since a new baseline is recorded: {verdict.explain()}")
         if row := own.quarantine.get(node.nodeid):
             pytest.xfail(row.excuse(verdict))
-        pytest.fail("\n".join([verdict.explain(), *self._bisects(verdict)]), pytrace=False)
+        commands = self._bisects(verdict)
+        node.user_properties += [(printed.PROPERTY, command) for command in commands]
+        told = ["Packages moved since the baseline; to find the version:", *commands] if commands else []
+        pytest.fail("\n".join([verdict.explain(), *told]), pytrace=False)
 
     def _bisects(self, verdict: Verdict) -> list[str]:
         session = self.session
         was = culprit.versions_of(session.baseline.environment if session.baseline else None)
         now = culprit.versions_of(session.environment)
         if not now and session.measure is not None:  # no worker came far enough to tell; it is this Python
-            now = installed_versions()
-        commands = culprit.bisect_commands(self._node.name, session.workload.id, verdict, was, now)
-        return ["Packages moved since the baseline; to find the version:", *commands] if commands else []
-
-
-def installed_versions() -> dict[str, str | None]:
-    """Of the components, in the running Python; nothing is imported."""
-    versions: dict[str, str | None] = {}
-    for axis in culprit.AXES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[axis] = importlib.metadata.version(axis)
-    return versions
+            now = culprit.installed_versions()
+        return culprit.bisect_commands(self._node.name, session.workload.id, verdict, was, now)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -175,8 +169,16 @@ def pytest_deselected(items: Sequence[pytest.Item]) -> None:
             own.deselected.add(item.name)
 
 
+@pytest.fixture(scope="session")
+def named_machine(request: pytest.FixtureRequest, record_testsuite_property: Callable[[str, object], None]) -> None:
+    """What the JUnit XML is of: a verdict says nothing about another machine or workload."""
+    own = request.config.stash[SUITE].session
+    record_testsuite_property("slug", own.slug)
+    record_testsuite_property("workload", own.workload.id)
+
+
 @pytest.fixture
-def suite(request: pytest.FixtureRequest) -> Judge:
+def suite(request: pytest.FixtureRequest, named_machine: None) -> Judge:
     """The run; skips, with the reason, what this machine cannot run or the user left out."""
     own = request.config.stash[SUITE]
     if "level" in request.fixturenames:

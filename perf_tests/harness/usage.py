@@ -79,3 +79,12 @@ def refuse_contradictions(option: Any) -> None:
     for sentence, is_so in refused.items():
         if is_so:
             raise pytest.UsageError(sentence)
+
+
+def refuse_other_machine(required: str | None, slug: str) -> None:
+    """A GPU machine whose driver is not loaded would measure its processor and be green on that."""
+    if required not in (None, slug):
+        raise pytest.UsageError(
+            f"--require-machine {required}: this machine is {slug!r}; look at its driver and power limit (nvidia-smi), "
+            "or name it as it is"
+        )
