@@ -201,8 +201,13 @@ VERDICTS = [
     (9, {"verdict": "void", "rule": "disturbed"}, "throttled", Kind.INCONCLUSIVE),
     (1, {"verdict": "incomparable", "rule": "changed"}, "another method", Kind.UNUSABLE),
     (1, {"verdict": "no_baseline", "rule": "no_baseline"}, "none", Kind.UNUSABLE),
-    (4, None, "", Kind.UNUSABLE),
-    (-9, None, "", Kind.UNUSABLE),
+    (1, {"verdict": "error", "rule": "exception"}, "Failed: [Errno 28] No space left on device", Kind.INCONCLUSIVE),
+    (2, {}, "Failed: measuring ended with: [Errno 28] No space left on device", Kind.INCONCLUSIVE),
+    (2, {}, "Failed: measuring ended with: GPU 0 is held by process 7", Kind.INCONCLUSIVE),
+    (2, {}, "RuntimeError: a mistake of the suite", Kind.INCONCLUSIVE),
+    (1, {}, "Failed: the level is not available here", Kind.UNUSABLE),
+    (4, None, "", Kind.INCONCLUSIVE),
+    (-9, None, "", Kind.INCONCLUSIVE),
 ]
 
 
@@ -211,8 +216,25 @@ def test_suites_verdict_decides(status: int, properties: dict[str, str] | None, 
     """Only `regressed` and a step that was not applied are bad; an error is where it is searched for."""
     case = None if properties is None else Case(message, properties)
     assert classify(status, case, "the log's last line", bad_is_error=False)[0] is kind
-    is_error = status == 4 or bool(properties and properties["rule"] == "import")
+    is_error = bool(properties and properties.get("rule") == "import")
     assert classify(status, case, "", bad_is_error=True)[0] is (Kind.BAD if is_error else kind)
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("ERROR: `python -m fluxfast levels` failed with exit status 1: ImportError: libtorch.so: not there", Kind.BAD),
+        ("ERROR: `python -m fluxfast levels` failed with exit status 1: ModuleNotFoundError: torch", Kind.BAD),
+        ("ERROR: `python -m fluxfast levels` failed with exit status 1: ImportError: libcuda.so.1", Kind.INCONCLUSIVE),
+        ("ERROR: NVML does not start, so no GPU answers; see `nvidia-smi`", Kind.INCONCLUSIVE),
+        ("ERROR: [Errno 28] No space left on device", Kind.INCONCLUSIVE),
+    ],
+)
+def test_run_that_did_not_begin(said: str, kind: Kind) -> None:
+    """Only a component that cannot be imported is the version's own; it is bad where errors are searched for."""
+    assert classify(4, None, said, bad_is_error=True)[0] is kind
+    usual = Kind.UNUSABLE if kind is Kind.BAD else kind
+    assert classify(4, None, said, bad_is_error=False)[0] is usual
 
 
 def test_why_is_the_verdicts_own_sentence() -> None:
