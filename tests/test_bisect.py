@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import subprocess
@@ -18,6 +19,7 @@ from perf_tests.bisect.bisection import Bisection
 from perf_tests.bisect.environments import (
     READY,
     BuildError,
+    NoSuchVersionError,
     Recipe,
     build,
     install_commands,
@@ -56,7 +58,7 @@ class Night:
     def build(self, _: Recipe, version: str, folder: Path) -> Path:
         self.built.append(version)
         if isinstance(said := self.says(version, 0), str) and not isinstance(said, Kind):
-            raise BuildError(said)
+            raise (NoSuchVersionError if "No matching" in said else BuildError)(said)
         folder.mkdir(parents=True, exist_ok=True)
         return folder / version
 
@@ -121,6 +123,43 @@ def test_uninstallable_and_inconclusive_versions(tmp_path: Path) -> None:
     assert "one of 2.13.0, 2.14.0, 2.15.0, 2.16.0" in text
     assert "2.14.0: cannot be installed (status 1): No matching distribution" in text
     assert "2.13.0: inconclusive 3 times" in text
+
+
+def test_failed_install_is_tried_again(tmp_path: Path) -> None:
+    """Three times, and again when the search is asked again; a version that the index does not have is not."""
+
+    def says(version: str, attempt: int) -> Kind | str:
+        if version == "2.14.0":
+            return "cannot be installed (status 1): No matching distribution"
+        return "cannot be installed (status 1): no network" if is_down else since("2.15.0")(version, attempt)
+
+    is_down, night = True, Night(says)
+    search = bisect(tmp_path, night)
+    assert search.run() == Contradiction(0)
+    assert night.built == ["2.10.0"] * 3
+    text = answer.describe(search.state, Contradiction(0))
+    assert "ask again" in text and "2.10.0: inconclusive 3 times, the last time: cannot be installed" in text
+    is_down, night = False, Night(says)
+    assert bisect(tmp_path, night).run() == Found(last_good=3, first_bad=5, between=(4,), good_again=())
+    assert night.built.count("2.14.0") == 1
+    again = Night(says)
+    bisect(tmp_path, again).run()
+    assert again.built == []
+
+
+def test_boundary_that_was_judged_once_says_so(tmp_path: Path) -> None:
+    """Where its environment could not be made a second time."""
+
+    def says(version: str, attempt: int) -> Kind | str:
+        if version == "2.14.0" and version in night.calls:
+            return "cannot be installed (status 1): no network"
+        return since("2.14.0")(version, attempt)
+
+    night = Night(says)
+    search = bisect(tmp_path, night, question("test_latency[float8]"))
+    text = answer.describe(search.state, found) if isinstance(found := search.run(), Found) else ""
+    once = "first bad: torch 2.14.0\n  judged once and could not be confirmed: inconclusive 3 times, the last time: "
+    assert once in text and text.count("judged once") == 1
 
 
 def test_resumes_after_any_end(tmp_path: Path) -> None:
@@ -385,8 +424,11 @@ def distribution(folder: Path, name: str, version: str) -> None:
 
 def test_version_that_cannot_be_installed(tmp_path: Path) -> None:
     """The installer's own error, where its log is, and no environment that a later run would take for whole."""
+    is_full = False
 
     def run(command: Sequence[str], log: Path) -> int:
+        if is_full:
+            raise OSError(errno.ENOSPC, "No space left on device")
         (tmp_path / "9.9").mkdir(exist_ok=True)
         log.write_text("Collecting\nERROR: No matching distribution found for torch==9.9\nhint\n")
         return int("venv" not in command)
@@ -394,3 +436,6 @@ def test_version_that_cannot_be_installed(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"status 1.: ERROR: No matching distribution found for torch==9.9 .log: "):
         build(RECIPE, "9.9", tmp_path / "9.9", run)
     assert not (tmp_path / "9.9" / READY).exists()
+    is_full = True
+    with pytest.raises(BuildError, match="No space left"):
+        build(RECIPE, "9.9", tmp_path / "9.9", run)

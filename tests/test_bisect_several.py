@@ -13,7 +13,7 @@ import pytest
 
 from perf_tests.bisect import cli
 from perf_tests.bisect.bisection import Bisection
-from perf_tests.bisect.environments import BuildError, Recipe
+from perf_tests.bisect.environments import NoSuchVersionError, Recipe
 from perf_tests.bisect.machines import Here, NoMachine
 from perf_tests.bisect.search import Found
 from perf_tests.bisect.several import Several, kind_of_search
@@ -45,7 +45,7 @@ class Suite:
 
     def build(self, _: Recipe, version: str, folder: Path) -> Path:
         if version in self.missing:
-            raise BuildError("cannot be installed (status 1): no such version")
+            raise NoSuchVersionError("cannot be installed (status 1): no such version")
         folder.mkdir(parents=True, exist_ok=True)
         self.environments.append({path.name for path in folder.parent.iterdir()})
         return folder

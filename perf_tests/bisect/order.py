@@ -11,8 +11,8 @@ from typing import Final
 
 from perf_tests.bisect import environments
 from perf_tests.bisect.environments import BuildError, Recipe
-from perf_tests.bisect.machines import BASELINES, ENVIRONMENTS, Build, Judge
-from perf_tests.bisect.state import Question
+from perf_tests.bisect.machines import BASELINES, ENVIRONMENTS, Build, Judge, not_built
+from perf_tests.bisect.state import Judged, Question
 from perf_tests.harness.files import locked
 from perf_tests.sweep.gather import read_tree, write_tree
 from perf_tests.sweep.work import Delivery
@@ -52,7 +52,8 @@ class Order:
             with locked(self.folder / "locks" / self.version):
                 python = self.build(self.recipe, self.version, self.folder / ENVIRONMENTS / self.version)
         except BuildError as error:
-            return Delivery({}, str(error))
+            ended = not_built(error, self.place)
+            return Delivery({}, ended) if isinstance(ended, str) else Delivery({JUDGED_FILE: _dump(ended)})
         with tempfile.TemporaryDirectory(prefix="fluxfast-bisect-") as scratch:
             baselines = Path(scratch, BASELINES)
             write_tree(baselines, self.baselines)
@@ -65,4 +66,8 @@ class Order:
             judged = judged.model_copy(update={"folder": str(self.place), "why": why})
             if not self.baselines:
                 files |= {f"{BASELINES}/{name}": raw for name, raw in read_tree(baselines).items()}
-            return Delivery(files | {JUDGED_FILE: judged.model_dump_json(indent=1).encode()}, worker_s=suite_s)
+            return Delivery(files | {JUDGED_FILE: _dump(judged)}, worker_s=suite_s)
+
+
+def _dump(judged: Judged) -> bytes:
+    return judged.model_dump_json(indent=1).encode()

@@ -126,7 +126,7 @@ class Several(Dispatch):
         gather(place, delivery.files)
         run = Judged.model_validate_json((place / JUDGED_FILE).read_bytes())
         self._ended(cell.version, run)
-        return ("failed", run.why) if run.kind is Kind.UNUSABLE else ("measured", run.kind.value)
+        return ("measured", run.kind.value) if run.kind in (Kind.GOOD, Kind.BAD) else ("failed", run.why)
 
     def _tried_on(self, cell: Cell) -> list[str]:
         """A version is best judged again on another machine: both may be a little off, but not alike."""
