@@ -238,7 +238,7 @@ def test_search_stays_on_its_kind_of_machine(tmp_path: Path, monkeypatch: pytest
     assert kind_of_search(tmp_path, begun, mixed) == KIND
     bisect(tmp_path, Suite(), MadeUpPool(nodes("ab"))).run()
     assert kind_of_search(tmp_path, load(tmp_path, asked(tmp_path)), mixed) == KIND
-    with pytest.raises(ValueError, match=f"begun on {KIND} and there is only h100-700w: verdicts of two kinds"):
+    with pytest.raises(ValueError, match=f"begun on {KIND} and there is only h100-700w: what two kinds"):
         kind_of_search(tmp_path, begun, nodes("xy", "h100-700w"))
     with pytest.raises(ValueError, match="no machine that answers"):
         kind_of_search(tmp_path, new, [])

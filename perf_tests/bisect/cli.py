@@ -18,12 +18,13 @@ from perf_tests.bisect.machines import BASELINES, Here, Machines, NoMachine
 from perf_tests.bisect.oracle import NOISELESS, split_test
 from perf_tests.bisect.printed import asked_by
 from perf_tests.bisect.search import Contradiction, Found
-from perf_tests.bisect.several import Several, kind_of_search, stored_records
+from perf_tests.bisect.several import Several, kind_of_search
 from perf_tests.bisect.state import Question, State, load
 from perf_tests.harness.culprit import AXES
 from perf_tests.harness.files import StoreError
 from perf_tests.harness.runner import ROOT
 from perf_tests.history.store import NAME
+from perf_tests.sweep.dispatch import stored_sweep
 from perf_tests.sweep.pools import open_pool
 from perf_tests.sweep.serial import SerialPool
 from perf_tests.sweep.work import describe_machine
@@ -122,7 +123,7 @@ def _machines(asked: argparse.Namespace, folder: Path, state: State) -> Machines
     """
     recipe = recipe_here(asked.axis, index_url=asked.index_url, over_base=asked.base_env)
     if not asked.ray:
-        if stored_records(folder):  # begun on a pool, perhaps of another kind of machine
+        if stored_sweep(folder).cells:  # begun on a pool, perhaps of another kind of machine
             kind_of_search(folder, state, SerialPool(describe_machine()).nodes())
         return Here(folder, state.question, recipe, _say)
     pool = open_pool(asked.ray, _say)

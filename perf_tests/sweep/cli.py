@@ -18,6 +18,7 @@ from perf_tests.harness.files import StoreError
 from perf_tests.harness.lease import GpuBusy
 from perf_tests.harness.runner import ROOT
 from perf_tests.sweep.cells import AS_INSTALLED, Cell, Node, Record, all_cells, choose_kinds
+from perf_tests.sweep.dispatch import stored_sweep
 from perf_tests.sweep.driver import Sweep, describe_runs
 from perf_tests.sweep.pools import open_pool
 
@@ -50,15 +51,18 @@ def main(arguments: Sequence[str]) -> int:
     asked = parser().parse_args(arguments)
     try:
         workloads, versions, levels, recipe = _plan(asked)
+        folder = (asked.out or ROOT / "results" / "sweep" / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}").resolve()
+        begun = stored_sweep(folder)
+        if asked.axis and begun.axis not in (None, asked.axis):
+            raise ValueError(f"{folder} holds a sweep over {begun.axis}, asked is {asked.axis}: choose another --out")
         pool = open_pool(asked.ray, _say)
-    except (ValueError, ConnectionError) as error:
+    except (ValueError, ConnectionError, StoreError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
-    folder = (asked.out or ROOT / "results" / "sweep" / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}").resolve()
-    folder.mkdir(parents=True, exist_ok=True)
     try:
         nodes = pool.nodes()
-        kinds = choose_kinds(workloads, nodes)
+        kinds = choose_kinds(workloads, nodes, begun.begun_on())
+        folder.mkdir(parents=True, exist_ok=True)
         of_kind = {name: next(node for node in nodes if node.kind == kind) for name, kind in kinds.items()}
         cells = _runnable(all_cells(workloads, versions, levels, asked.processes), of_kind)
         _say(f"{len(cells)} cells on {sum(node.slots for node in nodes)} slot(s) of {len(nodes)} machine(s): {folder}")
