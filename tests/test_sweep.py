@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from perf_tests.harness.lease import GpuBusy
 from perf_tests.harness.progress import CPU_DEADLINES
 from perf_tests.harness.runner import run_level
 from perf_tests.harness.stored_run import read_facts, read_run
@@ -17,6 +19,7 @@ from perf_tests.sweep.cells import AS_INSTALLED, Cell, Node, all_cells, choose_k
 from perf_tests.sweep.dispatch import SWEEP_FILE, NodeLost
 from perf_tests.sweep.driver import Sweep
 from perf_tests.sweep.gather import gather
+from perf_tests.sweep.serial import SerialPool
 from perf_tests.sweep.work import Delivery, Machine, Order, describe_machine
 
 FAKE_WORKER = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
@@ -184,6 +187,43 @@ def test_version_that_cannot_be_installed_is_said(tmp_path: Path, files: dict[st
     assert record.unrun == record.attempts[0].said == "cannot be installed (status 1): no such version"
 
 
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), GpuBusy("GPU 0 is held")])
+def test_machine_that_cannot_run_a_cell_fails_that_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """The others are measured, and the record says why it was not."""
+
+    def run(level: str, *arguments: object, **options: object) -> object:
+        if level == "bf16":
+            raise error
+        return run_level(level, *arguments, **options)
+
+    monkeypatch.setattr("perf_tests.sweep.work.runner.run_level", run)
+    own = Sweep(tmp_path, CELLS[:2], {"tiny": "a cpu"}, None, tmp_path / "cache", lambda line: None, FAKE_WORKER)
+    fp32, bf16 = own.run(SerialPool(Machine("a cpu", "cpu", {})))
+    assert fp32.attempts[0].outcome == "measured" and bf16.attempts[0].outcome == "failed"
+    assert bf16.unrun == bf16.attempts[0].said == str(error)
+
+
+def test_result_that_cannot_be_kept_fails_its_cell(tmp_path: Path, files: dict[str, bytes]) -> None:
+    """A disk that is full here, or a result that is none; nothing half remains."""
+    (tmp_path / AS_INSTALLED / "tiny").mkdir(parents=True)
+    (tmp_path / AS_INSTALLED / "tiny" / "bf16").write_text("in the way")
+    own = sweep(tmp_path, MadeUpPool([node("a")], files))
+    by_level = {record.level: record for record in own.records.values()}
+    assert "bf16" in str(by_level["bf16"].unrun) and by_level["bf16"].attempts[0].outcome == "failed"
+    assert by_level["compile"].unrun is None
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_cluster_without_a_machine_is_a_sentence(
+    files: dict[str, bytes], on: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says what to start."""
+    assert on(MadeUpPool([], files)) == cli.BAD_INPUT
+    assert "no machine that answers" in capsys.readouterr().err
+
+
 def test_machine_tells_of_the_ladder_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """What else the package can build is no test of the suite, and a replay would refuse it."""
     levels = {"bf16": None, "fa3_fp8": "no Hopper", "flux_fast": "no Hopper"}
@@ -199,13 +239,28 @@ def test_machine_tells_of_the_ladder_alone(monkeypatch: pytest.MonkeyPatch) -> N
         (("--levels", "flux_fast"), "not on the ladder"),
         (("--versions", "1.0"), "--axis and --versions go together"),
         (("--processes", "0"), "at least 1"),
+        (("--axis", "torch", "--versions", "../../ESC"), "'../../ESC' is not a version"),
+        (("--axis", "torch", "--versions", "2.11.0,/tmp/x"), "'/tmp/x' is not a version"),
+        (("--axis", "torch", "--versions", "2.11.0,,"), "'' is not a version"),
+        (("--workloads", "tiny@/../../ESC"), "without '..'"),
+        (("--out", __file__), "File exists: '" + __file__ + "'; --out has to be a folder"),
+        (("--out", f"{__file__}/below"), "Not a directory"),
     ],
 )
-def test_bad_input_is_a_sentence(options: Sequence[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Status 2 before any machine is asked."""
+def test_bad_input_is_a_sentence(
+    options: Sequence[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    files: dict[str, bytes],
+) -> None:
+    """Status 2 before any cell runs."""
+    pool = MadeUpPool([node("a")], files)
+    monkeypatch.setattr(cli, "open_pool", lambda *_: pool)
     assert cli.main(["--ray", "local", *options]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and said in error
+    assert not pool.ran
 
 
 def test_without_ray_cells_run_one_after_another(

@@ -63,8 +63,12 @@ class Sweep(Dispatch):
 
     def _receive(self, cell: Cell, delivery: Delivery) -> tuple[Outcome, str]:
         place = self._folder / cell.path
-        gather(place, delivery.files)
-        failure = store.read_result(place / RESULT_FILE).failure
+        try:
+            gather(place, delivery.files)
+            failure = store.read_result(place / RESULT_FILE).failure
+        except (OSError, store.ResultError) as error:
+            self._give_up(cell, str(error))
+            return "failed", str(error)
         return ("failed", failure.message) if failure else ("measured", "")
 
 
