@@ -147,6 +147,23 @@ def test_failed_install_is_tried_again(tmp_path: Path) -> None:
     assert again.built == []
 
 
+def test_full_disk_is_no_verdict(tmp_path: Path) -> None:
+    """Where a run is to be written; the version is tried again."""
+    full = [True]
+
+    def judge(asked: Question, python: Path, root: Path) -> Judged:
+        if full:
+            full.pop()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return night.judge(asked, python, root)
+
+    night = Night(since("2.14.0"))
+    here = Here(tmp_path, question(), RECIPE, lambda line: None, build=night.build, judge=judge)
+    search = Bisection(load(tmp_path, question()), tmp_path, lambda line: None, here)
+    assert search.run() == Found(last_good=3, first_bad=4, between=(), good_again=())
+    assert [run.kind for run in search.state.judged["2.10.0"]] == [Kind.INCONCLUSIVE, Kind.GOOD]
+
+
 def test_boundary_that_was_judged_once_says_so(tmp_path: Path) -> None:
     """Where its environment could not be made a second time."""
 
@@ -310,6 +327,8 @@ ASK = ("--axis", "torch", "--versions", "2.9.0,2.10.0,2.11.0")
         (("--good", "2.9.0", "--bad", "2.10.0", "--processes", "0"), "at least 1"),
         (("--good", "2.9.0", "--bad", "2.10.0", "--against", "none"), "only test_structure"),
         (("--good", "2.9.0", "--bad", "2.10.0", "--cache", "there"), "--cache goes with --ray"),
+        (("--good", "2.9.0", "--bad", "2.10.0", "--state", __file__), r"--state .*: cannot be made \(File exists\)"),
+        (("--good", "2.9.0", "--bad", "2.10.0", "--state", f"{__file__}/x"), r"cannot be made \(Not a directory\)"),
     ],
 )
 def test_bad_question_is_a_sentence(

@@ -95,6 +95,7 @@ def _search(asked: argparse.Namespace) -> int:
         state = load(folder, question)
         if not (state.judged or state.closed):
             require_good(asked.history, question)
+        _make_folder(folder)
         machines = _machines(asked, folder, state)
     except (ValueError, ConnectionError, StoreError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -107,12 +108,19 @@ def _search(asked: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         _say("stopped; the same command goes on from here")
         return INTERRUPTED
-    except NoMachine as error:
+    except (NoMachine, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return NO_ANSWER
     finally:
         machines.close()
     return _tell(search.state, step)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--state {folder}: cannot be made ({error.strerror}); name a folder to write to") from error
 
 
 def _machines(asked: argparse.Namespace, folder: Path, state: State) -> Machines:

@@ -55,8 +55,8 @@ class Machines(Protocol):
         """Let go of them."""
 
 
-def not_built(error: BuildError, folder: Path) -> Judged | str:
-    """How a try at a version ends without an environment: as inconclusive, unless there can never be one."""
+def not_judged(error: BuildError | OSError, folder: Path) -> Judged | str:
+    """How a try at a version ends that came to no run: as inconclusive, unless there can never be an environment."""
     if isinstance(error, NoSuchVersionError):
         return str(error)
     return Judged(kind=Kind.INCONCLUSIVE, why=str(error), folder=str(folder))
@@ -109,8 +109,8 @@ class Here:
         runs = self._folder / RUNS / version
         try:
             python = self._build(self._recipe, version, self._folder / ENVIRONMENTS / version)
-        except BuildError as error:
-            ended(version, not_built(error, runs))
-            return
-        self._say(f"{self._question.axis} {version}: {doing}, into {runs}")
-        ended(version, run(self._question, python, runs))
+            self._say(f"{self._question.axis} {version}: {doing}, into {runs}")
+            said: Judged | str = run(self._question, python, runs)
+        except (BuildError, OSError) as error:
+            said = not_judged(error, runs)
+        ended(version, said)

@@ -11,7 +11,7 @@ from typing import Final
 
 from perf_tests.bisect import environments
 from perf_tests.bisect.environments import BuildError, Recipe
-from perf_tests.bisect.machines import BASELINES, ENVIRONMENTS, Build, Judge, not_built
+from perf_tests.bisect.machines import BASELINES, ENVIRONMENTS, Build, Judge, not_judged
 from perf_tests.bisect.state import Judged, Question
 from perf_tests.harness.files import locked
 from perf_tests.sweep.gather import read_tree, write_tree
@@ -46,14 +46,17 @@ class Order:
 
     def run(self) -> Delivery:
         """The files of the run's folder and `judged.json`; what was recorded below `baselines`."""
+        try:
+            return self._run()
+        except (BuildError, OSError) as error:
+            ended = not_judged(error, self.place)
+            return Delivery({}, ended) if isinstance(ended, str) else Delivery({JUDGED_FILE: _dump(ended)})
+
+    def _run(self) -> Delivery:
         # Whatever else runs on this machine for this search belongs to the same step.
         environments.prune(self.folder / ENVIRONMENTS, self.kept)
-        try:
-            with locked(self.folder / "locks" / self.version):
-                python = self.build(self.recipe, self.version, self.folder / ENVIRONMENTS / self.version)
-        except BuildError as error:
-            ended = not_built(error, self.place)
-            return Delivery({}, ended) if isinstance(ended, str) else Delivery({JUDGED_FILE: _dump(ended)})
+        with locked(self.folder / "locks" / self.version):
+            python = self.build(self.recipe, self.version, self.folder / ENVIRONMENTS / self.version)
         with tempfile.TemporaryDirectory(prefix="fluxfast-bisect-") as scratch:
             baselines = Path(scratch, BASELINES)
             write_tree(baselines, self.baselines)
