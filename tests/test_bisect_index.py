@@ -78,6 +78,7 @@ def test_only_an_index_that_answers_says_that_a_version_is_not_there(
     assert error(alone, "9.9") is NoSuchVersionError
     assert error(Recipe(component="component", index_url=nightly_index), "9.9") is BuildError
     wheel(tmp_path / "usual", "component", "2.2.0", "pinned<1.5")
+    wheel(tmp_path / "usual", "pinned", "1.4")
     assert error(alone, "2.2.0") is NoSuchVersionError
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     assert error(alone, "2.0.0") is BuildError
@@ -86,9 +87,9 @@ def test_only_an_index_that_answers_says_that_a_version_is_not_there(
 @pytest.mark.parametrize(
     ("said", "kind"),
     [
-        ("  x No solution found when resolving dependencies:\n  Because there is no version of c==9.9", True),
-        ("  x No solution found when resolving:\n  Packages were unavailable because the network was disabled", False),
-        ("  x No solution found:\n  c was not found in the provided package locations", False),
+        ("error: No solution found when resolving dependencies\n  cause: Because there is no version of c==9.9", True),
+        ("error: No solution found\n  cause: Because c was not found in the cache\nthe network was disabled", False),
+        ("error: No solution found\n  cause: Because c was not found in the provided package locations", False),
         ("error: Failed to fetch: `https://nightly/c/`", False),
     ],
 )

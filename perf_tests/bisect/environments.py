@@ -26,12 +26,14 @@ INSTALL_S: Final = 3600.0
 READY: Final = "ready"
 LOG: Final = "install.log"
 IMPOSSIBLE: Final = re.compile(
-    r"\(from versions: (?!none\))|ResolutionImpossible|No solution found(?!.*(network was|package locations))",
+    r"\(from versions: (?!none\))|depends on .*ResolutionImpossible"
+    r"|No solution found(?!.*(network was|package locations))",
     re.DOTALL,
 )
-"""pip and uv of a version that is not on an index which answered. "none" is also what pip lists without a network."""
-DISTURBED: Final = ("WARNING: Retrying", "Could not fetch URL", "no matching distributions available")
-"""pip goes on without an index that does not answer, and may call what it then does not find a conflict."""
+"""pip and uv of a version that is not on an index which answered, or whose own requirements were read and exclude the
+rest. Without a network pip lists "none", or sees a conflict among what was asked for."""
+DISTURBED: Final = ("WARNING: Retrying", "Could not fetch URL")
+"""pip goes on without an index that does not answer."""
 
 Run = Callable[[Sequence[str], Path], int]
 """(command, log to append to) -> exit status."""
