@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import subprocess
@@ -18,6 +19,7 @@ from perf_tests.bisect.bisection import Bisection
 from perf_tests.bisect.environments import (
     READY,
     BuildError,
+    NoSuchVersionError,
     Recipe,
     build,
     install_commands,
@@ -56,7 +58,7 @@ class Night:
     def build(self, _: Recipe, version: str, folder: Path) -> Path:
         self.built.append(version)
         if isinstance(said := self.says(version, 0), str) and not isinstance(said, Kind):
-            raise BuildError(said)
+            raise (NoSuchVersionError if "No matching" in said else BuildError)(said)
         folder.mkdir(parents=True, exist_ok=True)
         return folder / version
 
@@ -121,6 +123,60 @@ def test_uninstallable_and_inconclusive_versions(tmp_path: Path) -> None:
     assert "one of 2.13.0, 2.14.0, 2.15.0, 2.16.0" in text
     assert "2.14.0: cannot be installed (status 1): No matching distribution" in text
     assert "2.13.0: inconclusive 3 times" in text
+
+
+def test_failed_install_is_tried_again(tmp_path: Path) -> None:
+    """Three times, and again when the search is asked again; a version that the index does not have is not."""
+
+    def says(version: str, attempt: int) -> Kind | str:
+        if version == "2.14.0":
+            return "cannot be installed (status 1): No matching distribution"
+        return "cannot be installed (status 1): no network" if is_down else since("2.15.0")(version, attempt)
+
+    is_down, night = True, Night(says)
+    search = bisect(tmp_path, night)
+    assert search.run() == Contradiction(0)
+    assert night.built == ["2.10.0"] * 3
+    text = answer.describe(search.state, Contradiction(0))
+    assert "ask again" in text and "2.10.0: inconclusive 3 times, the last time: cannot be installed" in text
+    is_down, night = False, Night(says)
+    assert bisect(tmp_path, night).run() == Found(last_good=3, first_bad=5, between=(4,), good_again=())
+    assert night.built.count("2.14.0") == 1
+    again = Night(says)
+    bisect(tmp_path, again).run()
+    assert again.built == []
+
+
+def test_full_disk_is_no_verdict(tmp_path: Path) -> None:
+    """Where a run is to be written; the version is tried again."""
+    full = [True]
+
+    def judge(asked: Question, python: Path, root: Path) -> Judged:
+        if full:
+            full.pop()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return night.judge(asked, python, root)
+
+    night = Night(since("2.14.0"))
+    here = Here(tmp_path, question(), RECIPE, lambda line: None, build=night.build, judge=judge)
+    search = Bisection(load(tmp_path, question()), tmp_path, lambda line: None, here)
+    assert search.run() == Found(last_good=3, first_bad=4, between=(), good_again=())
+    assert [run.kind for run in search.state.judged["2.10.0"]] == [Kind.INCONCLUSIVE, Kind.GOOD]
+
+
+def test_boundary_that_was_judged_once_says_so(tmp_path: Path) -> None:
+    """Where its environment could not be made a second time."""
+
+    def says(version: str, attempt: int) -> Kind | str:
+        if version == "2.14.0" and version in night.calls:
+            return "cannot be installed (status 1): no network"
+        return since("2.14.0")(version, attempt)
+
+    night = Night(says)
+    search = bisect(tmp_path, night, question("test_latency[float8]"))
+    text = answer.describe(search.state, found) if isinstance(found := search.run(), Found) else ""
+    once = "first bad: torch 2.14.0\n  judged once and could not be confirmed: inconclusive 3 times, the last time: "
+    assert once in text and text.count("judged once") == 1
 
 
 def test_resumes_after_any_end(tmp_path: Path) -> None:
@@ -201,8 +257,13 @@ VERDICTS = [
     (9, {"verdict": "void", "rule": "disturbed"}, "throttled", Kind.INCONCLUSIVE),
     (1, {"verdict": "incomparable", "rule": "changed"}, "another method", Kind.UNUSABLE),
     (1, {"verdict": "no_baseline", "rule": "no_baseline"}, "none", Kind.UNUSABLE),
-    (4, None, "", Kind.UNUSABLE),
-    (-9, None, "", Kind.UNUSABLE),
+    (1, {"verdict": "error", "rule": "exception"}, "Failed: [Errno 28] No space left on device", Kind.INCONCLUSIVE),
+    (2, {}, "Failed: measuring ended with: [Errno 28] No space left on device", Kind.INCONCLUSIVE),
+    (2, {}, "Failed: measuring ended with: GPU 0 is held by process 7", Kind.INCONCLUSIVE),
+    (2, {}, "RuntimeError: a mistake of the suite", Kind.INCONCLUSIVE),
+    (1, {}, "Failed: the level is not available here", Kind.UNUSABLE),
+    (4, None, "", Kind.INCONCLUSIVE),
+    (-9, None, "", Kind.INCONCLUSIVE),
 ]
 
 
@@ -211,8 +272,25 @@ def test_suites_verdict_decides(status: int, properties: dict[str, str] | None, 
     """Only `regressed` and a step that was not applied are bad; an error is where it is searched for."""
     case = None if properties is None else Case(message, properties)
     assert classify(status, case, "the log's last line", bad_is_error=False)[0] is kind
-    is_error = status == 4 or bool(properties and properties["rule"] == "import")
+    is_error = bool(properties and properties.get("rule") == "import")
     assert classify(status, case, "", bad_is_error=True)[0] is (Kind.BAD if is_error else kind)
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("ERROR: `python -m fluxfast levels` failed with exit status 1: ImportError: libtorch.so: not there", Kind.BAD),
+        ("ERROR: `python -m fluxfast levels` failed with exit status 1: ModuleNotFoundError: torch", Kind.BAD),
+        ("ERROR: `python -m fluxfast levels` failed with exit status 1: ImportError: libcuda.so.1", Kind.INCONCLUSIVE),
+        ("ERROR: NVML does not start, so no GPU answers; see `nvidia-smi`", Kind.INCONCLUSIVE),
+        ("ERROR: [Errno 28] No space left on device", Kind.INCONCLUSIVE),
+    ],
+)
+def test_run_that_did_not_begin(said: str, kind: Kind) -> None:
+    """Only a component that cannot be imported is the version's own; it is bad where errors are searched for."""
+    assert classify(4, None, said, bad_is_error=True)[0] is kind
+    usual = Kind.UNUSABLE if kind is Kind.BAD else kind
+    assert classify(4, None, said, bad_is_error=False)[0] is usual
 
 
 def test_why_is_the_verdicts_own_sentence() -> None:
@@ -249,6 +327,8 @@ ASK = ("--axis", "torch", "--versions", "2.9.0,2.10.0,2.11.0")
         (("--good", "2.9.0", "--bad", "2.10.0", "--processes", "0"), "at least 1"),
         (("--good", "2.9.0", "--bad", "2.10.0", "--against", "none"), "only test_structure"),
         (("--good", "2.9.0", "--bad", "2.10.0", "--cache", "there"), "--cache goes with --ray"),
+        (("--good", "2.9.0", "--bad", "2.10.0", "--state", __file__), r"--state .*: cannot be made \(File exists\)"),
+        (("--good", "2.9.0", "--bad", "2.10.0", "--state", f"{__file__}/x"), r"cannot be made \(Not a directory\)"),
     ],
 )
 def test_bad_question_is_a_sentence(
@@ -363,8 +443,11 @@ def distribution(folder: Path, name: str, version: str) -> None:
 
 def test_version_that_cannot_be_installed(tmp_path: Path) -> None:
     """The installer's own error, where its log is, and no environment that a later run would take for whole."""
+    is_full = False
 
     def run(command: Sequence[str], log: Path) -> int:
+        if is_full:
+            raise OSError(errno.ENOSPC, "No space left on device")
         (tmp_path / "9.9").mkdir(exist_ok=True)
         log.write_text("Collecting\nERROR: No matching distribution found for torch==9.9\nhint\n")
         return int("venv" not in command)
@@ -372,3 +455,6 @@ def test_version_that_cannot_be_installed(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"status 1.: ERROR: No matching distribution found for torch==9.9 .log: "):
         build(RECIPE, "9.9", tmp_path / "9.9", run)
     assert not (tmp_path / "9.9" / READY).exists()
+    is_full = True
+    with pytest.raises(BuildError, match="No space left"):
+        build(RECIPE, "9.9", tmp_path / "9.9", run)

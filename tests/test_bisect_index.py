@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from perf_tests.bisect import versions
-from perf_tests.bisect.environments import Recipe, build, install_commands
+from perf_tests.bisect.environments import BuildError, NoSuchVersionError, Recipe, build, install_commands
 
 NIGHTLY = "2.2.0.dev20260920+cu130"
 
@@ -62,6 +62,48 @@ def test_either_end_is_installed(nightly_index: str, tmp_path: Path, version: st
     brought = ["compiler==3.0+git1", "helper==1.0"] if version == NIGHTLY else []
     installed = subprocess.check_output([python, "-I", "-c", code], text=True).strip()
     assert installed == str(sorted([*brought, f"component=={version}", "pinned==1.5"]))
+
+
+def test_only_an_index_that_answers_says_that_a_version_is_not_there(
+    nightly_index: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not pip without a network, nor with one of two indexes; what cannot stand beside the rest is as final."""
+
+    def error(recipe: Recipe, version: str) -> type[BuildError]:
+        with pytest.raises(BuildError, match="cannot be installed") as raised:
+            build(recipe, version, tmp_path / "environment")
+        return raised.type
+
+    alone = Recipe(component="component", rest=["pinned==1.5"])
+    assert error(alone, "9.9") is NoSuchVersionError
+    assert error(Recipe(component="component", index_url=nightly_index), "9.9") is BuildError
+    wheel(tmp_path / "usual", "component", "2.2.0", "pinned<1.5")
+    wheel(tmp_path / "usual", "pinned", "1.4")
+    assert error(alone, "2.2.0") is NoSuchVersionError
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    assert error(alone, "2.0.0") is BuildError
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("error: No solution found when resolving dependencies\n  cause: Because there is no version of c==9.9", True),
+        ("error: No solution found\n  cause: Because c was not found in the cache\nthe network was disabled", False),
+        ("error: No solution found\n  cause: Because c was not found in the provided package locations", False),
+        ("error: Failed to fetch: `https://nightly/c/`", False),
+    ],
+)
+def test_uv_says_whether_a_version_is_not_there(tmp_path: Path, said: str, kind: bool) -> None:
+    """It ends where an index does not answer, so two of them are as good as one."""
+
+    def run(command: list[str], log: Path) -> int:
+        (tmp_path / "9.9").mkdir(exist_ok=True)
+        log.write_text(said)
+        return int("venv" not in command)
+
+    with pytest.raises(BuildError, match="cannot be installed") as raised:
+        build(Recipe(component="c", index_url="https://nightly", uv="/uv"), "9.9", tmp_path / "9.9", run)
+    assert (raised.type is NoSuchVersionError) is kind
 
 
 @pytest.mark.parametrize("over_base", [True, False])

@@ -10,8 +10,9 @@ import pytest
 from perf_tests.bisect.bisection import Bisection
 from perf_tests.bisect.environments import Recipe
 from perf_tests.bisect.search import Found
-from perf_tests.bisect.several import Several, kind_of_search, stored_records
+from perf_tests.bisect.several import Several, kind_of_search
 from perf_tests.bisect.state import Judged, Kind, Question, State
+from perf_tests.sweep.dispatch import stored_sweep
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: `pip install fluxfast-perf[sweep]`")
 
@@ -60,6 +61,6 @@ def test_both_nodes_judge_at_the_same_time(tmp_path: Path, monkeypatch: pytest.M
     finally:
         pool.close()
         cluster.shutdown()
-    nodes = [[own.node for own in record.attempts] for record in stored_records(tmp_path)]
+    nodes = [[own.node for own in record.attempts] for record in stored_sweep(tmp_path).cells]
     assert len(nodes) == 4 and nodes[0] != nodes[1] and nodes[2] != nodes[3], said
     assert {path.read_text() for path in tmp_path.glob("runs/*/1/log.txt")} == set(question.versions)

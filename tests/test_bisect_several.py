@@ -13,7 +13,7 @@ import pytest
 
 from perf_tests.bisect import cli
 from perf_tests.bisect.bisection import Bisection
-from perf_tests.bisect.environments import BuildError, Recipe
+from perf_tests.bisect.environments import NoSuchVersionError, Recipe
 from perf_tests.bisect.machines import Here, NoMachine
 from perf_tests.bisect.search import Found
 from perf_tests.bisect.several import Several, kind_of_search
@@ -45,7 +45,7 @@ class Suite:
 
     def build(self, _: Recipe, version: str, folder: Path) -> Path:
         if version in self.missing:
-            raise BuildError("cannot be installed (status 1): no such version")
+            raise NoSuchVersionError("cannot be installed (status 1): no such version")
         folder.mkdir(parents=True, exist_ok=True)
         self.environments.append({path.name for path in folder.parent.iterdir()})
         return folder
@@ -238,7 +238,7 @@ def test_search_stays_on_its_kind_of_machine(tmp_path: Path, monkeypatch: pytest
     assert kind_of_search(tmp_path, begun, mixed) == KIND
     bisect(tmp_path, Suite(), MadeUpPool(nodes("ab"))).run()
     assert kind_of_search(tmp_path, load(tmp_path, asked(tmp_path)), mixed) == KIND
-    with pytest.raises(ValueError, match=f"begun on {KIND} and there is only h100-700w: verdicts of two kinds"):
+    with pytest.raises(ValueError, match=f"begun on {KIND} and there is only h100-700w: what two kinds"):
         kind_of_search(tmp_path, begun, nodes("xy", "h100-700w"))
     with pytest.raises(ValueError, match="no machine that answers"):
         kind_of_search(tmp_path, new, [])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
+from perf_tests.harness.lease import GpuBusy
 from perf_tests.harness.progress import CPU_DEADLINES
 from perf_tests.harness.runner import run_level
 from perf_tests.harness.stored_run import read_facts, read_run
@@ -17,6 +19,7 @@ from perf_tests.sweep.cells import AS_INSTALLED, Cell, Node, all_cells, choose_k
 from perf_tests.sweep.dispatch import SWEEP_FILE, NodeLost
 from perf_tests.sweep.driver import Sweep
 from perf_tests.sweep.gather import gather
+from perf_tests.sweep.serial import SerialPool
 from perf_tests.sweep.work import Delivery, Machine, Order, describe_machine
 
 FAKE_WORKER = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
@@ -40,23 +43,22 @@ class MadeUpPool:
         self.files, self.dies = files, dies
         self.most: dict[str, int] = {}
         self.ran: list[tuple[str, Cell]] = []
-        self._open: list[tuple[str, Order]] = []
+        self._open: dict[object, tuple[str, Order]] = {}
 
     def nodes(self) -> list[Node]:
         return list(self.there.values())
 
     def start(self, node: Node, order: Order) -> object:
-        ticket = (node.id, order)
-        self._open.append(ticket)
-        self.most[node.id] = max(self.most.get(node.id, 0), sum(own == node.id for own, _ in self._open))
+        ticket = object()
+        self._open[ticket] = (node.id, order)
+        self.most[node.id] = max(self.most.get(node.id, 0), sum(own == node.id for own, _ in self._open.values()))
         return ticket
 
     def finished(self, tickets: Sequence[object]) -> object:
         return tickets[0]
 
-    def take(self, ticket: tuple[str, Order]) -> Delivery:
-        self._open.remove(ticket)
-        node, order = ticket
+    def take(self, ticket: object) -> Delivery:
+        node, order = self._open.pop(ticket)
         if node in self.dies:
             self.there.pop(node, None)
             raise NodeLost("the power went")
@@ -109,6 +111,47 @@ def test_no_machine_of_the_kind_is_left(tmp_path: Path, files: dict[str, bytes])
     assert sorted(cell for _, cell in pool.ran) == sorted(CELLS[1:])
 
 
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
+    """`(pool, *options)`: the command into one folder."""
+
+    def run(pool: MadeUpPool, *options: str) -> int:
+        monkeypatch.setattr(cli, "open_pool", lambda *_: pool)
+        return cli.main(["--ray", "auto", "--levels", "fp32,bf16", "--out", str(tmp_path / "out"), *options])
+
+    return run
+
+
+def test_sweep_goes_on_where_it_was_begun(
+    tmp_path: Path, files: dict[str, bytes], on: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the first kind of machine or not at all, and every attempt stays on record."""
+    out = tmp_path / "out"
+    assert on(MadeUpPool([node("a"), node("b", slots=2)], files, dies="b"), "--levels", "fp32,bf16,compile") == 0
+    begun = (out / SWEEP_FILE).read_bytes()
+    assert on(MadeUpPool([node("c", "h100-700w")], files), "--processes", "2") == cli.BAD_INPUT
+    assert "tiny was begun on h200-700w and there is only h100-700w" in capsys.readouterr().err
+    assert (out / SWEEP_FILE).read_bytes() == begun and read_facts(out / AS_INSTALLED / "tiny").slug == "h200-700w"
+    pool = MadeUpPool([node("c", "h100-700w", 9), node("d")], files)
+    assert on(pool, "--processes", "2") == 0
+    assert {cell.process for _, cell in pool.ran} == {1} and {where for where, _ in pool.ran} == {"d"}
+    records = json.loads((out / SWEEP_FILE).read_text())["cells"]
+    assert records[:3] == json.loads(begun)["cells"] and len(records) == 5
+    assert any(own["outcome"] == "lost" for record in records for own in record["attempts"])
+    assert "4 of 4 cells have a result; 1 lost a machine" in capsys.readouterr().out
+
+
+def test_folder_of_another_axis_is_refused(
+    files: dict[str, bytes], on: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """1.0 of one component is not 1.0 of another one."""
+    pool = MadeUpPool([node("a")], files)
+    assert on(pool, "--base-env", "--axis", "torchao", "--versions", "1.0") == 0
+    assert on(pool) == 0
+    assert on(pool, "--base-env", "--axis", "diffusers", "--versions", "1.0") == cli.BAD_INPUT
+    assert "holds a sweep over torchao, asked is diffusers" in capsys.readouterr().err
+
+
 def test_cell_that_takes_every_machine_with_it_is_given_up(tmp_path: Path, files: dict[str, bytes]) -> None:
     """After three machines."""
     pool = MadeUpPool([node(id) for id in "abcde"], files, dies="abcde")
@@ -131,8 +174,9 @@ def test_gathered_whole_or_not_at_all(tmp_path: Path, files: dict[str, bytes]) -
 def test_workloads_go_where_the_fewest_wait() -> None:
     """Each to one kind of machine."""
     nodes = [node("a", slots=8), node("b", "h100-700w", 4)]
-    assert choose_kinds(["tiny"], nodes) == {"tiny": "h200-700w"}
-    assert sorted(choose_kinds(["x", "y", "z"], nodes).values()) == ["h100-700w", "h200-700w", "h200-700w"]
+    assert choose_kinds(["tiny"], nodes, {}) == {"tiny": "h200-700w"}
+    assert sorted(choose_kinds(["x", "y", "z"], nodes, {}).values()) == ["h100-700w", "h200-700w", "h200-700w"]
+    assert choose_kinds(["x", "y"], nodes, {"x": {"h100-700w"}}) == {"x": "h100-700w", "y": "h200-700w"}
 
 
 def test_version_that_cannot_be_installed_is_said(tmp_path: Path, files: dict[str, bytes]) -> None:
@@ -141,6 +185,43 @@ def test_version_that_cannot_be_installed_is_said(tmp_path: Path, files: dict[st
     pool.take = lambda ticket: Delivery({}, "cannot be installed (status 1): no such version")
     (record,) = sweep(tmp_path, pool, cells=CELLS[:1]).records.values()
     assert record.unrun == record.attempts[0].said == "cannot be installed (status 1): no such version"
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), GpuBusy("GPU 0 is held")])
+def test_machine_that_cannot_run_a_cell_fails_that_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """The others are measured, and the record says why it was not."""
+
+    def run(level: str, *arguments: object, **options: object) -> object:
+        if level == "bf16":
+            raise error
+        return run_level(level, *arguments, **options)
+
+    monkeypatch.setattr("perf_tests.sweep.work.runner.run_level", run)
+    own = Sweep(tmp_path, CELLS[:2], {"tiny": "a cpu"}, None, tmp_path / "cache", lambda line: None, FAKE_WORKER)
+    fp32, bf16 = own.run(SerialPool(Machine("a cpu", "cpu", {})))
+    assert fp32.attempts[0].outcome == "measured" and bf16.attempts[0].outcome == "failed"
+    assert bf16.unrun == bf16.attempts[0].said == str(error)
+
+
+def test_result_that_cannot_be_kept_fails_its_cell(tmp_path: Path, files: dict[str, bytes]) -> None:
+    """A disk that is full here, or a result that is none; nothing half remains."""
+    (tmp_path / AS_INSTALLED / "tiny").mkdir(parents=True)
+    (tmp_path / AS_INSTALLED / "tiny" / "bf16").write_text("in the way")
+    own = sweep(tmp_path, MadeUpPool([node("a")], files))
+    by_level = {record.level: record for record in own.records.values()}
+    assert "bf16" in str(by_level["bf16"].unrun) and by_level["bf16"].attempts[0].outcome == "failed"
+    assert by_level["compile"].unrun is None
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_cluster_without_a_machine_is_a_sentence(
+    files: dict[str, bytes], on: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says what to start."""
+    assert on(MadeUpPool([], files)) == cli.BAD_INPUT
+    assert "no machine that answers" in capsys.readouterr().err
 
 
 def test_machine_tells_of_the_ladder_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,13 +239,28 @@ def test_machine_tells_of_the_ladder_alone(monkeypatch: pytest.MonkeyPatch) -> N
         (("--levels", "flux_fast"), "not on the ladder"),
         (("--versions", "1.0"), "--axis and --versions go together"),
         (("--processes", "0"), "at least 1"),
+        (("--axis", "torch", "--versions", "../../ESC"), "'../../ESC' is not a version"),
+        (("--axis", "torch", "--versions", "2.11.0,/tmp/x"), "'/tmp/x' is not a version"),
+        (("--axis", "torch", "--versions", "2.11.0,,"), "'' is not a version"),
+        (("--workloads", "tiny@/../../ESC"), "without '..'"),
+        (("--out", __file__), "File exists: '" + __file__ + "'; --out has to be a folder"),
+        (("--out", f"{__file__}/below"), "Not a directory"),
     ],
 )
-def test_bad_input_is_a_sentence(options: Sequence[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Status 2 before any machine is asked."""
+def test_bad_input_is_a_sentence(
+    options: Sequence[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    files: dict[str, bytes],
+) -> None:
+    """Status 2 before any cell runs."""
+    pool = MadeUpPool([node("a")], files)
+    monkeypatch.setattr(cli, "open_pool", lambda *_: pool)
     assert cli.main(["--ray", "local", *options]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and said in error
+    assert not pool.ran
 
 
 def test_without_ray_cells_run_one_after_another(

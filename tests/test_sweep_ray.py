@@ -18,6 +18,15 @@ SLOW_WORKER = (sys.executable, str(Path(__file__).with_name("slow_worker.py")))
 LEVELS = ("fp32", "bf16", "compile")
 
 
+def test_every_way_in_which_ray_loses_a_machine() -> None:
+    """Names that the installed Ray does not have are passed over; a task's own error is none of them."""
+    from perf_tests.sweep.ray_pool import LOST
+
+    for name in ("OutOfMemoryError", "OutOfDiskError", "RuntimeEnvSetupError", "RaySystemError", "NodeDiedError"):
+        assert getattr(ray.exceptions, name) in LOST
+    assert not issubclass(ray.exceptions.RayTaskError, LOST)
+
+
 def test_killed_nodes_cells_are_measured_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every cell has one result; the lost attempt names its node; no node had two workers at a time."""
     from ray.cluster_utils import Cluster

@@ -14,14 +14,14 @@ NUMBERS = ("ratio", "low", "high", "limit", "smallest_visible", "confirmed_ratio
 def describe(state: State, step: Contradiction | Found) -> str:
     """The answer with both sample sets, or why there is none."""
     question = state.question
-    judged = state.votes()
+    judged, left_out = state.votes(), state.left_out
     heading = (
         f"{question.axis}, {len(question.versions)} versions from {question.versions[0]} to {question.versions[-1]}, "
-        f"{question.test}: {len(judged)} judged in {sum(map(len, judged.values()))} runs, {len(state.closed)} left out"
+        f"{question.test}: {len(judged)} judged in {sum(map(len, judged.values()))} runs, {len(left_out)} left out"
     )
     said = _contradiction(state, step) if isinstance(step, Contradiction) else _found(state, step)
-    left_out = [f"  {version}: {why}" for version, why in state.closed.items()]
-    return "\n".join([heading, *said, *(["left out:", *left_out] if left_out else [])])
+    why_not = [f"  {version}: {why}" for version, why in left_out.items()]
+    return "\n".join([heading, *said, *(["left out:", *why_not] if why_not else [])])
 
 
 def _found(state: State, found: Found) -> list[str]:
@@ -44,7 +44,9 @@ def _contradiction(state: State, step: Contradiction) -> list[str]:
     runs = [run for run in state.judged.get(version, []) if run.kind in (Kind.GOOD, Kind.BAD)]
     if not runs:
         advice = "name another version there"
-        if not question.bad_is_error:
+        if version in state.closed_now:
+            advice += ", or ask again, which tries it again"
+        elif not question.bad_is_error:
             advice += ", or search for the error itself with --bad-is error"
         return [f"no answer: --{name} {version} cannot be judged, so there is nothing to search; {advice}"]
     found = ", ".join(run.kind.value for run in runs)
@@ -59,10 +61,12 @@ def _contradiction(state: State, step: Contradiction) -> list[str]:
 
 def _evidence(state: State, version: str, kind: Kind) -> list[str]:
     """Every conclusive run of a version, and the samples of those that say `kind`."""
+    runs = [run for run in state.judged[version] if run.kind in (Kind.GOOD, Kind.BAD)]
     lines = []
-    for run in state.judged[version]:
-        if run.kind not in (Kind.GOOD, Kind.BAD):
-            continue
+    if version in state.left_out:
+        times = "once" if len(runs) == 1 else f"{len(runs)} times"
+        lines.append(f"  judged {times} and could not be confirmed: {state.left_out[version]}")
+    for run in runs:
         lines.append(f"  {run.kind.value}: {run.why}")
         told = [f"{name} {run.numbers[name]:.6g}" for name in NUMBERS if name in run.numbers]
         lines += [f"    {', '.join(told)}"] if told else []

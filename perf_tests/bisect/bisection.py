@@ -12,7 +12,7 @@ from perf_tests.bisect.search import Contradiction, Found, Measure, bounds, next
 from perf_tests.bisect.state import Judged, Kind, State, save
 
 INCONCLUSIVE_RUNS: Final = 3
-"""So many disturbed runs of one version, and it is left out."""
+"""So many disturbed runs of one version, and it is left out until the search is asked again."""
 
 
 class Bisection:
@@ -54,7 +54,7 @@ class Bisection:
     def _next(self) -> Measure | Contradiction | Found:
         """What is to be done, once the environments that it does not need are gone."""
         versions = self.state.question.versions
-        closed = {versions.index(version) for version in self.state.closed}
+        closed = {versions.index(version) for version in self.state.left_out}
         votes = self.state.votes()
         step = next_step(len(versions), votes, closed, confirmations=self._confirmations)
         if isinstance(step, Measure):  # an answer that stands in the state needs no machine
@@ -81,8 +81,8 @@ class Bisection:
         disturbed = [run for run in state.judged[version] if run.kind is Kind.INCONCLUSIVE]
         if run.kind is Kind.UNUSABLE:
             state = state.with_closed(version, run.why)
-        elif run.kind is Kind.INCONCLUSIVE and len(disturbed) >= INCONCLUSIVE_RUNS:
-            state = state.with_closed(version, f"inconclusive {len(disturbed)} times, the last time: {run.why}")
+        elif run.kind is Kind.INCONCLUSIVE and len(disturbed) % INCONCLUSIVE_RUNS == 0:
+            state = state.with_closed(version, f"inconclusive {len(disturbed)} times, the last time: {run.why}", False)
         self._keep(state)
 
     def _keep(self, state: State) -> None:

@@ -18,12 +18,13 @@ from perf_tests.bisect.machines import BASELINES, Here, Machines, NoMachine
 from perf_tests.bisect.oracle import NOISELESS, split_test
 from perf_tests.bisect.printed import asked_by
 from perf_tests.bisect.search import Contradiction, Found
-from perf_tests.bisect.several import Several, kind_of_search, stored_records
+from perf_tests.bisect.several import Several, kind_of_search
 from perf_tests.bisect.state import Question, State, load
 from perf_tests.harness.culprit import AXES
 from perf_tests.harness.files import StoreError
 from perf_tests.harness.runner import ROOT
 from perf_tests.history.store import NAME
+from perf_tests.sweep.dispatch import stored_sweep
 from perf_tests.sweep.pools import open_pool
 from perf_tests.sweep.serial import SerialPool
 from perf_tests.sweep.work import describe_machine
@@ -94,6 +95,7 @@ def _search(asked: argparse.Namespace) -> int:
         state = load(folder, question)
         if not (state.judged or state.closed):
             require_good(asked.history, question)
+        _make_folder(folder)
         machines = _machines(asked, folder, state)
     except (ValueError, ConnectionError, StoreError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -106,12 +108,19 @@ def _search(asked: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         _say("stopped; the same command goes on from here")
         return INTERRUPTED
-    except NoMachine as error:
+    except (NoMachine, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return NO_ANSWER
     finally:
         machines.close()
     return _tell(search.state, step)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--state {folder}: cannot be made ({error.strerror}); name a folder to write to") from error
 
 
 def _machines(asked: argparse.Namespace, folder: Path, state: State) -> Machines:
@@ -122,7 +131,7 @@ def _machines(asked: argparse.Namespace, folder: Path, state: State) -> Machines
     """
     recipe = recipe_here(asked.axis, index_url=asked.index_url, over_base=asked.base_env)
     if not asked.ray:
-        if stored_records(folder):  # begun on a pool, perhaps of another kind of machine
+        if stored_sweep(folder).cells:  # begun on a pool, perhaps of another kind of machine
             kind_of_search(folder, state, SerialPool(describe_machine()).nodes())
         return Here(folder, state.question, recipe, _say)
     pool = open_pool(asked.ray, _say)

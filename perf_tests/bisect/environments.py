@@ -25,13 +25,26 @@ INSTALL_S: Final = 3600.0
 """A CUDA build of torch is some gigabytes; a download that takes longer than this hangs."""
 READY: Final = "ready"
 LOG: Final = "install.log"
+IMPOSSIBLE: Final = re.compile(
+    r"\(from versions: (?!none\))|depends on .*ResolutionImpossible"
+    r"|No solution found(?!.*(network was|package locations))",
+    re.DOTALL,
+)
+"""pip and uv of a version that is not on an index which answered, or whose own requirements were read and exclude the
+rest. Without a network pip lists "none", or sees a conflict among what was asked for."""
+DISTURBED: Final = ("WARNING: Retrying", "Could not fetch URL")
+"""pip goes on without an index that does not answer."""
 
 Run = Callable[[Sequence[str], Path], int]
 """(command, log to append to) -> exit status."""
 
 
 class BuildError(Exception):
-    """A version that cannot be installed: one sentence."""
+    """A version that could not be installed: one sentence. Another time it may be."""
+
+
+class NoSuchVersionError(BuildError):
+    """One that never can be: the index answered and has no such build, or it cannot stand beside the rest."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,12 +134,20 @@ def build(recipe: Recipe, version: str, folder: Path, run: Run | None = None) ->
     """Make the environment in `folder`, unless it stands there whole already; its interpreter.
 
     Raises:
-        BuildError: what the installer said, and where its log is.
+        BuildError: what the installer or the disk said, and where the log is.
     """
     python = python_of(folder)
     if (folder / READY).exists():
         return python
-    run = run or run_logged
+    try:
+        _make(recipe, version, folder, run or run_logged)
+    except OSError as error:
+        raise BuildError(f"no environment can be made in {folder}: {error}") from error
+    return python
+
+
+def _make(recipe: Recipe, version: str, folder: Path, run: Run) -> None:
+    python = python_of(folder)
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = folder.parent / f"{folder.name}.{LOG}"
@@ -138,14 +159,14 @@ def build(recipe: Recipe, version: str, folder: Path, run: Run | None = None) ->
     constraints.write_text("\n".join(re.sub(r"\[.*?\]", "", line) for line in recipe.rest) + "\n", encoding="utf-8")
     for command in install_commands(recipe, version, python, constraints):
         if (status := run(command, log)) != 0:
-            raise BuildError(f"cannot be installed (status {status}): {last_line(log)} (log: {log})")
+            kind = NoSuchVersionError if _is_impossible(recipe, log) else BuildError
+            raise kind(f"cannot be installed (status {status}): {last_line(log)} (log: {log})")
     # After the install, so that no installer takes the base's copy for one that it may replace.
     _put_over(recipe.base, folder)
     found = _version_in(python, recipe.component)
     if not same(version, found):
         raise BuildError(f"{version} was asked for and {recipe.component} {found} is what is imported (log: {log})")
     (folder / READY).touch()
-    return python
 
 
 def prune(folder: Path, versions: Collection[str]) -> None:
@@ -183,6 +204,13 @@ def last_line(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith(("ERROR", "error:", "cause:"))]
     return (errors or lines or ["it said nothing"])[-1][:500]
+
+
+def _is_impossible(recipe: Recipe, log: Path) -> bool:
+    """Whether trying again is in vain. Of two indexes pip may have heard one alone and does not say so."""
+    said = log.read_text(errors="replace")
+    is_whole = not any(word in said for word in DISTURBED) and (bool(recipe.uv) or not recipe.index_url)
+    return is_whole and IMPOSSIBLE.search(said) is not None
 
 
 def _put_over(base: Sequence[str], folder: Path) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from perf_tests.bisect import environments, oracle
-from perf_tests.bisect.environments import BuildError, Recipe
-from perf_tests.bisect.state import Judged, Question
+from perf_tests.bisect.environments import BuildError, NoSuchVersionError, Recipe
+from perf_tests.bisect.state import Judged, Kind, Question
 
 BASELINES: Final = "baselines"
 ENVIRONMENTS: Final = "environments"
@@ -53,6 +53,13 @@ class Machines(Protocol):
 
     def close(self) -> None:
         """Let go of them."""
+
+
+def not_judged(error: BuildError | OSError, folder: Path) -> Judged | str:
+    """How a try at a version ends that came to no run: as inconclusive, unless there can never be an environment."""
+    if isinstance(error, NoSuchVersionError):
+        return str(error)
+    return Judged(kind=Kind.INCONCLUSIVE, why=str(error), folder=str(folder))
 
 
 class Here:
@@ -102,8 +109,8 @@ class Here:
         runs = self._folder / RUNS / version
         try:
             python = self._build(self._recipe, version, self._folder / ENVIRONMENTS / version)
-        except BuildError as error:
-            ended(version, str(error))
-            return
-        self._say(f"{self._question.axis} {version}: {doing}, into {runs}")
-        ended(version, run(self._question, python, runs))
+            self._say(f"{self._question.axis} {version}: {doing}, into {runs}")
+            said: Judged | str = run(self._question, python, runs)
+        except (BuildError, OSError) as error:
+            said = not_judged(error, runs)
+        ended(version, said)

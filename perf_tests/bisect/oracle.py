@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import math
+import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +30,12 @@ NOISELESS: Final = "test_structure"
 """Counts: judged once where times, images and bytes are judged twice."""
 INCONCLUSIVE_STATUS: Final = 9
 USAGE_STATUS: Final = 4
+NO_VERDICT_STATUS: Final = (2, USAGE_STATUS)
+"""The measuring ended, or did not begin: a full disk, a held GPU, a driver that does not answer."""
+CANNOT_IMPORT: Final = re.compile(r"exit status \d+: (ImportError|ModuleNotFoundError): (?!libcuda\.|libnvidia-)")
+"""Of the process that the suite asks about the machine before all else; the driver's libraries are the machine's."""
+DISK: Final = re.compile(rf"\[Errno ({errno.ENOSPC}|{errno.EDQUOT}|{errno.EIO}|{errno.EROFS})\]")
+"""A worker met it, whose result is an error like any other."""
 LOG: Final = "log.txt"
 JUNIT: Final = "junit.xml"
 
@@ -127,16 +135,18 @@ def classify(status: int, case: Case | None, said: str, *, bad_is_error: bool) -
     """What the suite's exit status and its one test say about the version.
 
     A level that cannot be built or run says nothing about its speed, so an error is no vote unless it is what is
-    searched for. A step that was not applied is what the suite exists to find, and always bad.
+    searched for. A step that was not applied is what the suite exists to find, and always bad. What the machine says
+    of itself says nothing about the version, and is asked again.
     """
     verdict = case.properties.get("verdict") if case else None
     rule = case.properties.get("rule", "") if case else ""
     if case is None or verdict is None:
-        told = case.message if case else said
-        broke = status == USAGE_STATUS or case is not None
-        return Kind.BAD if broke and bad_is_error else Kind.UNUSABLE, f"no verdict (exit status {status}): {told}"
+        why = f"no verdict (exit status {status}): {case.message if case else said}"
+        if status == USAGE_STATUS and CANNOT_IMPORT.search(said):
+            return Kind.BAD if bad_is_error else Kind.UNUSABLE, why
+        return Kind.INCONCLUSIVE if status in NO_VERDICT_STATUS or status < 0 else Kind.UNUSABLE, why
     why = f"{verdict} ({rule}): {_message(case.message)}" if case.message else f"{verdict} ({rule})"
-    if verdict == "void" or status == INCONCLUSIVE_STATUS:
+    if verdict == "void" or status == INCONCLUSIVE_STATUS or (verdict == "error" and DISK.search(why)):
         return Kind.INCONCLUSIVE, why
     if verdict in ("pass", "improved"):
         return (Kind.GOOD, why) if status == 0 else (Kind.UNUSABLE, f"passed, but exit status {status}: {said}")

@@ -11,8 +11,8 @@ from typing import Final
 
 from perf_tests.bisect import environments
 from perf_tests.bisect.environments import BuildError, Recipe
-from perf_tests.bisect.machines import BASELINES, ENVIRONMENTS, Build, Judge
-from perf_tests.bisect.state import Question
+from perf_tests.bisect.machines import BASELINES, ENVIRONMENTS, Build, Judge, not_judged
+from perf_tests.bisect.state import Judged, Question
 from perf_tests.harness.files import locked
 from perf_tests.sweep.gather import read_tree, write_tree
 from perf_tests.sweep.work import Delivery
@@ -46,13 +46,17 @@ class Order:
 
     def run(self) -> Delivery:
         """The files of the run's folder and `judged.json`; what was recorded below `baselines`."""
+        try:
+            return self._run()
+        except (BuildError, OSError) as error:
+            ended = not_judged(error, self.place)
+            return Delivery({}, ended) if isinstance(ended, str) else Delivery({JUDGED_FILE: _dump(ended)})
+
+    def _run(self) -> Delivery:
         # Whatever else runs on this machine for this search belongs to the same step.
         environments.prune(self.folder / ENVIRONMENTS, self.kept)
-        try:
-            with locked(self.folder / "locks" / self.version):
-                python = self.build(self.recipe, self.version, self.folder / ENVIRONMENTS / self.version)
-        except BuildError as error:
-            return Delivery({}, str(error))
+        with locked(self.folder / "locks" / self.version):
+            python = self.build(self.recipe, self.version, self.folder / ENVIRONMENTS / self.version)
         with tempfile.TemporaryDirectory(prefix="fluxfast-bisect-") as scratch:
             baselines = Path(scratch, BASELINES)
             write_tree(baselines, self.baselines)
@@ -65,4 +69,8 @@ class Order:
             judged = judged.model_copy(update={"folder": str(self.place), "why": why})
             if not self.baselines:
                 files |= {f"{BASELINES}/{name}": raw for name, raw in read_tree(baselines).items()}
-            return Delivery(files | {JUDGED_FILE: judged.model_dump_json(indent=1).encode()}, worker_s=suite_s)
+            return Delivery(files | {JUDGED_FILE: _dump(judged)}, worker_s=suite_s)
+
+
+def _dump(judged: Judged) -> bytes:
+    return judged.model_dump_json(indent=1).encode()

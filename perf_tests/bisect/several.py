@@ -13,9 +13,9 @@ from perf_tests.bisect.environments import Recipe
 from perf_tests.bisect.machines import BASELINES, RUNS, Build, Ended, Judge, NoMachine
 from perf_tests.bisect.order import JUDGED_FILE, Order
 from perf_tests.bisect.state import Judged, Kind, Question, State
-from perf_tests.harness.files import canonical_digest, read_model
-from perf_tests.sweep.cells import Cell, Node, Record, SweepFile, choose_kinds
-from perf_tests.sweep.dispatch import SWEEP_FILE, Dispatch, Outcome, Pool
+from perf_tests.harness.files import canonical_digest
+from perf_tests.sweep.cells import Cell, Node, Record, choose_kinds
+from perf_tests.sweep.dispatch import Dispatch, Outcome, Pool, stored_sweep
 from perf_tests.sweep.gather import gather, read_tree
 from perf_tests.sweep.work import Delivery, describe_machine
 
@@ -58,7 +58,7 @@ class Several(Dispatch):
         judge: Judge = oracle.judge,
         record: Judge = oracle.record,
     ) -> None:
-        known: dict[Cell, Record] = {trial_of(own): own for own in stored_records(folder)}
+        known: dict[Cell, Record] = {trial_of(own): own for own in stored_sweep(folder).cells}
         super().__init__(folder, known, {_workload(question): kind}, say)
         self._question, self._recipe, self._pool, self._kind = question, recipe, pool, kind
         # Searches do not share environments: each removes those that it has done with.
@@ -126,7 +126,7 @@ class Several(Dispatch):
         gather(place, delivery.files)
         run = Judged.model_validate_json((place / JUDGED_FILE).read_bytes())
         self._ended(cell.version, run)
-        return ("failed", run.why) if run.kind is Kind.UNUSABLE else ("measured", run.kind.value)
+        return ("measured", run.kind.value) if run.kind in (Kind.GOOD, Kind.BAD) else ("failed", run.why)
 
     def _tried_on(self, cell: Cell) -> list[str]:
         """A version is best judged again on another machine: both may be a little off, but not alike."""
@@ -149,33 +149,13 @@ def kind_of_search(folder: Path, state: State, nodes: Sequence[Node]) -> str:
 
     Raises:
         ValueError: if a search was begun on a kind that is not there.
-        StoreError: as `stored_records`.
+        StoreError: as `stored_sweep`.
     """
-    begun_on = {attempt.kind for record in stored_records(folder) for attempt in record.attempts}
+    begun_on = {kind for kinds in stored_sweep(folder).begun_on().values() for kind in kinds}
     if not begun_on and (state.is_recorded or state.judged):  # without a pool: here
         begun_on = {describe_machine().kind}
-    there = {node.kind for node in nodes}
-    if not there:
-        raise ValueError("the cluster has no machine that answers: start one with `ray start`")
-    if not begun_on:
-        return choose_kinds([""], nodes)[""]
-    if kinds := sorted(begun_on & there):
-        return kinds[0]
-    raise ValueError(
-        f"the search in {folder} was begun on {' or '.join(sorted(begun_on))} and there is only "
-        f"{', '.join(sorted(there))}: verdicts of two kinds of machine are not compared; go on where there is one of "
-        "the first kind, or choose another --state folder"
-    )
-
-
-def stored_records(folder: Path) -> list[Record]:
-    """What `sweep.json` holds of an earlier part of the search; nothing if there was none.
-
-    Raises:
-        StoreError: if it is damaged.
-    """
-    path = folder / SWEEP_FILE
-    return read_model(path, SweepFile, "choose another --state folder").cells if path.exists() else []
+    search = f"the search in {folder}"
+    return choose_kinds([search], nodes, {search: begun_on})[search]
 
 
 def trial_of(record: Record) -> Trial:

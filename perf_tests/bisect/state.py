@@ -68,14 +68,22 @@ class State(Strict):
     judged: dict[str, list[Judged]] = Field(default_factory=dict)
     closed: dict[str, str] = Field(default_factory=dict)
     """Version -> why it is not judged (again)."""
+    closed_now: dict[str, str] = Field(default_factory=dict, exclude=True)
+    """The same, until the search is asked again: not stored."""
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """Version -> why it is not judged (again), for good or for now."""
+        return {**self.closed, **self.closed_now}
 
     def with_judged(self, version: str, run: Judged) -> State:
         """This and one more run."""
         return self.model_copy(update={"judged": {**self.judged, version: [*self.judged.get(version, []), run]}})
 
-    def with_closed(self, version: str, why: str) -> State:
-        """This, with a version that is not tried again."""
-        return self.model_copy(update={"closed": {**self.closed, version: why}})
+    def with_closed(self, version: str, why: str, is_final: bool = True) -> State:
+        """This, with a version that is not tried again, for good or for now."""
+        name = "closed" if is_final else "closed_now"
+        return self.model_copy(update={name: {**getattr(self, name), version: why}})
 
     def votes(self) -> dict[int, list[bool]]:
         """Position of a version -> its conclusive runs, True for bad."""

@@ -45,27 +45,32 @@ def between(names: Sequence[str], good: str, bad: str) -> list[str]:
     Raises:
         VersionError: not a version, not among `names`, or both the same.
     """
-    found = {_version(name) for name in names}
+    found = {parse(name) for name in names}
     built = {version.public for version in found if version.local}
     existing = sorted(version for version in found if version.local or version.public not in built)
-    first, last = (_match(_version(name), existing) for name in (good, bad))
+    first, last = (_match(parse(name), existing) for name in (good, bad))
     if first == last:
         raise VersionError(f"--good and --bad are both {first}: there is nothing between them to search")
     chosen = [version for version in existing if min(first, last) <= version <= max(first, last)]
     return [str(version) for version in (chosen if first < last else reversed(chosen))]
 
 
-def same(asked: str, found: str) -> bool:
-    """Whether `found` is the version asked for; a local part counts only if it was asked for."""
-    wanted, got = _version(asked), _version(found)
-    return wanted == got or (wanted.local is None and wanted.public == got.public)
+def parse(name: str) -> Version:
+    """A version as it is written in paths and requirements.
 
-
-def _version(name: str) -> Version:
+    Raises:
+        VersionError: if it is none.
+    """
     try:
         return Version(name.strip())
     except InvalidVersion:
         raise VersionError(f"{name!r} is not a version; expected one like 2.13.0 or 2.13.0.dev20260901") from None
+
+
+def same(asked: str, found: str) -> bool:
+    """Whether `found` is the version asked for; a local part counts only if it was asked for."""
+    wanted, got = parse(asked), parse(found)
+    return wanted == got or (wanted.local is None and wanted.public == got.public)
 
 
 def _match(asked: Version, existing: Sequence[Version]) -> Version:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -88,7 +88,16 @@ class SweepFile(Strict):
     """`sweep.json`."""
 
     sweep_schema: Literal[1] = 1
-    cells: list[Record]
+    axis: str | None = None
+    """The component whose versions are swept."""
+    cells: list[Record] = Field(default_factory=list)
+
+    def begun_on(self) -> dict[str, set[str]]:
+        """Workload -> kinds of machine that were given a cell of it."""
+        kinds: dict[str, set[str]] = {}
+        for record in self.cells:
+            kinds.setdefault(record.workload, set()).update(attempt.kind for attempt in record.attempts)
+        return kinds
 
 
 def all_cells(workloads: Sequence[str], versions: Sequence[str], levels: Sequence[str], processes: int) -> list[Cell]:
@@ -101,18 +110,36 @@ def all_cells(workloads: Sequence[str], versions: Sequence[str], levels: Sequenc
     ]
 
 
-def choose_kinds(workloads: Sequence[str], nodes: Sequence[Node]) -> dict[str, str]:
+def choose_kinds(
+    workloads: Sequence[str], nodes: Sequence[Node], begun_on: Mapping[str, Collection[str]]
+) -> dict[str, str]:
     """Workload -> kind of machine. Levels and versions of a workload are compared, so they share it.
 
-    Each workload goes where the fewest wait for a slot.
+    Each workload goes where the fewest wait for a slot, and goes on where it was begun.
+
+    Args:
+        begun_on: of those that were begun already.
+
+    Raises:
+        ValueError: there is no machine, or none of the kind that a workload was begun on.
     """
     slots: dict[str, int] = {}
     for node in nodes:
         slots[node.kind] = slots.get(node.kind, 0) + node.slots
+    if not slots:
+        raise ValueError("the cluster has no machine that answers: start one with `ray start`")
     waiting = dict.fromkeys(slots, 0)
     chosen = {}
     for workload in workloads:
-        kind = min(sorted(slots), key=lambda kind: ((waiting[kind] + 1) / slots[kind], -slots[kind]))
+        own = begun_on.get(workload)
+        fitting = sorted(slots.keys() & own if own else slots)
+        if own and not fitting:
+            raise ValueError(
+                f"{workload} was begun on {' or '.join(sorted(own))} and there is only {', '.join(sorted(slots))}: "
+                "what two kinds of machine say is not compared; go on where there is one of the first kind, or choose "
+                "another folder"
+            )
+        kind = min(fitting, key=lambda kind: ((waiting[kind] + 1) / slots[kind], -slots[kind]))
         waiting[kind] += 1
         chosen[workload] = kind
     return chosen

@@ -7,17 +7,18 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Final
 
 from fluxfast.levels import LADDER, get_level
 from fluxfast.workloads import get_workload
+from perf_tests.bisect import versions
 from perf_tests.bisect.environments import Recipe, recipe_here
 from perf_tests.harness.culprit import AXES
 from perf_tests.harness.files import StoreError
-from perf_tests.harness.lease import GpuBusy
 from perf_tests.harness.runner import ROOT
 from perf_tests.sweep.cells import AS_INSTALLED, Cell, Node, Record, all_cells, choose_kinds
+from perf_tests.sweep.dispatch import stored_sweep
 from perf_tests.sweep.driver import Sweep, describe_runs
 from perf_tests.sweep.pools import open_pool
 
@@ -49,25 +50,31 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command: 0 if every cell has a result, 1 if not, 2 after one sentence if it cannot be asked."""
     asked = parser().parse_args(arguments)
     try:
-        workloads, versions, levels, recipe = _plan(asked)
+        workloads, names, levels, recipe = _plan(asked)
+        folder = (asked.out or ROOT / "results" / "sweep" / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}").resolve()
+        begun = stored_sweep(folder)
+        if asked.axis and begun.axis not in (None, asked.axis):
+            raise ValueError(f"{folder} holds a sweep over {begun.axis}, asked is {asked.axis}: choose another --out")
         pool = open_pool(asked.ray, _say)
-    except (ValueError, ConnectionError) as error:
+    except (ValueError, OSError, StoreError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
-    folder = (asked.out or ROOT / "results" / "sweep" / f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}").resolve()
-    folder.mkdir(parents=True, exist_ok=True)
     try:
         nodes = pool.nodes()
-        kinds = choose_kinds(workloads, nodes)
+        kinds = choose_kinds(workloads, nodes, begun.begun_on())
+        folder.mkdir(parents=True, exist_ok=True)
         of_kind = {name: next(node for node in nodes if node.kind == kind) for name, kind in kinds.items()}
-        cells = _runnable(all_cells(workloads, versions, levels, asked.processes), of_kind)
+        cells = _runnable(all_cells(workloads, names, levels, asked.processes), of_kind)
         _say(f"{len(cells)} cells on {sum(node.slots for node in nodes)} slot(s) of {len(nodes)} machine(s): {folder}")
         runs = describe_runs(folder, cells, of_kind, asked.processes)
         records = Sweep(folder, cells, kinds, recipe, asked.cache.resolve(), _say).run(pool)
     except KeyboardInterrupt:
         _say(f"stopped; the same command with --out {folder} goes on from here")
         return INTERRUPTED
-    except (ValueError, StoreError, GpuBusy) as error:
+    except OSError as error:
+        print(f"error: {error}; --out has to be a folder that can be written, with space left", file=sys.stderr)
+        return BAD_INPUT
+    except (ValueError, StoreError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
     finally:
@@ -76,7 +83,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _plan(asked: argparse.Namespace) -> tuple[list[str], list[str], list[str], Recipe | None]:
-    workloads = [get_workload(name.strip()).id for name in asked.workloads.split(",")]
+    workloads = list(dict.fromkeys(get_workload(name.strip()).id for name in asked.workloads.split(",")))
+    if odd := [name for name in workloads if ".." in PurePath(name).parts]:
+        raise ValueError(
+            f"--workloads {odd[0]}: its results lie below --out by that name; name its folder without '..'"
+        )
     levels = [get_level(name.strip()).id for name in asked.levels.split(",")] if asked.levels else []
     if bool(asked.axis) != bool(asked.versions):
         raise ValueError("--axis and --versions go together: the component, and which of its versions")
@@ -89,7 +100,8 @@ def _plan(asked: argparse.Namespace) -> tuple[list[str], list[str], list[str], R
     if not asked.versions:
         return workloads, [AS_INSTALLED], chosen, None
     recipe = recipe_here(asked.axis, index_url=asked.index_url, over_base=asked.base_env)
-    return workloads, [name.strip() for name in asked.versions.split(",")], chosen, recipe
+    swept = dict.fromkeys(versions.parse(name) for name in asked.versions.split(","))
+    return workloads, [str(version) for version in swept], chosen, recipe
 
 
 def _runnable(cells: Sequence[Cell], nodes: Mapping[str, Node]) -> list[Cell]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Literal, Protocol
 
-from perf_tests.harness.files import dump_json, write_over
+from perf_tests.harness.files import dump_json, read_model, write_over
 from perf_tests.sweep.cells import Attempt, Cell, Node, Record, SweepFile
 from perf_tests.sweep.work import Delivery
 
@@ -53,6 +53,16 @@ class Pool(Protocol):
         """Let go of the machines."""
 
 
+def stored_sweep(folder: Path) -> SweepFile:
+    """What `sweep.json` holds of an earlier part; nothing if there was none.
+
+    Raises:
+        StoreError: if it is damaged.
+    """
+    path = folder / SWEEP_FILE
+    return read_model(path, SweepFile, "choose another folder") if path.exists() else SweepFile()
+
+
 class Dispatch(abc.ABC):
     """Cells on their way through a pool. What they are for is a subclass's.
 
@@ -61,11 +71,18 @@ class Dispatch(abc.ABC):
         records: of every cell; one that is dispatched must be there.
         kinds: workload -> kind of machine.
         say: gets a line of progress.
+        axis: the component whose versions are swept.
     """
 
     def __init__(
-        self, folder: Path, records: Mapping[Cell, Record], kinds: Mapping[str, str], say: Callable[[str], None]
+        self,
+        folder: Path,
+        records: Mapping[Cell, Record],
+        kinds: Mapping[str, str],
+        say: Callable[[str], None],
+        axis: str | None = None,
     ) -> None:
+        self._axis = axis
         self._folder = folder
         self._kinds = kinds
         self._say = say
@@ -130,10 +147,11 @@ class Dispatch(abc.ABC):
             delivery = pool.take(ticket)
         except NodeLost as error:
             attempt("lost", str(error))
-            if len(self.records[cell].attempts) < MAX_LOST:
+            lost = [own for own in self.records[cell].attempts if own.outcome == "lost"]
+            if len(lost) % MAX_LOST:
                 self._waiting.insert(0, cell)
             else:
-                self._give_up(cell, f"lost with {MAX_LOST} machines")
+                self._give_up(cell, f"lost with {len(lost)} machines")
             return
         if delivery.unrun is not None:
             attempt("failed", delivery.unrun)
@@ -143,5 +161,5 @@ class Dispatch(abc.ABC):
 
     def _note(self, cell: Cell, **change: object) -> None:
         self.records[cell] = self.records[cell].model_copy(update=change)
-        document = SweepFile(cells=list(self.records.values()))
+        document = SweepFile(axis=self._axis, cells=list(self.records.values()))
         write_over(self._folder / SWEEP_FILE, dump_json(document.model_dump(mode="json")))

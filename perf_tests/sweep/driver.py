@@ -12,7 +12,7 @@ from perf_tests.harness.files import write_over
 from perf_tests.harness.progress import RESULT_FILE
 from perf_tests.harness.stored_run import RUN_FILE, RunFacts
 from perf_tests.sweep.cells import AS_INSTALLED, Cell, Node, Record
-from perf_tests.sweep.dispatch import Dispatch, Outcome, Pool
+from perf_tests.sweep.dispatch import Dispatch, Outcome, Pool, stored_sweep
 from perf_tests.sweep.gather import gather
 from perf_tests.sweep.work import Delivery, Order
 
@@ -25,6 +25,9 @@ class Sweep(Dispatch):
         kinds: workload -> kind of machine.
         recipe: of the environments of the versions.
         say: gets a line of progress.
+
+    Raises:
+        StoreError: if the `sweep.json` of an earlier part is damaged.
     """
 
     def __init__(
@@ -37,18 +40,22 @@ class Sweep(Dispatch):
         say: Callable[[str], None],
         worker_command: Sequence[str] | None = None,
     ) -> None:
-        super().__init__(folder, {cell: Record.of(cell) for cell in cells}, kinds, say)
+        begun = stored_sweep(folder)
+        known = {Cell(own.workload, own.version, own.level, own.process): own for own in begun.cells}
+        records = {cell: known.get(cell, Record.of(cell)).model_copy(update={"unrun": None}) for cell in cells}
+        super().__init__(folder, known | records, kinds, say, recipe.component if recipe else begun.axis)
+        self._cells = list(records)
         self._recipe = recipe
         self._cache = cache
         self._worker_command = worker_command
 
     def run(self, pool: Pool) -> list[Record]:
         """Run every cell; one record each. A pool that shrinks is used as far as it goes."""
-        missing = [cell for cell in self.records if not (self._folder / cell.path / RESULT_FILE).exists()]
+        missing = [cell for cell in self._cells if not (self._folder / cell.path / RESULT_FILE).exists()]
         for cell in self._dispatch(pool, missing):
             why = f"no machine of kind {self._kinds[cell.workload]!r} is left"
             self._give_up(cell, f"{why}; the same command goes on when there is one")
-        return list(self.records.values())
+        return [self.records[cell] for cell in self._cells]
 
     def _work(self, cell: Cell, node: Node) -> Order:
         recipe = None if cell.version == AS_INSTALLED else self._recipe
@@ -56,8 +63,12 @@ class Sweep(Dispatch):
 
     def _receive(self, cell: Cell, delivery: Delivery) -> tuple[Outcome, str]:
         place = self._folder / cell.path
-        gather(place, delivery.files)
-        failure = store.read_result(place / RESULT_FILE).failure
+        try:
+            gather(place, delivery.files)
+            failure = store.read_result(place / RESULT_FILE).failure
+        except (OSError, store.ResultError) as error:
+            self._give_up(cell, str(error))
+            return "failed", str(error)
         return ("failed", failure.message) if failure else ("measured", "")
 
 

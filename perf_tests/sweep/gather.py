@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -27,6 +28,9 @@ def write_tree(folder: Path, files: Mapping[str, bytes]) -> None:
 def gather(place: Path, files: Mapping[str, bytes]) -> None:
     """Make a cell's folder appear whole; one that is there already, from a machine taken for lost, stays."""
     incoming = place.with_name(f".{place.name}.{uuid.uuid4().hex}.tmp")
-    write_tree(incoming, files)
-    if not place.exists():
-        incoming.rename(place)
+    try:
+        write_tree(incoming, files)
+        if not place.exists():
+            incoming.rename(place)
+    finally:
+        shutil.rmtree(incoming, ignore_errors=True)

@@ -14,14 +14,20 @@ from perf_tests.sweep.cells import Node
 from perf_tests.sweep.dispatch import NodeLost, Work
 from perf_tests.sweep.work import Delivery, Machine, describe_machine
 
-LOST: Final = (
-    ray.exceptions.NodeDiedError,
-    ray.exceptions.WorkerCrashedError,
-    ray.exceptions.ObjectLostError,
-    ray.exceptions.TaskUnschedulableError,
-    ray.exceptions.LocalRayletDiedError,
+SAID_LOST: Final = (
+    "NodeDiedError",
+    "WorkerCrashedError",
+    "ObjectLostError",
+    "TaskUnschedulableError",
+    "LocalRayletDiedError",
+    "OutOfMemoryError",
+    "OutOfDiskError",
+    "RuntimeEnvSetupError",
+    "RaySystemError",
 )
 """Ray's ways to say that the machine, or Ray's process on it, went away; an error of our own is none of them."""
+LOST: Final = tuple(getattr(ray.exceptions, name) for name in SAID_LOST if hasattr(ray.exceptions, name))
+"""Those of them that the installed Ray has."""
 
 
 class RayPool:

@@ -75,12 +75,19 @@ def describe_machine() -> Machine:
 
 
 def run_cell(order: Order) -> Delivery:
-    """One fresh worker; its folder comes back as bytes, since the caller may be on another machine."""
-    cell, is_gpu = order.cell, order.slug != gpu.CPU_SLUG
+    """One fresh worker; its folder comes back as bytes, since the caller may be on another machine.
+
+    What keeps the machine from running it, such as a full disk or a GPU that is held, is why the cell has no result.
+    """
     try:
-        command = order.worker_command or (str(_interpreter(order)), *WORKER)
-    except BuildError as error:
+        return _run_cell(order)
+    except (BuildError, OSError, lease.GpuBusy, gpu.GpuError) as error:
         return Delivery({}, str(error))
+
+
+def _run_cell(order: Order) -> Delivery:
+    cell, is_gpu = order.cell, order.slug != gpu.CPU_SLUG
+    command = order.worker_command or (str(_interpreter(order)), *WORKER)
     with (
         tempfile.TemporaryDirectory(prefix="fluxfast-sweep-") as folder,
         lease.gpu_lease(str(first_gpu()) if is_gpu else None),
