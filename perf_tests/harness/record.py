@@ -68,7 +68,7 @@ def store_run(session: Session, *, update: bool, reason: str | None, accepted: C
         accepted=accepted,
         leaner=[level for level in session.results if session.memory(level).outcome is Outcome.IMPROVED],
         nights=_nights(session),
-        relative_to=session.policy.relative_to,
+        divisors={level: session.policy.divisor(level) for level in session.baseline.levels},
     )
     if updated == session.baseline:
         return ["baseline unchanged: nothing moved beyond a third of its limit, and this night is known"]

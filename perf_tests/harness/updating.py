@@ -24,7 +24,7 @@ def update_baseline(
     accepted: Collection[str] = (),
     leaner: Collection[str] = (),
     nights: Mapping[str, float] | None = None,
-    relative_to: str | None = None,
+    divisors: Mapping[str, str | None] | None = None,
     today: datetime.date | None = None,
 ) -> tuple[Baseline, list[str]]:
     """`old` with the levels that moved beyond a third of their limit, or are `accepted`, taken from `new`.
@@ -40,8 +40,8 @@ def update_baseline(
         leaner: level ids whose peak memory improved; it is taken from `new`.
         nights: level id -> tonight's log ratio to `old`, of those levels that passed.
         reason: why slower is accepted; needed too if a level is accepted, or its effective fields or proofs changed.
-        relative_to: the policy's: level by whose median all others are divided first (`bf16` on slug `cpu`). Then one
-            level that moved replaces all: times of two runs do not mix where only ratios within a run count.
+        divisors: level id -> the policy's divisor, by whose median the level's is divided first. Where there is any,
+            one level that moved replaces all: times of two runs do not mix where only ratios within a run count.
         today: date of the annotation; default: now, UTC.
 
     Returns:
@@ -62,7 +62,8 @@ def update_baseline(
             f"levels {', '.join(sorted(missing))} are not in all of baseline, run and limits: "
             "record a new baseline with `pytest perf_tests --record-baseline`"
         )
-    ratios = {level: _unit(new, level, relative_to) / _unit(old, level, relative_to) for level in old.levels}
+    over = divisors or {}
+    ratios = {level: _unit(new, level, over.get(level)) / _unit(old, level, over.get(level)) for level in old.levels}
     changed = {*accepted, *(level for level in old.levels if _identity(old, level) != _identity(new, level))}
     moved = [level for level in old.levels if level in changed or abs(math.log(ratios[level])) > limits[level] / 3]
     loosened = [f"{level} x{ratios[level]:.4f}" for level in moved if level in changed or ratios[level] > 1]
@@ -71,7 +72,7 @@ def update_baseline(
             f"slower, or built otherwise, than the baseline: {', '.join(loosened)}; "
             'say why it is accepted with --reason "...", or fix it'
         )
-    replaced = moved if relative_to is None or not moved else list(old.levels)
+    replaced = list(old.levels) if moved and any(over.values()) else moved
     levels, lines = {}, []
     for level, was in old.levels.items():
         leaned = {"peak_memory_bytes": new.levels[level].peak_memory_bytes} if level in leaner else {}
@@ -107,8 +108,8 @@ def _median_s(baseline: Baseline, level: str) -> float:
     return statistics.median(statistics.median(process.samples_s) for process in baseline.levels[level].processes)
 
 
-def _unit(baseline: Baseline, level: str, relative_to: str | None) -> float:
-    return _median_s(baseline, level) / (1.0 if relative_to is None else _median_s(baseline, relative_to))
+def _unit(baseline: Baseline, level: str, over: str | None) -> float:
+    return _median_s(baseline, level) / (1.0 if over is None else _median_s(baseline, over))
 
 
 def _identity(baseline: Baseline, level: str) -> tuple[Any, ...]:
