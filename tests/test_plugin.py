@@ -184,6 +184,21 @@ def test_update_of_what_did_not_move(tmp: Path, recorded: Path) -> None:
     assert only_baseline(tmp).name == "0001_tiny.json"
 
 
+@pytest.mark.parametrize("reason", [[], ["--reason=why"]])
+def test_update_passes_over_what_the_confirmation_denied(tmp: Path, reason: list[str]) -> None:
+    """Green, said, and the old level stays, with a reason too."""
+    run = write_run(tmp / "denied", 5)
+    for process in range(5):
+        put(run, sample("aoti", process, 3.0))
+    for process in range(10):
+        for level in ("bf16", "inductor_flags", "aoti"):
+            put(run / "confirm" / "aoti", sample(level, process))
+    ran = run_suite(tmp, "--replay", run, "--update-baseline", *reason, paths=(LATENCY,))
+    assert ran.status == 0, ran.text
+    assert "aoti: kept as it was, since the confirmation did not agree" in ran.text
+    assert only_baseline(tmp).name == "0001_tiny.json"
+
+
 def test_update_keeps_a_quiet_night(tmp: Path) -> None:
     """1 % at one level moves nothing and is remembered."""
     run = write_run(tmp / "night", 5)

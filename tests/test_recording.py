@@ -193,6 +193,20 @@ def test_a_slower_bf16_needs_a_reason_on_a_cpu_too() -> None:
         update_baseline(sample_baseline(), new, LIMITS, None, divisors=CPU)
 
 
+def test_what_the_confirmation_denied_is_not_stored() -> None:
+    """Neither its time nor, where levels cannot be stored apart, that of another; no reason changes that."""
+    old, new = sample_baseline(), sample_baseline(sample_run({"compile": 3.0}))
+    for reason in (None, "why"):
+        kept = update_baseline(old, new, LIMITS, reason, divisors=CPU, unsettled=["compile"])
+        assert kept == (old, ["compile: kept as it was, since the confirmation did not agree"])
+    new = sample_baseline(sample_run({"fp32": 0.9, "compile": 3.0}))
+    updated, _ = update_baseline(old, new, LIMITS, None, unsettled=["compile"])
+    assert [updated.levels[level] == old.levels[level] for level in LEVELS] == [False, True, True]
+    for options in ({"divisors": CPU}, {"accepted": ["compile"]}):
+        with pytest.raises(BaselineError, match=r"levels compile looked slower .* measure again"):
+            update_baseline(old, new, LIMITS, "why", unsettled=["compile"], **options)
+
+
 @pytest.mark.parametrize("divisors", [None, CPU])
 def test_what_was_red_is_taken_with_its_reason_and_nothing_else(divisors: dict[str, str | None] | None) -> None:
     """An accepted image replaces that level's, whatever its time did; the others keep theirs, on a CPU too."""

@@ -79,10 +79,11 @@ def store_run(session: Session, *, update: bool, reason: str | None, accepted: C
         accepted=accepted,
         leaner=[level for level in session.levels if session.memory(level).outcome is Outcome.IMPROVED],
         nights=_nights(session),
+        unsettled=[level for level in session.levels if session.latency(level).rule == "confirmation"],
         divisors={level: session.policy.divisor(level) for level in session.baseline.levels},
     )
     if updated == session.baseline:
-        return ["baseline unchanged: nothing moved beyond a third of its limit, and this night is known"]
+        return [*lines, "baseline unchanged: nothing moved beyond a third of its limit, and this night is known"]
     # The reference image stays the old one, which lies there already.
     path = _write(session, updated, {})
     return [*(lines or ["nothing moved beyond a third of its limit; this night is kept"]), f"baseline written: {path}"]
@@ -95,12 +96,12 @@ def _limits(session: Session) -> dict[str, float]:
 
 
 def _nights(session: Session) -> dict[str, float]:
-    """Level -> log ratio to the baseline, of the levels that passed."""
+    """Level -> log ratio to the baseline, of the levels that passed without a second look."""
     verdicts = {level: session.latency(level) for level in session.levels}
     return {
         level: math.log(ratio)
         for level, verdict in verdicts.items()
-        if verdict.outcome is Outcome.PASS and (ratio := verdict.numbers.get("ratio"))
+        if (verdict.outcome, verdict.rule) == (Outcome.PASS, "interval") and (ratio := verdict.numbers.get("ratio"))
     }
 
 
