@@ -476,8 +476,15 @@ def test_step_error_is_bounded_by_roundoff_and_by_the_baseline():
         assert judge("compile", 0.021, 0.01, base).rule == "roundoff"
         assert judge("compile", math.nan, 0.02, base).rule == "not_finite"
         assert judge("compile", 0.02, math.inf, base).rule == "not_finite"
-        # As if bf16 had drawn other noise than float32: every bound that is a multiple of it would hold.
-        assert judge("compile", 1.4, 1.39, base).rule == "reference"
+        # As if bf16 had drawn other noise than float32: every bound that is a multiple of it would hold. bf16 is to
+        # blame, the others cannot be judged, and float32 has no part in it.
+        blamed, other_level = judge("bf16", 1.39, 1.39, base), judge("compile", 1.4, 1.39, base)
+        assert (blamed.outcome, blamed.rule) == (Outcome.REGRESSED, "reference")
+        assert (other_level.outcome, other_level.rule) == (Outcome.ERROR, "reference")
+        assert "not judged" in other_level.message and "weights and noise" not in other_level.message
+        assert judge("fp32", 0.0, 1.39, base).rule in ("limit", "no_baseline", "changed")
+        # 32 x bf16's error is more than unrelated outputs are apart.
+        assert judge("float8", 0.55, 0.1, base).rule == "roundoff"
         assert judge("compile", 0.019, 0.01, base).rule == otherwise
 
 
