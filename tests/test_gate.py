@@ -412,7 +412,7 @@ GOOD = {"ssim": 0.97, "flip": 0.03, "flip_worst_tile": 0.1, "psnr_db": 30.0}
         ({"flip_worst_tile": 0.2}, "limit"),
         ({"psnr_db": 1.0}, None),
         ({"psnr_db": math.inf}, None),
-        ({"ssim": math.nan}, "not_finite"),
+        ({"flip_worst_tile": math.nan}, "not_finite"),
         ({"ms_ssim": 0.9}, "no_baseline"),
     ],
 )
@@ -439,6 +439,41 @@ def test_an_image_scored_by_another_method_is_incomparable():
         assert (verdict.outcome, verdict.rule) == (Outcome.INCOMPARABLE, "method")
         assert "ssim" in verdict.message and ("flip" in verdict.message) == (not other)
         assert "--record-baseline" in verdict.message
+
+
+def test_a_wrong_image_is_red_without_a_baseline():
+    """Black, noise or another picture never becomes the first baseline; what float8 does passes."""
+    alike = {"ssim": 0.96, "flip": 0.07, "flip_worst_tile": 0.4}
+    tonight = [samples.result("aoti")]
+    for base in (None, baseline()):
+        for change in ({"ssim": 0.49}, {"flip": 0.31}, {"flip": math.nan}):
+            verdict = gate.judge_fidelity("aoti", alike | change, {}, base, GPU, tonight)
+            assert (verdict.outcome, verdict.rule) == (Outcome.REGRESSED, "wrong_image")
+            assert "accept" not in verdict.message
+    assert gate.judge_fidelity("aoti", alike, {}, None, GPU, tonight).outcome is Outcome.NO_BASELINE
+    assert gate.judge_fidelity("aoti", alike, {}, None, GPU, [samples.failed("aoti")]).rule == "oom"
+
+
+def test_an_injected_image_is_named():
+    """Its verdict begins with the fault."""
+    tonight = [samples.result("aoti", injection="hole")]
+    for values in (GOOD, GOOD | {"ssim": 0.9}, GOOD | {"ssim": 0.1}):
+        verdict = gate.judge_fidelity("aoti", values, {}, baseline(), GPU, tonight)
+        assert verdict.message.startswith("[fault injected on purpose: hole]")
+
+
+def test_a_changed_bf16_image_is_blamed_on_bf16():
+    """A level that left this run's bf16 image and not the stored one stayed where it was."""
+    base = with_level(baseline(), "bf16", fidelity={"flip_stored": [0.0] * 5})
+    base = with_level(base, "aoti", fidelity={"flip": [0.03] * 5, "flip_stored": [0.03] * 5})
+    stays, moves, moved = {"flip": 0.1, "flip_stored": 0.03}, {"flip": 0.1, "flip_stored": 0.1}, {"flip_stored": 0.1}
+    verdict = gate.judge_fidelity("aoti", stays, {}, base, GPU, reference=moved)
+    assert verdict.rule == "limit" and "mend bf16" in verdict.message and "--update-baseline" not in verdict.message
+    verdict = gate.judge_fidelity("aoti", {"flip": 0.9, "flip_stored": 0.03}, {}, base, GPU, reference=moved)
+    assert verdict.rule == "wrong_image" and "mend bf16" in verdict.message
+    for values, reference in ((moves, moved), (stays, {"flip_stored": 0.0}), (stays, None)):
+        verdict = gate.judge_fidelity("aoti", values, {}, base, GPU, reference=reference)
+        assert verdict.rule == "limit" and "mend bf16" not in verdict.message
 
 
 def test_no_image_limit_is_tighter_than_rounding():
