@@ -536,6 +536,33 @@ def test_memory_is_exact_for_weights_and_tolerant_for_the_peak():
     assert judge("aoti", with_measurement(), without, GPU).outcome is Outcome.NO_BASELINE
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("size", [1e308, 1e-300])
+@pytest.mark.parametrize("policy", [GPU, CPU])
+def test_no_stored_number_is_too_large_to_judge(size, policy):
+    """A verdict, and no overflow, whatever finite numbers a baseline or a result holds."""
+    tonight = run()
+    long = samples.measurement(1.0, samples_s=[size, size], peak_memory_bytes=10**400, transformer_weight_bytes=10**400)
+    tonight["compile"] = [samples.result("compile", i, measurement=long) for i in range(3)]
+    tonight["bf16"] = [samples.result("bf16", i, measurement=samples.measurement(1 / size)) for i in range(3)]
+    change = {
+        "nights": [size, -size],
+        "fidelity": {"ssim": [size] * 5, "flip": [size, -size]},
+        "step_error": [size] * 5,
+        "peak_memory_bytes": [10**400, 1],
+        "processes": [ProcessSamples(samples_s=[1 / size] * 2)] * 5,
+    }
+    base = baseline(policy.slug)
+    for odd in (base, with_level(base, "compile", **change), with_level(base, "bf16", **change)):
+        for level in ("bf16", "compile", "fused_qkv"):
+            assert latency(level, tonight, odd, policy, tonight)
+            assert gate.judge_memory(level, tonight[level], odd, policy)
+            assert gate.judge_fidelity(level, {"ssim": 0.9, "flip": 0.1}, {}, odd, policy)
+            assert gate.judge_step_error(level, tonight[level], 0.1, size, odd, policy)
+    proof = Proof(field="dtype", what="weights", observed=10**400, expected=7)
+    assert not gate.judge_structure("aoti", with_measurement(proofs=[proof]), base).ok
+
+
 def test_policies_differ_by_machine():
     """`cpu` is relative to bf16, a GPU is not, and the interval of one process is wider than that of three."""
     assert policy_for("cpu").relative_to == "bf16" and policy_for("h100-500w").relative_to is None

@@ -38,7 +38,7 @@ def judge_structure(level: str, results: Sequence[Result], baseline: Baseline | 
                     f"field {proof.field!r} did not take effect: {proof.what} was counted {proof.observed} times, "
                     f"expected {proof.expected}. This level's timing is that of a level below: mend the step."
                 )
-                numbers = {"observed": float(proof.observed), "expected": float(proof.expected)}
+                numbers = {"observed": _clamped(proof.observed), "expected": _clamped(proof.expected)}
                 return verdict(Outcome.REGRESSED, level, "count", message, results, numbers)
     if found:
         return found
@@ -123,7 +123,7 @@ def judge_fidelity(
         if not stored.fidelity.get(metric):
             message = f"the baseline of {policy.slug!r} has no {metric} of level {level!r}: {RECORD}."
             return verdict(Outcome.NO_BASELINE, level, "no_baseline", message, results, numbers)
-        known = stored.fidelity[metric]
+        known = [_clamped(one) for one in stored.fidelity[metric]]
         limit = _image_limit(metric, known, baseline, policy)
         numbers |= {metric: value, f"{metric}_limit": limit}
         text.append(f"{metric} {value:.4f} (limit {limit:.4f}, {len(known)} baseline runs around {np.mean(known):.4f})")
@@ -182,7 +182,7 @@ def judge_step_error(
         f"{factor:.3g} x bf16's {bf16_error:.3g}, {MOST_STEP_ERROR} at most = {bounds['roundoff']:.3g} (k = {source})"
     )
     if baseline and not found and baseline.levels[level].step_error:
-        known = np.array(baseline.levels[level].step_error)
+        known = np.array([_clamped(one) for one in baseline.levels[level].step_error])
         floor = policy.step_error_floor * float(known.mean())
         bounds["baseline"] = float(known.mean()) + _prediction_margin(known, floor, policy)
         text += f", and {bounds['baseline']:.3g} from {len(known)} baseline runs around {known.mean():.3g}"
@@ -212,13 +212,13 @@ def judge_memory(level: str, results: Sequence[Result], baseline: Baseline | Non
     if expected.transformer_weight_bytes is None or not expected.peak_memory_bytes:
         message = f"the {baseline.source} baseline of {baseline.slug!r} holds no memory of level {level!r}: {RECORD}."
         return verdict(Outcome.NO_BASELINE, level, "no_baseline", message, results)
-    low, high = min(expected.peak_memory_bytes), max(expected.peak_memory_bytes)
+    low, high = (_clamped(f(expected.peak_memory_bytes)) for f in (min, max))
     tolerance = max(high - low, policy.memory_floor * high)
     weights = [m.transformer_weight_bytes for m in measured(results)]
-    peak = min(m.peak_memory_bytes for m in measured(results))
+    peak = _clamped(min(m.peak_memory_bytes for m in measured(results)))
     numbers: dict[str, float | None] = {
-        "transformer_weight_bytes": float(weights[0]),
-        "peak_memory_bytes": float(peak),
+        "transformer_weight_bytes": _clamped(weights[0]),
+        "peak_memory_bytes": peak,
         "peak_memory_limit_bytes": high + tolerance,
     }
     for observed in weights:
@@ -243,6 +243,11 @@ def judge_memory(level: str, results: Sequence[Result], baseline: Baseline | Non
     return verdict(Outcome.PASS, level, "peak", text, results, numbers)
 
 
+def _clamped(value: float) -> float:
+    """Of a stored number whose square and mean still have a place in a float: more is no measurement of anything."""
+    return float(max(-1e18, min(value, 1e18)))
+
+
 def _finite(value: float | None) -> float | None:
     """What a verdict can hold as a number."""
     return value if value is not None and math.isfinite(value) else None
@@ -260,7 +265,7 @@ def _sign(metric: str) -> float:
 def _image_limit(metric: str, known: Sequence[float], baseline: Baseline, policy: Policy) -> float:
     """What one more run of a level whose baseline runs had `known` may have."""
     floor = max(fidelity_floor(metric), _rounding(metric, baseline.levels.get(policy.rounding_level or "")))
-    runs = np.array(known)
+    runs = np.array([_clamped(one) for one in known])
     return float(runs.mean()) + _sign(metric) * _prediction_margin(runs, floor, policy)
 
 
@@ -281,7 +286,7 @@ def _rounding(metric: str, level: LevelBaseline | None) -> float:
     known = level.fidelity.get(metric.removesuffix("_stored")) if level else None
     if not known:
         return 0.0
-    return abs(float(np.mean(known)) - (0.0 if _sign(metric) > 0 else 1.0))
+    return abs(float(np.mean([_clamped(one) for one in known])) - (0.0 if _sign(metric) > 0 else 1.0))
 
 
 def _prediction_margin(known: noise.Array, floor: float, policy: Policy) -> float:
