@@ -11,6 +11,7 @@ from test_session import Machine, session
 
 from fluxfast.levels import LADDER, get_level
 from perf_tests.harness.machine import chosen_levels
+from perf_tests.harness.store import read_baseline
 
 BESIDE = "aoti_gemm_search"
 IDS = [level.id for level in LADDER]
@@ -76,3 +77,25 @@ def test_recorded_and_judged_in_one_run_with_the_ladder(tmp_path: Path) -> None:
     )  # fmt: skip
     assert ran.of("failure") == {f"test_memory[{BESIDE}]"}
     assert ran.of("passed") == {"test_memory[bf16]", "test_memory[float8]"}
+
+
+def test_what_only_came_along_is_not_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parent that no test judged stays out of the baseline, and its child is judged without it."""
+    child = "aoti_coordinate_descent"
+    assert get_level(child).parent == BESIDE
+    monkeypatch.setitem(SPEED_S, child, SPEED_S[BESIDE] * 0.9)
+    levels = (*LEVELS, BESIDE, child)
+    monkeypatch.setattr("suite_samples.LEVELS", levels)
+    chosen = f"--levels={','.join((*LEVELS, child))}"
+    asked = ("--replay", write_run(tmp_path / "run5", 5, levels), chosen)
+    ran = run_suite(tmp_path, *asked, "--record-baseline", paths=("perf_tests/test_structure.py",))
+    assert ran.status == 0, ran.text
+    (path,) = (tmp_path / "baselines" / "cpu").glob("*.json")
+    assert set(read_baseline(path).levels) == {*LEVELS, child}
+    ran = run_suite(tmp_path, *asked, "--benchmark-compare", "--update-baseline")
+    assert ran.status == 0 and "baseline unchanged" in ran.text, ran.text
+    slow = write_run(tmp_path / "run", 1, levels)
+    put(slow, sample(child, 0, 1.4))
+    ran = run_suite(tmp_path, "--replay", slow, chosen, "--benchmark-compare")
+    assert ran.of("failure") == {f"test_latency[{child}]"}
+    assert "Over its parent" not in ran.messages[f"test_latency[{child}]"]

@@ -412,7 +412,7 @@ GOOD = {"ssim": 0.97, "flip": 0.03, "flip_worst_tile": 0.1, "psnr_db": 30.0}
         ({"flip_worst_tile": 0.2}, "limit"),
         ({"psnr_db": 1.0}, None),
         ({"psnr_db": math.inf}, None),
-        ({"ssim": math.nan}, "not_finite"),
+        ({"flip_worst_tile": math.nan}, "not_finite"),
         ({"ms_ssim": 0.9}, "no_baseline"),
     ],
 )
@@ -439,6 +439,41 @@ def test_an_image_scored_by_another_method_is_incomparable():
         assert (verdict.outcome, verdict.rule) == (Outcome.INCOMPARABLE, "method")
         assert "ssim" in verdict.message and ("flip" in verdict.message) == (not other)
         assert "--record-baseline" in verdict.message
+
+
+def test_a_wrong_image_is_red_without_a_baseline():
+    """Black, noise or another picture never becomes the first baseline; what float8 does passes."""
+    alike = {"ssim": 0.96, "flip": 0.07, "flip_worst_tile": 0.4}
+    tonight = [samples.result("aoti")]
+    for base in (None, baseline()):
+        for change in ({"ssim": 0.49}, {"flip": 0.31}, {"flip": math.nan}):
+            verdict = gate.judge_fidelity("aoti", alike | change, {}, base, GPU, tonight)
+            assert (verdict.outcome, verdict.rule) == (Outcome.REGRESSED, "wrong_image")
+            assert "accept" not in verdict.message
+    assert gate.judge_fidelity("aoti", alike, {}, None, GPU, tonight).outcome is Outcome.NO_BASELINE
+    assert gate.judge_fidelity("aoti", alike, {}, None, GPU, [samples.failed("aoti")]).rule == "oom"
+
+
+def test_an_injected_image_is_named():
+    """Its verdict begins with the fault."""
+    tonight = [samples.result("aoti", injection="hole")]
+    for values in (GOOD, GOOD | {"ssim": 0.9}, GOOD | {"ssim": 0.1}):
+        verdict = gate.judge_fidelity("aoti", values, {}, baseline(), GPU, tonight)
+        assert verdict.message.startswith("[fault injected on purpose: hole]")
+
+
+def test_a_changed_bf16_image_is_blamed_on_bf16():
+    """A level that left this run's bf16 image and not the stored one stayed where it was."""
+    base = with_level(baseline(), "bf16", fidelity={"flip_stored": [0.0] * 5})
+    base = with_level(base, "aoti", fidelity={"flip": [0.03] * 5, "flip_stored": [0.03] * 5})
+    stays, moves, moved = {"flip": 0.1, "flip_stored": 0.03}, {"flip": 0.1, "flip_stored": 0.1}, {"flip_stored": 0.1}
+    verdict = gate.judge_fidelity("aoti", stays, {}, base, GPU, reference=moved)
+    assert verdict.rule == "limit" and "mend bf16" in verdict.message and "--update-baseline" not in verdict.message
+    verdict = gate.judge_fidelity("aoti", {"flip": 0.9, "flip_stored": 0.03}, {}, base, GPU, reference=moved)
+    assert verdict.rule == "wrong_image" and "mend bf16" in verdict.message
+    for values, reference in ((moves, moved), (stays, {"flip_stored": 0.0}), (stays, None)):
+        verdict = gate.judge_fidelity("aoti", values, {}, base, GPU, reference=reference)
+        assert verdict.rule == "limit" and "mend bf16" not in verdict.message
 
 
 def test_no_image_limit_is_tighter_than_rounding():
@@ -476,8 +511,15 @@ def test_step_error_is_bounded_by_roundoff_and_by_the_baseline():
         assert judge("compile", 0.021, 0.01, base).rule == "roundoff"
         assert judge("compile", math.nan, 0.02, base).rule == "not_finite"
         assert judge("compile", 0.02, math.inf, base).rule == "not_finite"
-        # As if bf16 had drawn other noise than float32: every bound that is a multiple of it would hold.
-        assert judge("compile", 1.4, 1.39, base).rule == "reference"
+        # As if bf16 had drawn other noise than float32: every bound that is a multiple of it would hold. bf16 is to
+        # blame, the others cannot be judged, and float32 has no part in it.
+        blamed, other_level = judge("bf16", 1.39, 1.39, base), judge("compile", 1.4, 1.39, base)
+        assert (blamed.outcome, blamed.rule) == (Outcome.REGRESSED, "reference")
+        assert (other_level.outcome, other_level.rule) == (Outcome.ERROR, "reference")
+        assert "not judged" in other_level.message and "weights and noise" not in other_level.message
+        assert judge("fp32", 0.0, 1.39, base).rule in ("limit", "no_baseline", "changed")
+        # 32 x bf16's error is more than unrelated outputs are apart.
+        assert judge("float8", 0.55, 0.1, base).rule == "roundoff"
         assert judge("compile", 0.019, 0.01, base).rule == otherwise
 
 
@@ -492,6 +534,33 @@ def test_memory_is_exact_for_weights_and_tolerant_for_the_peak():
     assert judge("aoti", with_measurement(peak_memory_bytes=9_000_000), baseline(), GPU).outcome is Outcome.IMPROVED
     without = with_level(baseline(), "aoti", peak_memory_bytes=[])
     assert judge("aoti", with_measurement(), without, GPU).outcome is Outcome.NO_BASELINE
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("size", [1e308, 1e-300])
+@pytest.mark.parametrize("policy", [GPU, CPU])
+def test_no_stored_number_is_too_large_to_judge(size, policy):
+    """A verdict, and no overflow, whatever finite numbers a baseline or a result holds."""
+    tonight = run()
+    long = samples.measurement(1.0, samples_s=[size, size], peak_memory_bytes=10**400, transformer_weight_bytes=10**400)
+    tonight["compile"] = [samples.result("compile", i, measurement=long) for i in range(3)]
+    tonight["bf16"] = [samples.result("bf16", i, measurement=samples.measurement(1 / size)) for i in range(3)]
+    change = {
+        "nights": [size, -size],
+        "fidelity": {"ssim": [size] * 5, "flip": [size, -size]},
+        "step_error": [size] * 5,
+        "peak_memory_bytes": [10**400, 1],
+        "processes": [ProcessSamples(samples_s=[1 / size] * 2)] * 5,
+    }
+    base = baseline(policy.slug)
+    for odd in (base, with_level(base, "compile", **change), with_level(base, "bf16", **change)):
+        for level in ("bf16", "compile", "fused_qkv"):
+            assert latency(level, tonight, odd, policy, tonight)
+            assert gate.judge_memory(level, tonight[level], odd, policy)
+            assert gate.judge_fidelity(level, {"ssim": 0.9, "flip": 0.1}, {}, odd, policy)
+            assert gate.judge_step_error(level, tonight[level], 0.1, size, odd, policy)
+    proof = Proof(field="dtype", what="weights", observed=10**400, expected=7)
+    assert not gate.judge_structure("aoti", with_measurement(proofs=[proof]), base).ok
 
 
 def test_policies_differ_by_machine():

@@ -36,7 +36,7 @@ MUTATIONS = {
     "faster parent blamed on the child": ("gate", '(rule == "interval" or own.slower or behind)', "True"),
     "improvement over a published number": ("gate", '.faster and baseline.source == "recorded"', ".faster"),
     "throttling ignored": ("obstacles", '"hw_slowdown_ns", "power_brake_ns"', '"power_brake_ns"'),
-    "fidelity upside down": ("exact", 'if way == "higher_is_worse"', 'if way == "lower_is_worse"'),
+    "fidelity upside down": ("exact", '1.0 if direction(metric) == "higher', '1.0 if direction(metric) != "higher'),
     "weights only bounded": ("exact", "observed != expected.transformer", "observed > expected.transformer"),
 }  # fmt: skip
 

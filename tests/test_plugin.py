@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import math
@@ -39,6 +40,8 @@ LATENCY, FIDELITY, STRUCTURE, MEMORY = (
     f"perf_tests/test_{name}.py" for name in ("latency", "fidelity", "structure", "memory")
 )
 INCONCLUSIVE = 9
+OTHER_SEED = dataclasses.replace(TINY, seed=43)
+OTHER_WORKLOAD = {"workload": dataclasses.asdict(OTHER_SEED), "workload_digest": OTHER_SEED.digest}
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +190,21 @@ def test_update_of_what_did_not_move(tmp: Path, recorded: Path) -> None:
     assert only_baseline(tmp).name == "0001_tiny.json"
 
 
+@pytest.mark.parametrize("reason", [[], ["--reason=why"]])
+def test_update_passes_over_what_the_confirmation_denied(tmp: Path, reason: list[str]) -> None:
+    """Green, said, and the old level stays, with a reason too."""
+    run = write_run(tmp / "denied", 5)
+    for process in range(5):
+        put(run, sample("aoti", process, 3.0))
+    for process in range(10):
+        for level in ("bf16", "inductor_flags", "aoti"):
+            put(run / "confirm" / "aoti", sample(level, process))
+    ran = run_suite(tmp, "--replay", run, "--update-baseline", *reason, paths=(LATENCY,))
+    assert ran.status == 0, ran.text
+    assert "aoti: kept as it was, since the confirmation did not agree" in ran.text
+    assert only_baseline(tmp).name == "0001_tiny.json"
+
+
 def test_update_keeps_a_quiet_night(tmp: Path) -> None:
     """1 % at one level moves nothing and is remembered."""
     run = write_run(tmp / "night", 5)
@@ -253,9 +271,8 @@ def test_disturbed_level_is_neither_green_nor_red(tmp: Path) -> None:
 
 def test_other_workload_does_not_compare(tmp: Path) -> None:
     """A baseline of a workload that was changed since is red in every test."""
-    old = read_baseline(only_baseline(tmp)).model_copy(
-        update={"workload_digest": "0123456789abcdef", "reference_image": None, "reference_sha256": None}
-    )
+    change = {**OTHER_WORKLOAD, "reference_image": None, "reference_sha256": None}
+    old = read_baseline(only_baseline(tmp)).model_copy(update=change)
     write_baseline(tmp / "baselines" / "cpu", "tiny", old, stock_json(old), {})
     ran = run_suite(tmp, "--replay", tmp / "run", "--benchmark-compare")
     assert ran.status == 1
@@ -282,7 +299,7 @@ def test_no_baseline(tmp_path: Path) -> None:
     assert not (tmp_path / "results").exists()
 
 
-@pytest.mark.parametrize("change", [{"workload_digest": "0123456789abcdef"}, {"fidelity_method": {}}], ids=str)
+@pytest.mark.parametrize("change", [OTHER_WORKLOAD, {"fidelity_method": {}}], ids=["workload", "method"])
 def test_meant_change_is_recorded_by_the_documented_command(
     tmp: Path, recorded: Path, change: dict[str, object]
 ) -> None:
@@ -676,9 +693,10 @@ def test_other_tests_are_left_alone(tmp_path: Path) -> None:
 
 def test_run_of_a_baseline_folder_that_holds_two_workloads(tmp: Path) -> None:
     """The newest file of this run's workload is compared with, not the newest file; another number is refused."""
-    own = read_baseline(only_baseline(tmp))
-    other = own.model_copy(
-        update={"workload": {**own.workload, "id": "dev"}, "reference_image": None, "reference_sha256": None}
+    named = dataclasses.replace(TINY, id="dev")
+    change = {"workload": dataclasses.asdict(named), "workload_digest": named.digest}
+    other = read_baseline(only_baseline(tmp)).model_copy(
+        update={**change, "reference_image": None, "reference_sha256": None}
     )
     path = write_baseline(tmp / "baselines" / "cpu", "dev", other, stock_json(other), {})
     assert path.name == "0002_dev.json"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import datetime
 import pathlib
+import re
 
 import pytest
 
-from perf_tests.harness.quarantine import load_quarantine
+from perf_tests.harness.quarantine import TESTS, load_quarantine
 from perf_tests.harness.schema import Outcome, Verdict
 
 TODAY = datetime.date(2026, 3, 10)
@@ -44,6 +45,17 @@ def test_a_row_holds_up_to_and_including_its_last_day(tmp_path):
         ({"expires": "2026-02-28"}, "not within 14 days"),
         ({"added": "2026-03-11"}, "in the future"),
         ({"test": '"perf_tests/test_structure.py::test_structure[aoti]"'}, "cannot be quarantined"),
+        *(
+            ({"test": f'"perf_tests/{test}"'}, "there is no test")
+            for test in (
+                "test_latency.py::test_latency[nosuch]",
+                "test_latency.py::test_latency",
+                "test_latency.py::test_latency[aoti",
+                "test_latency.py::test_image[aoti]",
+                "test_latency.py::test_speed[aoti]",
+                "test_latency.py",
+            )
+        ),
         ({"issue": '"later"'}, "not an https URL"),
         ({"owner": '""'}, "owner = ''"),
         ({"owner": "3"}, "owner = 3"),
@@ -68,6 +80,20 @@ def test_a_bad_file_fails_collection(tmp_path, text):
     file.write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=r"quarantine\.toml"):
         load_quarantine(file, TODAY)
+
+
+def test_every_test_but_structure_can_be_named(tmp_path):
+    """The table of tests is that of the files."""
+    folder = pathlib.Path(__file__).parents[1] / "perf_tests"
+    found = {
+        name: f"perf_tests/{path.name}"
+        for path in folder.glob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)\(level, suite", path.read_text(), re.MULTILINE)
+    }
+    assert found.pop("test_structure") and found == TESTS
+    names = [f"{file}::{test}[aoti]" for test, file in TESTS.items()]
+    rows = [ROW | {"test": f'"{name}"'} for name in names]
+    assert list(load_quarantine(write(tmp_path, *rows), TODAY)) == names
 
 
 def test_a_missing_file_and_a_row_given_twice_fail(tmp_path):

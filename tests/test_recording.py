@@ -24,12 +24,14 @@ from baseline_samples import (
     write_sample,
 )
 
+from perf_tests.harness.policy import policy_for
 from perf_tests.harness.recording import machine_info, stock_json
 from perf_tests.harness.schema import AnnotatedStep, Baseline, Counters, Proof, Result
 from perf_tests.harness.store import BaselineError, read_baseline
 from perf_tests.harness.updating import update_baseline
 
 LIMITS = dict.fromkeys(LEVELS, 0.06)
+CPU = {level: policy_for("cpu").divisor(level) for level in LEVELS}
 DAY = datetime.date(2026, 11, 24)
 PREFIX = "perf_tests/test_latency.py::test_latency"
 
@@ -177,21 +179,42 @@ def test_on_a_cpu_ratios_count_and_runs_do_not_mix() -> None:
     """A machine twice as slow changes nothing; if one level moved against bf16, all are of the new run."""
     old = sample_baseline()
     slow = sample_baseline(sample_run(dict.fromkeys(LEVELS, 2.0)))
-    assert update_baseline(old, slow, LIMITS, None, relative_to="bf16") == (old, [])
+    assert update_baseline(old, slow, LIMITS, None, divisors=CPU) == (old, [])
     new = sample_baseline(sample_run({"fp32": 2.0, "bf16": 2.0, "compile": 1.8}))
-    updated, lines = update_baseline(old, new, LIMITS, None, relative_to="bf16")
+    updated, lines = update_baseline(old, new, LIMITS, None, divisors=CPU)
     assert [line.split(":")[0] for line in lines] == ["compile"]
     assert all(updated.levels[level].processes == new.levels[level].processes for level in LEVELS)
 
 
-@pytest.mark.parametrize("relative_to", [None, "bf16"])
-def test_what_was_red_is_taken_with_its_reason_and_nothing_else(relative_to: str | None) -> None:
+def test_a_slower_bf16_needs_a_reason_on_a_cpu_too() -> None:
+    """It divides the others and is itself judged over fp32, so it is no level that never moves."""
+    new = sample_baseline(sample_run({"bf16": 1.045}))
+    with pytest.raises(BaselineError, match=r"slower, .* bf16 x1\.0450; .*--reason"):
+        update_baseline(sample_baseline(), new, LIMITS, None, divisors=CPU)
+
+
+def test_what_the_confirmation_denied_is_not_stored() -> None:
+    """Neither its time nor, where levels cannot be stored apart, that of another; no reason changes that."""
+    old, new = sample_baseline(), sample_baseline(sample_run({"compile": 3.0}))
+    for reason in (None, "why"):
+        kept = update_baseline(old, new, LIMITS, reason, divisors=CPU, unsettled=["compile"])
+        assert kept == (old, ["compile: kept as it was, since the confirmation did not agree"])
+    new = sample_baseline(sample_run({"fp32": 0.9, "compile": 3.0}))
+    updated, _ = update_baseline(old, new, LIMITS, None, unsettled=["compile"])
+    assert [updated.levels[level] == old.levels[level] for level in LEVELS] == [False, True, True]
+    for options in ({"divisors": CPU}, {"accepted": ["compile"]}):
+        with pytest.raises(BaselineError, match=r"levels compile looked slower .* measure again"):
+            update_baseline(old, new, LIMITS, "why", unsettled=["compile"], **options)
+
+
+@pytest.mark.parametrize("divisors", [None, CPU])
+def test_what_was_red_is_taken_with_its_reason_and_nothing_else(divisors: dict[str, str | None] | None) -> None:
     """An accepted image replaces that level's, whatever its time did; the others keep theirs, on a CPU too."""
     old = sample_baseline()
     new = sample_baseline(fidelity={level: {"ssim": [0.9] * 5} for level in LEVELS})
     with pytest.raises(BaselineError, match=r"slower, .* compile x1\.0000; .*--reason"):
         update_baseline(old, new, LIMITS, None, accepted={"compile"})
-    updated, lines = update_baseline(old, new, LIMITS, "a new kernel", accepted={"compile"}, relative_to=relative_to)
+    updated, lines = update_baseline(old, new, LIMITS, "a new kernel", accepted={"compile"}, divisors=divisors)
     assert [updated.levels[level].fidelity["ssim"][0] for level in LEVELS] == [0.99, 0.99, 0.9]
     assert [(step.level, step.reason) for step in updated.steps] == [("compile", "a new kernel")]
     assert [line.split(":")[0] for line in lines] == ["compile"] and lines[0].endswith("ssim 0.99 -> 0.9")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from baseline_samples import picture_png, sample_baseline, sample_failure, sample_result, write_sample
+from baseline_samples import WORKLOAD, picture_png, sample_baseline, sample_failure, sample_result, write_sample
 from PIL import Image
 
 from perf_tests.harness.files import StoreError, read_png
@@ -55,7 +56,9 @@ def test_the_newest_of_the_workload_is_found(folder: Path) -> None:
     assert find_baseline(folder, "tiny") is None
     write_sample(folder)
     newest = write_sample(folder, "tiny.note")
-    other = sample_baseline().model_copy(update={"workload": {"id": "schnell", "rounds": 3}})
+    named = dataclasses.replace(WORKLOAD, id="schnell")
+    change = {"workload": dataclasses.asdict(named), "workload_digest": named.digest}
+    other = sample_baseline().model_copy(update=change)
     write_sample(folder, "schnell", other)
     assert find_baseline(folder, "tiny") == newest
     assert find_baseline(folder, "dev") is None

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from baseline_samples import WORKLOAD, sample_baseline, sample_result, write_sample
+from baseline_samples import WORKLOAD, sample_baseline, write_sample
 
 from perf_tests.harness.files import canonical_digest, dump_json
 from perf_tests.harness.recording import stock_json
+from perf_tests.harness.schema import LevelBaseline, ProcessSamples
 from perf_tests.harness.store import BaselineError, find_baseline, read_baseline
 
 FORK = multiprocessing.get_context("fork")
@@ -54,13 +55,18 @@ def resigned(path: Path, change: Callable[[dict[str, Any]], object]) -> bytes:
     return dump_json(document)
 
 
+def bf16(document: dict[str, Any]) -> dict[str, Any]:
+    return document["fluxfast"]["levels"]["bf16"]
+
+
 def test_every_truncation_is_refused(path: Path) -> None:
     """A small file cut at every byte, a larger one at 400 places and at each of its last 300 bytes."""
     raw = path.read_bytes()
     for cut in {*range(0, len(raw), len(raw) // 400), *range(len(raw) - 300, len(raw))}:
         assert_refused(path, raw[:cut])
-    one = {"bf16": [sample_result()]}
-    small = sample_baseline(one, levels=("bf16",), fidelity={}, step_errors={}, reference_png=None, min_processes=1)
+    level = LevelBaseline(fields={}, processes=[ProcessSamples(samples_s=[0.2])])
+    change = {"source": "published", "levels": {"bf16": level}, "reference_image": None, "reference_sha256": None}
+    small = sample_baseline().model_copy(update=change)
     path.unlink()
     raw = write_sample(path.parent, "tiny", small).read_bytes()
     for cut in range(len(raw)):
@@ -136,6 +142,16 @@ def test_a_sample_that_is_no_time_is_refused(path: Path, value: str) -> None:
         (lambda d: d["fluxfast"].update(reference_sha256=None), "both or neither"),
         (lambda d: d["fluxfast"].update(reference_image="../../x.png"), "is not 'reference/<name>.png'"),
         (lambda d: d["fluxfast"].update(workload={}), "the workload has no id"),
+        (lambda d: d["fluxfast"].update(workload={"id": "tiny"}), "needs a whole workload"),
+        (lambda d: d["fluxfast"].update(workload_digest="0" * 16), "has workload_digest '0000"),
+        (lambda d: d["fluxfast"]["workload"].update(seed=43), "that of its workload is"),
+        (lambda d: d["fluxfast"]["workload"].update(rounds="x"), "needs a whole workload"),
+        (lambda d: bf16(d)["processes"].pop(), "needs 5 processes of level 'bf16'"),
+        (lambda d: bf16(d)["processes"][3]["samples_s"].pop(), "needs 3 rounds a process of level 'bf16'"),
+        (lambda d: bf16(d).update(proofs=[]), "needs proofs of level 'bf16'"),
+        (lambda d: bf16(d).update(peak_memory_bytes=[]), "needs peak memory of level 'bf16'"),
+        (lambda d: bf16(d).update(transformer_weight_bytes=None), "needs weight bytes of level 'bf16'"),
+        (lambda d: bf16(d).update(step_error=[]), "needs a step error of level 'bf16'"),
         (lambda d: d["fluxfast"].update(slug="H200 / x"), "slug: "),
         (lambda d: d["fluxfast"].update(source="guessed"), "source: "),
     ],

@@ -39,6 +39,8 @@ Over = Mapping[str, str | None]
 
 MANY = 3
 """So many other levels have to be there before their median says how far the whole machine moved."""
+WIDEST = 50.0
+"""Log ratios beyond this are told as this: the end of an interval may lie anywhere."""
 
 
 def judge_latency(
@@ -101,7 +103,9 @@ def judge_latency(
 
 def _log_medians(samples: Sequence[Sequence[float]]) -> Array:
     """The unit of decision: one number a process, because GPU timings are tight within a process and not between."""
-    return np.log([float(np.median(of_process)) for of_process in samples])
+    # Clipped to what a call can take: beyond, a ratio or a spread may have no place in a float.
+    clipped = (np.clip(of_process, 1e-9, 1e9) for of_process in samples)
+    return np.log([float(np.median(of_process)) for of_process in clipped])
 
 
 def _base_logs(levels: Mapping[str, LevelBaseline]) -> dict[str, Array]:
@@ -228,8 +232,8 @@ class _Look:
         ratios = {"ratio": own.ratio, "low": own.low, "high": own.high, "drift": self.drift(level)}
         for name in ("ratio", "low", "high"):
             ratios[f"ladder_{name}"] = None if step is None else getattr(step, name)
-        numbers = {name: None if value is None else math.exp(value) for name, value in ratios.items()}
-        numbers |= {"limit": math.expm1(own.limit), "smallest_visible": math.expm1(visible)}
+        numbers = {name: None if value is None else math.exp(min(value, WIDEST)) for name, value in ratios.items()}
+        numbers |= {"limit": math.expm1(own.limit), "smallest_visible": math.expm1(min(visible, WIDEST))}
         return text, numbers | {"processes": float(len(tonight)), "baseline_processes": float(len(base))}
 
     def _squares(self, level: str, over: Over) -> tuple[Any, int]:
@@ -256,8 +260,9 @@ class _Look:
         if self.baseline.source == "published":
             return self.policy.published_margin
         error = noise.error(len(self.base[level]), self.processes, self._spread(level, self._over))
-        return float(noise.limit(np.array(self.baseline.levels[level].nights, dtype=float), error, self.policy))
+        nights = np.clip(np.array(self.baseline.levels[level].nights, dtype=float), -WIDEST, WIDEST)
+        return float(noise.limit(nights, error, self.policy))
 
 
 def _percent(log_ratio: float) -> str:
-    return f"{100 * math.expm1(log_ratio):+z.2f} %"
+    return f"{100 * math.expm1(min(log_ratio, WIDEST)):+z.2f} %"

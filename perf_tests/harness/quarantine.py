@@ -8,9 +8,17 @@ import pathlib
 import tomllib
 from typing import Any
 
+from fluxfast.levels import LEVELS
 from perf_tests.harness.schema import Verdict
 
 LONGEST = datetime.timedelta(days=14)
+TESTS = {
+    "test_latency": "perf_tests/test_latency.py",
+    "test_image": "perf_tests/test_fidelity.py",
+    "test_step_error": "perf_tests/test_fidelity.py",
+    "test_memory": "perf_tests/test_memory.py",
+}
+"""Tests that may be quarantined, each with one case a level, and where they are."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +48,7 @@ def load_quarantine(path: pathlib.Path, today: datetime.date) -> dict[str, Row]:
 
     Raises:
         ValueError: one sentence for a file that cannot be read, a row with a missing, unknown or mistyped key, expired,
-            longer than 14 days, from the future, on a structure test, or given twice.
+            longer than 14 days, from the future, on a structure test or one that does not exist, or given twice.
     """
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -74,6 +82,12 @@ def _row(where: str, table: Any, today: datetime.date) -> Row:
         raise ValueError(f"{where}: issue = {row.issue!r} is not an https URL")
     if "test_structure" in row.test:
         raise ValueError(f"{where}: {row.test!r} counts exactly and cannot be quarantined; mend it")
+    name, _, level = row.test.rpartition("::")[2].removesuffix("]").partition("[")
+    if level not in LEVELS or row.test != f"{TESTS.get(name)}::{name}[{level}]":
+        known = ", ".join(f"{file}::{test}" for test, file in TESTS.items())
+        raise ValueError(
+            f"{where}: there is no test {row.test!r}; expected {known} with [LEVEL] of {', '.join(LEVELS)}"
+        )
     if row.added > today:
         raise ValueError(f"{where}: added = {row.added} is in the future, today is {today}")
     if not row.added <= row.expires <= row.added + LONGEST:

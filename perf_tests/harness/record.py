@@ -8,6 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from fluxfast.levels import LADDER
 from perf_tests.harness import fidelity, recording, store, updating
 from perf_tests.harness.files import MAX_PNG_BYTES, read_bytes
 from perf_tests.harness.schema import Baseline, Outcome
@@ -25,7 +26,7 @@ def baseline_of(session: Session, stored: Any) -> tuple[Baseline, bytes]:
     """
     if broken := session.unmeasured():
         raise store.BaselineError(f"level {broken[0]!r} was not measured; {recording.UNACCEPTABLE}")
-    results = session.results
+    results = {level: session.results[level] for level in recorded_levels(session)}
     png = read_bytes(session.image_path(REFERENCE_LEVEL, 0), MAX_PNG_BYTES, store.ResultError)
     scores = {level: session.image_scores(level, stored) for level in results}
     baseline = recording.baseline_from_results(
@@ -42,6 +43,16 @@ def baseline_of(session: Session, stored: Any) -> tuple[Baseline, bytes]:
         reference_png=png,
     )
     return baseline, png
+
+
+def recorded_levels(session: Session) -> list[str]:
+    """Levels that go into a baseline: those that have tests.
+
+    A level beside the ladder brings its parent along, of which no test said a word. A part of the ladder, recorded for
+    a search only, keeps the references that its levels are judged by.
+    """
+    ladder = {level.id for level in LADDER} - session.unavailable.keys()
+    return list(session.levels) if ladder <= set(session.levels) else list(session.results)
 
 
 def store_run(session: Session, *, update: bool, reason: str | None, accepted: Collection[str] = ()) -> list[str]:
@@ -66,12 +77,13 @@ def store_run(session: Session, *, update: bool, reason: str | None, accepted: C
         _limits(session),
         reason,
         accepted=accepted,
-        leaner=[level for level in session.results if session.memory(level).outcome is Outcome.IMPROVED],
+        leaner=[level for level in session.levels if session.memory(level).outcome is Outcome.IMPROVED],
         nights=_nights(session),
-        relative_to=session.policy.relative_to,
+        unsettled=[level for level in session.levels if session.latency(level).rule == "confirmation"],
+        divisors={level: session.policy.divisor(level) for level in session.baseline.levels},
     )
     if updated == session.baseline:
-        return ["baseline unchanged: nothing moved beyond a third of its limit, and this night is known"]
+        return [*lines, "baseline unchanged: nothing moved beyond a third of its limit, and this night is known"]
     # The reference image stays the old one, which lies there already.
     path = _write(session, updated, {})
     return [*(lines or ["nothing moved beyond a third of its limit; this night is kept"]), f"baseline written: {path}"]
@@ -79,17 +91,17 @@ def store_run(session: Session, *, update: bool, reason: str | None, accepted: C
 
 def _limits(session: Session) -> dict[str, float]:
     """Level -> latency limit as a log ratio; a level without one (not judged) has not moved."""
-    limits = {level: session.latency(level).numbers.get("limit") for level in session.results}
+    limits = {level: session.latency(level).numbers.get("limit") for level in session.levels}
     return {level: math.inf if limit is None else math.log1p(limit) for level, limit in limits.items()}
 
 
 def _nights(session: Session) -> dict[str, float]:
-    """Level -> log ratio to the baseline, of the levels that passed."""
-    verdicts = {level: session.latency(level) for level in session.results}
+    """Level -> log ratio to the baseline, of the levels that passed without a second look."""
+    verdicts = {level: session.latency(level) for level in session.levels}
     return {
         level: math.log(ratio)
         for level, verdict in verdicts.items()
-        if verdict.outcome is Outcome.PASS and (ratio := verdict.numbers.get("ratio"))
+        if (verdict.outcome, verdict.rule) == (Outcome.PASS, "interval") and (ratio := verdict.numbers.get("ratio"))
     }
 
 

@@ -24,10 +24,8 @@ from perf_tests.harness.schema import (
     ProcessSamples,
     Result,
 )
+from perf_tests.harness.store import MIN_PROCESSES as MIN_PROCESSES
 from perf_tests.harness.store import BaselineError, level_samples
-
-MIN_PROCESSES = 5
-"""GPU timings are bimodal between processes; of five, all but one in sixteen hold both of two even modes."""
 
 UNACCEPTABLE = "a run with a failed, void, injected or partial result can never become a baseline"
 
@@ -47,7 +45,6 @@ def baseline_from_results(
     step_errors: Mapping[str, Sequence[float]],
     fidelity_method: Mapping[str, Any],
     reference_png: bytes | None,
-    min_processes: int = MIN_PROCESSES,
 ) -> Baseline:
     """A baseline of one complete, undisturbed run.
 
@@ -60,7 +57,6 @@ def baseline_from_results(
         step_errors: level id -> one relative L2 of the one-step output a process.
         fidelity_method: metric -> variant and parameters.
         reference_png: the run's bf16 image; write it as `images={baseline.reference_image: reference_png}`.
-        min_processes: fewest results a level.
 
     Raises:
         BaselineError: naming the first result that is failed, void, injected, partial or of another workload, method
@@ -72,10 +68,10 @@ def baseline_from_results(
     if first is None:
         raise BaselineError(f"the run holds no result; {UNACCEPTABLE}")
     for level, own in results.items():
-        if len(own) < min_processes or len({result.process for result in own}) != len(own):
+        if len(own) < MIN_PROCESSES or len({result.process for result in own}) != len(own):
             raise BaselineError(
                 f"level {level!r}: {len(own)} results of processes {[result.process for result in own]}, "
-                f"expected at least {min_processes} different ones; {UNACCEPTABLE}"
+                f"expected at least {MIN_PROCESSES} different ones; {UNACCEPTABLE}"
             )
         for result in own:
             _refuse_unfit(result, level, first, workload, slug)

@@ -24,7 +24,8 @@ def update_baseline(
     accepted: Collection[str] = (),
     leaner: Collection[str] = (),
     nights: Mapping[str, float] | None = None,
-    relative_to: str | None = None,
+    divisors: Mapping[str, str | None] | None = None,
+    unsettled: Collection[str] = (),
     today: datetime.date | None = None,
 ) -> tuple[Baseline, list[str]]:
     """`old` with the levels that moved beyond a third of their limit, or are `accepted`, taken from `new`.
@@ -40,16 +41,19 @@ def update_baseline(
         leaner: level ids whose peak memory improved; it is taken from `new`.
         nights: level id -> tonight's log ratio to `old`, of those levels that passed.
         reason: why slower is accepted; needed too if a level is accepted, or its effective fields or proofs changed.
-        relative_to: the policy's: level by whose median all others are divided first (`bf16` on slug `cpu`). Then one
-            level that moved replaces all: times of two runs do not mix where only ratios within a run count.
+        divisors: level id -> the policy's divisor, by whose median the level's is divided first. Where there is any,
+            one level that moved replaces all: times of two runs do not mix where only ratios within a run count.
+        unsettled: level ids that looked slower until fresh processes disagreed: which of the two is true is not known,
+            so that neither is kept.
         today: date of the annotation; default: now, UTC.
 
     Returns:
-        The baseline, equal to `old` if nothing moved and no night is given, and one line a level of which more than
-        its nights is rewritten for its own sake.
+        The baseline, equal to `old` if nothing moved and no night is given, and one line a level that is `unsettled`
+        or of which more than its nights is rewritten for its own sake.
 
     Raises:
-        BaselineError: not comparable, a level is missing, or a loosening without reason.
+        BaselineError: not comparable, a level is missing, a loosening without reason, or times of an `unsettled` level
+            that would have to be stored.
     """
     for field in ("slug", "workload_digest", "method", "fidelity_method", "source"):
         if getattr(old, field) != getattr(new, field):
@@ -62,17 +66,27 @@ def update_baseline(
             f"levels {', '.join(sorted(missing))} are not in all of baseline, run and limits: "
             "record a new baseline with `pytest perf_tests --record-baseline`"
         )
-    ratios = {level: _unit(new, level, relative_to) / _unit(old, level, relative_to) for level in old.levels}
+    over = divisors or {}
+    ratios = {level: _unit(new, level, over.get(level)) / _unit(old, level, over.get(level)) for level in old.levels}
     changed = {*accepted, *(level for level in old.levels if _identity(old, level) != _identity(new, level))}
-    moved = [level for level in old.levels if level in changed or abs(math.log(ratios[level])) > limits[level] / 3]
+    moved = [
+        level
+        for level in old.levels
+        if level in changed or (level not in unsettled and abs(math.log(ratios[level])) > limits[level] / 3)
+    ]
     loosened = [f"{level} x{ratios[level]:.4f}" for level in moved if level in changed or ratios[level] > 1]
     if loosened and not (reason and reason.strip()):
         raise BaselineError(
             f"slower, or built otherwise, than the baseline: {', '.join(loosened)}; "
             'say why it is accepted with --reason "...", or fix it'
         )
-    replaced = moved if relative_to is None or not moved else list(old.levels)
-    levels, lines = {}, []
+    replaced = list(old.levels) if moved and any(over.values()) else moved
+    if mixed := [level for level in unsettled if level in replaced]:
+        raise BaselineError(
+            f"levels {', '.join(mixed)} looked slower in this run and not in the fresh processes that should confirm "
+            f"it, and {', '.join(moved)} cannot be stored without these times: measure again on a quiet machine"
+        )
+    levels, lines = {}, [f"{level}: kept as it was, since the confirmation did not agree" for level in unsettled]
     for level, was in old.levels.items():
         leaned = {"peak_memory_bytes": new.levels[level].peak_memory_bytes} if level in leaner else {}
         kept = was.model_copy(update=leaned)
@@ -107,8 +121,8 @@ def _median_s(baseline: Baseline, level: str) -> float:
     return statistics.median(statistics.median(process.samples_s) for process in baseline.levels[level].processes)
 
 
-def _unit(baseline: Baseline, level: str, relative_to: str | None) -> float:
-    return _median_s(baseline, level) / (1.0 if relative_to is None else _median_s(baseline, relative_to))
+def _unit(baseline: Baseline, level: str, over: str | None) -> float:
+    return _median_s(baseline, level) / (1.0 if over is None else _median_s(baseline, over))
 
 
 def _identity(baseline: Baseline, level: str) -> tuple[Any, ...]:
