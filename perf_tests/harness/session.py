@@ -165,11 +165,13 @@ class Session:
 
     def fidelity(self, level: str) -> Verdict:
         """The image against the same run's bf16 image and the stored one."""
-        broken = self._broken(level, REFERENCE_LEVEL)
-        if found := broken or obstacle(level, self.results[level], self.baseline, clocked=False):
-            return self._unless_not_compared(found)
-        values = worst(self.image_scores(level, self.stored_reference()))
-        judged = gate.judge_fidelity(level, values, fidelity.METHOD, self.baseline, self.policy)
+        if broken := self._broken(level, REFERENCE_LEVEL):
+            return broken
+        stored = self.stored_reference()
+        values, reference = (worst(self.image_scores(id, stored)) for id in (level, REFERENCE_LEVEL))
+        judged = gate.judge_fidelity(
+            level, values, fidelity.METHOD, self.baseline, self.policy, self.results[level], reference
+        )
         verdict = self._unless_not_compared(judged)
         if verdict.outcome is not Outcome.REGRESSED:
             return verdict
