@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import sqlite3
 from pathlib import Path
 
@@ -110,6 +113,64 @@ def test_rebuild_gives_the_same_and_says_what_it_left_out(tmp_path: Path) -> Non
     assert "20260902T010203Z-abc-2" in left[0]
     assert points(tmp_path / "two.db", run=RUN) == points(tmp_path / "one.db")
     assert len(points(tmp_path / "two.db")) == 5
+
+
+def test_one_malformed_night_costs_only_itself(tmp_path: Path) -> None:
+    """A test judged twice, and a folder whose name is no text: both are left out, older nights and the file stay."""
+    run, path = stored_run(tmp_path), tmp_path / "h.db"
+    judge(run, Verdict(outcome=Outcome.PASS, level="bf16", rule="interval", message="fine"))
+    twice = shutil.copytree(run, run.with_name("20260902T010203Z-abc-2")) / "verdicts.json"
+    record = json.loads(twice.read_text())
+    twice.write_text(json.dumps({**record, "judged": record["judged"] * 2}))
+    shutil.copytree(run, run.with_name(os.fsdecode(b"20260903T010203Z-\xff")))
+    append(path, [night(0, [level_night("bf16", 1.0)])])
+    held, left = rebuild(path, tmp_path / "results")
+    assert held == 1
+    assert "test_latency[bf16] is judged twice" in left[0]
+    assert "20260903T010203Z-? does not fit" in left[1]
+    assert len(left) == 2
+    assert {point.run for point in points(path)} == {RUN, "20260101T030000Z-abc-0"}
+    assert not list(tmp_path.glob("*damaged*"))
+
+
+def test_nothing_is_lost_while_a_damaged_history_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each damaged file is kept under a name of its own; until the new one is whole the old one keeps its place."""
+    stored_run(tmp_path)
+    path = tmp_path / "h.db"
+    for content in (b"first" * 900, b"second" * 900):
+        path.write_bytes(content)
+        with monkeypatch.context() as patched:
+            patched.setattr(store, "_set_aside", lambda path: (_ for _ in ()).throw(OSError("no room")))
+            with pytest.raises(HistoryError, match="no room"):
+                rebuild(path, tmp_path / "results")
+        assert path.read_bytes() == content
+        assert rebuild(path, tmp_path / "results")[0] == 1
+        assert {point.run for point in points(path)} == {RUN}
+    kept = {file.name: file.read_bytes()[:5] for file in tmp_path.glob("*.db*")}
+    assert (kept.pop("h.db.damaged"), kept.pop("h.db.damaged.2")) == (b"first", b"secon")
+    assert kept.keys() == {"h.db"}
+
+
+def test_only_a_regular_file_is_replaced(tmp_path: Path) -> None:
+    """A pipe and a link to a damaged file stay as they are."""
+    stored_run(tmp_path)
+    pipe, link, target = tmp_path / "pipe", tmp_path / "link", tmp_path / "target"
+    os.mkfifo(pipe)
+    target.write_bytes(b"damaged" * 900)
+    link.symlink_to(target)
+    for path, said in ((pipe, "not a regular file"), (link, "a link to a damaged history")):
+        with pytest.raises(HistoryError, match=said):
+            rebuild(path, tmp_path / "results")
+    assert link.readlink() == target
+    assert pipe.is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe", "results", "target"]
+
+
+def test_first_append_that_fails_leaves_no_file(tmp_path: Path) -> None:
+    """An empty file would be taken for a damaged history."""
+    with pytest.raises(HistoryError, match="does not fit the history"):
+        append(tmp_path / "h.db", [night(0, [level_night("bf16", 1.0)], exit_status=10**30)])
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("old", "new"), [("{", '{"exit_status": 1,'), ('"exit_status": 0', '"exit_status": NaN')])

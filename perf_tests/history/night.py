@@ -11,10 +11,10 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from perf_tests.harness.files import dump_json, read_model, write_over
 from perf_tests.harness.obstacles import measured, obstacle
@@ -48,6 +48,13 @@ class RunRecord(Strict):
     """File name; None if there was none."""
     exit_status: int
     judged: list[Judged]
+
+    @model_validator(mode="after")
+    def _judged_once(self) -> Self:
+        pairs = [f"{own.test}[{own.verdict.level}]" for own in self.judged]
+        if len(set(pairs)) < len(pairs):
+            raise ValueError(f"{next(pair for pair in pairs if pairs.count(pair) > 1)} is judged twice")
+        return self
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,15 +104,15 @@ def write_record(folder: Path, baseline: str | None, exit_status: int, judged: S
         ResultError: if it cannot be written.
     """
     known = read_record(folder) if (folder / VERDICTS_FILE).exists() else None
-    record = RunRecord(
-        date=known.date if known else _date(folder),
-        baseline=baseline,
-        exit_status=exit_status,
-        judged=list(judged),
-    )
     try:
+        record = RunRecord(
+            date=known.date if known else _date(folder),
+            baseline=baseline,
+            exit_status=exit_status,
+            judged=list(judged),
+        )
         write_over(folder / VERDICTS_FILE, dump_json(record.model_dump(mode="json")))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ResultError(f"{folder / VERDICTS_FILE} cannot be written ({error})") from error
 
 
