@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import html.parser
 import json
+import os
 import re
 import shutil
 import struct
@@ -21,6 +22,7 @@ from history_samples import night, nights
 from report_samples import LEVELS, RUN, replace, stored_run, write_baseline
 from suite_samples import changed, failed, run_suite
 
+from perf_tests import export
 from perf_tests.harness.replay import judge, open_run
 from perf_tests.harness.schema import AnnotatedStep, ErrorKind, Outcome
 from perf_tests.history import store
@@ -254,6 +256,39 @@ def test_output_replaces_a_link_and_never_its_target(tmp: Path) -> None:
     assert precious.read_text() == "kept"
     assert not (folder / "report.html").is_symlink()
     assert find_traces(folder) == [folder / "own_trace.json"]
+
+
+def test_trace_whose_name_is_no_text_is_linked(tmp: Path) -> None:
+    """A folder of someone else's may hold any byte but NUL and the slash."""
+    folder = tmp / "results" / RUN
+    (folder / os.fsdecode(b"trace\xff.json")).write_text("{}")
+    assert run(tmp, "--markdown", tmp / "m.md") == 0
+    assert 'href="trace%FF.json"' in (folder / "report.html").read_text()
+
+
+IMPOSSIBLE = [
+    ("samples_s", [1e308] * 3), ("samples_s", [5e-324] * 3), ("samples_s", [1e39] * 3), ("load_s", 1e308),
+    ("stages_s", {"decode": [1e308, 1e308]}), ("peak_memory_bytes", 10**400), ("peak_memory_bytes", 10**60),
+    ("cpu_threads", -1), ("cpu_threads", 2**33), ("observed", 10**400), ("dtype", "bfloat61"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), IMPOSSIBLE, ids=str)
+def test_numbers_that_no_machine_has_are_a_sentence(
+    tmp: Path, name: str, value: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Report and export refuse the result, a rebuild leaves the run out."""
+    path = tmp / "results" / RUN / "compile" / "0" / "result.json"
+    stored = json.loads(path.read_text())
+    for part in (stored["measurement"], stored["environment"], stored["measurement"]["proofs"][0], stored["fields"]):
+        if name in part:
+            part[name] = value
+    path.write_text(json.dumps(stored))
+    assert run(tmp) == export.main([str(tmp / "results" / RUN), "--baselines", str(tmp / "baselines")]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert all(line.startswith("error: ") and name in line for line in said)
+    assert store.rebuild(tmp / "h.db", tmp / "results")[0] == 0
 
 
 def test_unreadable_history_costs_only_the_trends(tmp: Path) -> None:

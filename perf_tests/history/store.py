@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import json
 import os
@@ -16,7 +15,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pydantic
+from pydantic import ConfigDict, Json, TypeAdapter, ValidationError
+
 from perf_tests.harness.files import StoreError, canonical_digest, printable
+from perf_tests.harness.schema import Limit, Moment, Ratio
 from perf_tests.history.night import LevelNight, Night, night_folders, read_night
 
 NAME = "history.db"
@@ -45,6 +48,8 @@ CREATE TABLE verdict (
 CREATE INDEX series ON run (slug, workload, date);
 """
 
+DOCUMENTS = TypeAdapter(dict[str, Json[dict[str, Any]]])
+
 
 class HistoryError(StoreError):
     """A history that cannot be read or written: observed, expected, how to rebuild it."""
@@ -54,19 +59,19 @@ class DamagedHistory(HistoryError):
     """A file that no one can use as a history, so that a rebuilt one may take its place."""
 
 
-@dataclasses.dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(strict=True))
 class Point:
     """One night of one level, as trends and lists show it. `ratio` and `limit` are over that night's baseline."""
 
     run: str
-    date: str
+    date: Moment
     slug: str
     workload: str
     level: str
-    value: float | None
+    value: Ratio | None
     unit: str
-    ratio: float | None
-    limit: float | None
+    ratio: Ratio | None
+    limit: Limit | None
     mark: str | None
     outcomes: str
     """`test=outcome` of every test, comma-separated, in the order of their names."""
@@ -104,12 +109,13 @@ def opened(path: Path, *, is_new: bool = False, file: Path | None = None) -> Ite
             yield connection
             connection.execute("COMMIT")
     except sqlite3.OperationalError as error:
-        if "no such" in str(error):
+        if "no such" in str(error) or "decode" in str(error):
             raise DamagedHistory(f"{path}: {error}; the results are safe; {rebuild}") from error
         action = f"wait for the program that holds it, then {rebuild}" if "locked" in str(error) else rebuild
         raise HistoryError(f"{path}: {error}; the results are safe; {action}") from error
-    except sqlite3.DatabaseError as error:
-        raise DamagedHistory(f"{path}: not a sound history ({error}); the results are safe; {rebuild}") from error
+    except (sqlite3.DatabaseError, ValueError) as error:
+        said = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+        raise DamagedHistory(f"{path}: not a sound history ({said}); the results are safe; {rebuild}") from error
 
 
 def _check(connection: sqlite3.Connection, path: Path, rebuild: str, is_new: bool) -> None:
@@ -152,7 +158,7 @@ def append(path: Path, nights: Sequence[Night], *, is_partial: bool = False) -> 
         left = _write(path, new, nights, is_partial)
         try:
             os.link(new, path)
-        except OSError:  # another run was first, or the file system has no links
+        except (OSError, ValueError):  # another run was first, or the file system has no links
             return _write(path, path, nights, is_partial)
     return left
 
@@ -160,11 +166,12 @@ def append(path: Path, nights: Sequence[Night], *, is_partial: bool = False) -> 
 @contextlib.contextmanager
 def _beside(path: Path) -> Iterator[Path]:
     """Name of a file that is to become `path`, in one step."""
-    new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    new = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         yield new
     finally:
-        new.unlink(missing_ok=True)
+        with contextlib.suppress(OSError, ValueError):  # mostly: not there, it was renamed
+            new.unlink()
 
 
 def _write(path: Path, file: Path, nights: Sequence[Night], is_partial: bool) -> list[str]:
@@ -248,7 +255,7 @@ def documents(path: Path) -> dict[str, dict[str, Any]]:
         HistoryError: see `opened`.
     """
     with opened(path) as connection:
-        return {digest: json.loads(text) for digest, text in connection.execute("SELECT digest, json FROM document")}
+        return DOCUMENTS.validate_python(dict(connection.execute("SELECT digest, json FROM document").fetchall()))
 
 
 def rebuild(path: Path, results: Path) -> tuple[int, list[str]]:
@@ -288,6 +295,8 @@ def _check_whole(path: Path) -> None:
         (said,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
         if said != "ok":
             raise sqlite3.DatabaseError(said)
+    points(path)
+    documents(path)
 
 
 def _replace(path: Path, nights: Sequence[Night]) -> tuple[list[str], Path]:
