@@ -212,7 +212,7 @@ def doubled(folder: Path, key: str = "slug") -> None:
     [
         (shutil.rmtree, "is not a folder"),
         (lambda folder: (shutil.rmtree(folder), folder.mkdir()), "name the folder of one run"),
-        (lambda folder: shutil.rmtree(folder / "compile"), "partial"),
+        (lambda folder: shutil.rmtree(folder / "compile"), "the rest with `pytest perf_tests --replay RUN --levels"),
         (spoil_schema, "schema 2 is newer than 1"),
         (spoil_path, "not the plain name of a file"),
         (lead_out, "leads out of the run"),
