@@ -11,6 +11,7 @@ import re
 import shutil
 import struct
 import subprocess
+import sys
 import time
 import zlib
 from collections.abc import Iterator
@@ -212,7 +213,10 @@ def doubled(folder: Path, key: str = "slug") -> None:
     [
         (shutil.rmtree, "is not a folder"),
         (lambda folder: (shutil.rmtree(folder), folder.mkdir()), "name the folder of one run"),
-        (lambda folder: shutil.rmtree(folder / "compile"), "the rest with `pytest perf_tests --replay RUN --levels"),
+        (
+            lambda folder: shutil.rmtree(folder / "compile"),
+            "the rest with `pytest perf_tests --replay RUN --levels",
+        ),
         (spoil_schema, "schema 2 is newer than 1"),
         (spoil_path, "not the plain name of a file"),
         (lead_out, "leads out of the run"),
@@ -256,6 +260,16 @@ def test_output_replaces_a_link_and_never_its_target(tmp: Path) -> None:
     assert precious.read_text() == "kept"
     assert not (folder / "report.html").is_symlink()
     assert find_traces(folder) == [folder / "own_trace.json"]
+
+
+def test_trends_without_ruptures(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it cannot be installed the nights are drawn all the same, and a note says what is missing."""
+    monkeypatch.setitem(sys.modules, "ruptures", None)
+    store.append(tmp / "h.db", nights(30, ["bf16"]))
+    report = build(tmp, tmp / "h.db")
+    assert [(trend.level, trend.nights) for trend in report.nights.trends] == [("bf16", 30)]
+    assert "Trends are drawn without changes: change points need ruptures" in render_markdown(report)
+    assert "<polyline" in render_html(report, tmp / "r.html")
 
 
 def test_trace_whose_name_is_no_text_is_linked(tmp: Path) -> None:
