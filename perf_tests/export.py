@@ -144,6 +144,8 @@ def _unfit(results: Sequence[Result], verdicts: dict[str, Verdict]) -> str | Non
         return f"the fault {injected} was injected on purpose"
     if broken := next((verdict for verdict in verdicts.values() if verdict.outcome is Outcome.ERROR), None):
         return f"error ({broken.rule})"
+    if not any(result.environment for result in results):
+        return "what it was measured on is not known"
     proofs = (proof for measurement in measured(results) for proof in measurement.proofs)
     return next((f"field {proof.field!r} did not take effect" for proof in proofs if not proof.holds), None)
 

@@ -14,7 +14,7 @@ import pytest
 from baseline_samples import ENVIRONMENT
 from history_samples import judged, level_night, night
 
-from perf_tests.bisect import answer, cli, versions
+from perf_tests.bisect import answer, cli, known, versions
 from perf_tests.bisect.bisection import Bisection
 from perf_tests.bisect.environments import (
     READY,
@@ -33,7 +33,7 @@ from perf_tests.bisect.state import STATE_FILE, Judged, Kind, Question, State, l
 from perf_tests.bisect.versions import VersionError
 from perf_tests.harness.files import StoreError
 from perf_tests.harness.schema import Outcome
-from perf_tests.history.store import append
+from perf_tests.history.store import HistoryError, append
 
 NAMES = [f"2.{minor}.0" for minor in range(10, 20)]
 RECIPE = Recipe(component="torch", rest=["numpy==2.4.6", "pytest-benchmark[histogram]==5.3.1"])
@@ -360,13 +360,21 @@ def test_good_that_was_red_in_every_night(
     """What the history knows is said before anything is built; an error is no vote unless it is asked for."""
     asked = question("test_latency[float8]", versions=["2.13.0", "2.14.0"], **change)
     history = tmp_path / "history.db"
-    require_good(history, asked)
     later = ENVIRONMENT.model_copy(update={"torch": "2.14.0"}).model_dump(mode="json")
     red = level_night("float8", 1.3, judged=judged("float8", Outcome.REGRESSED), environment=later)
     own = [night(i, [level_night("float8", 1.3, judged=judged("float8", said))]) for i, said in enumerate(outcomes)]
     append(history, [*own, night(9, [red])])
     with pytest.raises(VersionError, match=r"2.13.0 is bad already: .* in 1 of") if is_refused else nullcontext():
         require_good(history, asked)
+
+
+def test_history_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default one says nothing, as before the first night; one that was named is misspelt."""
+    asked, history = question("test_latency[float8]", versions=["2.13.0", "2.14.0"]), tmp_path / "histroy.db"
+    with pytest.raises(HistoryError, match=r"histroy.db: there is no history"):
+        require_good(history, asked)
+    monkeypatch.setattr(known, "DEFAULT", history)
+    require_good(history, asked)
 
 
 def test_known_bad_good_builds_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -153,8 +153,9 @@ def test_every_record_fits_the_table(tmp: Path) -> None:
         (failed("compile", ErrorKind.OOM), "error (oom)"),
         (changed("compile", result={"injection": "latency=+30%"}), "injected on purpose"),
         (changed("compile", proofs=[Proof(field="dtype", what="x", observed=0, expected=2)]), "did not take effect"),
+        (changed("compile", result={"environment": None}), "what it was measured on is not known"),
     ],
-    ids=["failed", "injected", "not proven"],
+    ids=["failed", "injected", "not proven", "no environment"],
 )
 def test_an_error_has_no_record(tmp: Path, result: Any, said: str) -> None:
     """Neither as 0 nor as anything else; the other levels are there, and what was left out is said."""

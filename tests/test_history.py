@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import pytest
 from history_samples import level_night, night, nights
 from report_samples import RUN, replace, stored_run
 from suite_samples import changed, failed, run_suite
 
+from perf_tests import export
 from perf_tests.harness.quarantine import LONGEST
 from perf_tests.harness.schema import AnnotatedStep, Counters, Outcome, Proof, Verdict
 from perf_tests.harness.store import ResultError
 from perf_tests.history import changes, cli, store
 from perf_tests.history.night import Judged, read_night, read_record, write_record
 from perf_tests.history.store import HistoryError, append, points, rebuild
+from perf_tests.report import cli as report_cli
 
 
 def judge(run: Path, *verdicts: Verdict) -> None:
@@ -112,6 +118,64 @@ def test_rebuild_gives_the_same_and_says_what_it_left_out(tmp_path: Path) -> Non
     assert len(points(tmp_path / "two.db")) == 5
 
 
+def test_one_malformed_night_costs_only_itself(tmp_path: Path) -> None:
+    """A test judged twice, and a folder whose name is no text: both are left out, older nights and the file stay."""
+    run, path = stored_run(tmp_path), tmp_path / "h.db"
+    judge(run, Verdict(outcome=Outcome.PASS, level="bf16", rule="interval", message="fine"))
+    twice = shutil.copytree(run, run.with_name("20260902T010203Z-abc-2")) / "verdicts.json"
+    record = json.loads(twice.read_text())
+    twice.write_text(json.dumps({**record, "judged": record["judged"] * 2}))
+    shutil.copytree(run, run.with_name(os.fsdecode(b"20260903T010203Z-\xff")))
+    append(path, [night(0, [level_night("bf16", 1.0)])])
+    held, left = rebuild(path, tmp_path / "results")
+    assert held == 1
+    assert "test_latency[bf16] is judged twice" in left[0]
+    assert "20260903T010203Z-? does not fit" in left[1]
+    assert len(left) == 2
+    assert {point.run for point in points(path)} == {RUN, "20260101T030000Z-abc-0"}
+    assert not list(tmp_path.glob("*damaged*"))
+
+
+def test_nothing_is_lost_while_a_damaged_history_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each damaged file is kept under a name of its own; until the new one is whole the old one keeps its place."""
+    stored_run(tmp_path)
+    path = tmp_path / "h.db"
+    for content in (b"first" * 900, b"second" * 900):
+        path.write_bytes(content)
+        with monkeypatch.context() as patched:
+            patched.setattr(store, "_set_aside", lambda path: (_ for _ in ()).throw(OSError("no room")))
+            with pytest.raises(HistoryError, match="no room"):
+                rebuild(path, tmp_path / "results")
+        assert path.read_bytes() == content
+        assert rebuild(path, tmp_path / "results")[0] == 1
+        assert {point.run for point in points(path)} == {RUN}
+    kept = {file.name: file.read_bytes()[:5] for file in tmp_path.glob("*.db*")}
+    assert (kept.pop("h.db.damaged"), kept.pop("h.db.damaged.2")) == (b"first", b"secon")
+    assert kept.keys() == {"h.db"}
+
+
+def test_only_a_regular_file_is_replaced(tmp_path: Path) -> None:
+    """A pipe and a link to a damaged file stay as they are."""
+    stored_run(tmp_path)
+    pipe, link, target = tmp_path / "pipe", tmp_path / "link", tmp_path / "target"
+    os.mkfifo(pipe)
+    target.write_bytes(b"damaged" * 900)
+    link.symlink_to(target)
+    for path, said in ((pipe, "not a regular file"), (link, "a link to a damaged history")):
+        with pytest.raises(HistoryError, match=said):
+            rebuild(path, tmp_path / "results")
+    assert link.readlink() == target
+    assert pipe.is_fifo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pipe", "results", "target"]
+
+
+def test_first_append_that_fails_leaves_no_file(tmp_path: Path) -> None:
+    """An empty file would be taken for a damaged history."""
+    with pytest.raises(HistoryError, match="does not fit the history"):
+        append(tmp_path / "h.db", [night(0, [level_night("bf16", 1.0)], exit_status=10**30)])
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(("old", "new"), [("{", '{"exit_status": 1,'), ('"exit_status": 0', '"exit_status": NaN')])
 def test_verdicts_are_read_as_strictly_as_results(tmp_path: Path, old: str, new: str) -> None:
     """A key twice and what is no number: the sentence says how to make the file again."""
@@ -121,6 +185,84 @@ def test_verdicts_are_read_as_strictly_as_results(tmp_path: Path, old: str, new:
     path.write_text(path.read_text().replace(old, new, 1))
     with pytest.raises(ResultError, match=r"verdicts.json: not JSON as it was written .*make it again with `pytest"):
         read_record(run)
+
+
+NUMBERS = {"ratio": 1.0, "limit": 0.05}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"date": "2026-02-30T00:00:00Z"},
+        {"date": "9999-99-99T99:99:99Z"},
+        {"date": "0000-01-01T00:00:00Z"},
+        {"exit_status": 10**30},
+        *({"numbers": NUMBERS | odd} for odd in ({"ratio": 0}, {"ratio": -1.0}, {"ratio": 5e-324}, {"limit": -1.0})),
+    ],
+    ids=str,
+)
+def test_verdicts_that_cannot_be_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    """A day that is none, a ratio that no two times have: a rebuild leaves that run out and says so."""
+    run = stored_run(tmp_path)
+    judge(run, Verdict(outcome=Outcome.PASS, level="bf16", rule="interval", message="fine", numbers=NUMBERS))
+    path = run / "verdicts.json"
+    record = json.loads(path.read_text())
+    record["judged"][0]["verdict"]["numbers"] = change.get("numbers", NUMBERS)
+    path.write_text(json.dumps(record | {name: value for name, value in change.items() if name != "numbers"}))
+    held, left = rebuild(tmp_path / "h.db", tmp_path / "results")
+    assert held == 0
+    assert [sentence for sentence in left if "verdicts.json is damaged at" in sentence] == left != []
+
+
+def test_folder_named_by_no_time_is_left_out(tmp_path: Path) -> None:
+    """The other runs are in the history all the same."""
+    run = stored_run(tmp_path)
+    shutil.copytree(run, run.with_name("20269999T999999Z-x"))
+    held, left = rebuild(tmp_path / "h.db", tmp_path / "results")
+    assert held == 1
+    assert "20269999T999999Z-x: when it ran cannot be told" in left[0]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        "UPDATE level SET mark = CAST(x'61ff' AS TEXT)",
+        "UPDATE document SET json = CAST(x'7b22ff223a317d' AS TEXT)",
+        "UPDATE document SET json = '[]'",
+        "UPDATE run SET date = '2026-13-01T00:00:00Z'",
+        "UPDATE level SET ratio = 0",
+        "UPDATE level SET value = -1",
+    ],
+)
+def test_spoilt_row_is_a_damaged_history(tmp_path: Path, spoil: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One sentence that names the rebuild, and the rebuild mends it."""
+    run = stored_run(tmp_path)
+    judge(run, Verdict(outcome=Outcome.PASS, level="bf16", rule="interval", message="fine", numbers=NUMBERS))
+    path = tmp_path / "h.db"
+    append(path, [read_night(run)])
+    with sqlite3.connect(path) as connection:
+        connection.execute(spoil)
+    assert cli.main(["--history", str(path), "--changes"]) == 2
+    error = capsys.readouterr().err
+    assert "history --rebuild" in error
+    assert error.count("\n") == 1
+    assert rebuild(path, tmp_path / "results")[0] == 1
+    assert cli.main(["--history", str(path), "--changes"]) == 0
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a\0b"], ids=["long", "NUL"])
+def test_name_that_no_file_can_have(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One sentence of every command that reads a run or a history."""
+    path = str(tmp_path / name)
+    for main, arguments in (
+        (report_cli.main, [path]),
+        (export.main, [path]),
+        (cli.main, ["--history", path]),
+        (cli.main, ["--history", path, "--rebuild", "--results", str(tmp_path)]),
+        (cli.main, ["--results", path, "--rebuild"]),
+    ):
+        assert main(arguments) == 2
+        assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_locked_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

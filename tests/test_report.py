@@ -6,10 +6,12 @@ import dataclasses
 import hashlib
 import html.parser
 import json
+import os
 import re
 import shutil
 import struct
 import subprocess
+import sys
 import time
 import zlib
 from collections.abc import Iterator
@@ -21,6 +23,7 @@ from history_samples import night, nights
 from report_samples import LEVELS, RUN, replace, stored_run, write_baseline
 from suite_samples import changed, failed, run_suite
 
+from perf_tests import export
 from perf_tests.harness.replay import judge, open_run
 from perf_tests.harness.schema import AnnotatedStep, ErrorKind, Outcome
 from perf_tests.history import store
@@ -210,7 +213,10 @@ def doubled(folder: Path, key: str = "slug") -> None:
     [
         (shutil.rmtree, "is not a folder"),
         (lambda folder: (shutil.rmtree(folder), folder.mkdir()), "name the folder of one run"),
-        (lambda folder: shutil.rmtree(folder / "compile"), "partial"),
+        (
+            lambda folder: shutil.rmtree(folder / "compile"),
+            "the rest with `pytest perf_tests --replay RUN --levels",
+        ),
         (spoil_schema, "schema 2 is newer than 1"),
         (spoil_path, "not the plain name of a file"),
         (lead_out, "leads out of the run"),
@@ -254,6 +260,49 @@ def test_output_replaces_a_link_and_never_its_target(tmp: Path) -> None:
     assert precious.read_text() == "kept"
     assert not (folder / "report.html").is_symlink()
     assert find_traces(folder) == [folder / "own_trace.json"]
+
+
+def test_trends_without_ruptures(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it cannot be installed the nights are drawn all the same, and a note says what is missing."""
+    monkeypatch.setitem(sys.modules, "ruptures", None)
+    store.append(tmp / "h.db", nights(30, ["bf16"]))
+    report = build(tmp, tmp / "h.db")
+    assert [(trend.level, trend.nights) for trend in report.nights.trends] == [("bf16", 30)]
+    assert "Trends are drawn without changes: change points need ruptures" in render_markdown(report)
+    assert "<polyline" in render_html(report, tmp / "r.html")
+
+
+def test_trace_whose_name_is_no_text_is_linked(tmp: Path) -> None:
+    """A folder of someone else's may hold any byte but NUL and the slash."""
+    folder = tmp / "results" / RUN
+    (folder / os.fsdecode(b"trace\xff.json")).write_text("{}")
+    assert run(tmp, "--markdown", tmp / "m.md") == 0
+    assert 'href="trace%FF.json"' in (folder / "report.html").read_text()
+
+
+IMPOSSIBLE = [
+    ("samples_s", [1e308] * 3), ("samples_s", [5e-324] * 3), ("samples_s", [1e39] * 3), ("load_s", 1e308),
+    ("stages_s", {"decode": [1e308, 1e308]}), ("peak_memory_bytes", 10**400), ("peak_memory_bytes", 10**60),
+    ("cpu_threads", -1), ("cpu_threads", 2**33), ("observed", 10**400), ("dtype", "bfloat61"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), IMPOSSIBLE, ids=str)
+def test_numbers_that_no_machine_has_are_a_sentence(
+    tmp: Path, name: str, value: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Report and export refuse the result, a rebuild leaves the run out."""
+    path = tmp / "results" / RUN / "compile" / "0" / "result.json"
+    stored = json.loads(path.read_text())
+    for part in (stored["measurement"], stored["environment"], stored["measurement"]["proofs"][0], stored["fields"]):
+        if name in part:
+            part[name] = value
+    path.write_text(json.dumps(stored))
+    assert run(tmp) == export.main([str(tmp / "results" / RUN), "--baselines", str(tmp / "baselines")]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert all(line.startswith("error: ") and name in line for line in said)
+    assert store.rebuild(tmp / "h.db", tmp / "results")[0] == 0
 
 
 def test_unreadable_history_costs_only_the_trends(tmp: Path) -> None:

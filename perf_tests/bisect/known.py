@@ -7,24 +7,29 @@ from pathlib import Path
 from perf_tests.bisect.oracle import split_test
 from perf_tests.bisect.state import Question
 from perf_tests.bisect.versions import VersionError, same
+from perf_tests.harness.runner import ROOT
 from perf_tests.harness.schema import Outcome
 from perf_tests.history import store
 
+DEFAULT = ROOT / "results" / store.NAME
+
 
 def require_good(history: Path, question: Question) -> None:
-    """Look up the nights that ran the good version; a history that is not there, or has no such night, says nothing.
+    """Look up the nights that ran the good version; a history without such a night says nothing.
+
+    Nor does the default one where it is not there: no night was yet.
 
     Raises:
         VersionError: the test was red in some of them and passed in none.
-        HistoryError: the history cannot be read.
+        HistoryError: the history cannot be read, or another than the default was named and is not there.
     """
-    if not history.exists():
+    if history == DEFAULT and not history.exists():
         return
     (name, level), good = split_test(question.test), question.versions[0]
     environments = store.documents(history)
     nights: dict[str, str] = {}
     for point in store.points(history, level=level, workload=question.workload):
-        version = environments[point.environment].get(question.axis) if point.environment else None
+        version = environments.get(point.environment or "", {}).get(question.axis)
         outcome = point.outcome_by_test().get(name)
         if version and outcome and same(good, version):
             nights[point.run] = outcome

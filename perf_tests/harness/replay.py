@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def open_run(folder: Path, baselines: Path | None) -> ReadOnlySession:
     Raises:
         StoreError: one sentence: not a run, of another schema, partial, damaged, or a baseline that cannot be read.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # False where is_dir() raises: a name that no folder can have
         raise store.ResultError(f"{folder} is not a folder: name the folder of one run, as in results/<run>")
     facts = read_facts(folder)
     try:

@@ -1,15 +1,16 @@
 """Every fact that crosses a process or a file, strict to and from JSON. No torch.
 
 pydantic in strict mode does the work: unknown keys, wrong types, NaN and infinity are errors when a file is read and
-when one is written.
+when one is written. Ranges are wider than any machine, so that no sum, ratio or exponential of what passes overflows.
 """
 
 from __future__ import annotations
 
+import datetime
 import enum
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 SCHEMA: Final = 1
 """Raised when a stored file can no longer be read as before; `store` refuses other numbers with the action to take."""
@@ -17,9 +18,28 @@ SCHEMA: Final = 1
 METHOD = "whole-call/process-median/1"
 """How a latency comes about: the timed region, the unit of decision, a revision. Raised when samples stop comparing."""
 
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(gt=1e-9, lt=1e7)]
+StageSeconds = Annotated[float, Field(gt=-1e7, lt=1e7)]
+"""A difference of two clock readings, which noise can make negative."""
+Ratio = Annotated[float, Field(gt=1e-18, lt=1e18)]
+"""Of two times, or of two such ratios."""
+Limit = Annotated[float, Field(ge=0, lt=1e18)]
+"""How far a ratio may lie from 1."""
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+Bytes = Annotated[int, Field(gt=0, lt=1 << 50)]
+
+
+def _in_the_calendar(text: str) -> str:
+    datetime.datetime.fromisoformat(text)  # a ValueError for a day or an hour that is none
+    return text
+
+
+Day = Annotated[str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}$"), AfterValidator(_in_the_calendar)]
+Moment = Annotated[
+    str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z$"), AfterValidator(_in_the_calendar)
+]
+"""UTC."""
 
 
 class Strict(BaseModel):
@@ -44,7 +64,7 @@ class Environment(Strict):
     capability: str | None
     power_limit_w: int | None
     cpu_name: str
-    cpu_threads: int
+    cpu_threads: Annotated[int, Field(ge=1, le=1 << 20)]
     platform: str
 
 
@@ -68,8 +88,8 @@ class Proof(Strict):
 
     field: str
     what: str
-    observed: int
-    expected: int
+    observed: Count
+    expected: Count
 
     @property
     def holds(self) -> bool:
@@ -109,16 +129,16 @@ class Measurement(Strict):
     samples_s: Annotated[list[Seconds], Field(min_length=1)]
     """One a round: the whole `pipeline(...)` call on `clock`, seconds."""
     wall_s: Annotated[list[Seconds], Field(min_length=1)]
-    stages_s: dict[str, list[Finite]]
+    stages_s: dict[str, list[StageSeconds]]
     """`text_encode`, `step_0` ... or `denoise`, `decode`, `postprocess`, `image_encode` where an image is edited: one a
     round each, on `clock`, seconds."""
     load_s: Seconds
     apply_s: Seconds
     """Steps applied, packages compiled ahead of time; just-in-time compilation falls into `warmup_s`."""
     warmup_s: Seconds
-    peak_memory_bytes: Annotated[int, Field(gt=0)]
+    peak_memory_bytes: Bytes
     """CUDA: the allocator's peak. CPU: all weights and the peak of what one call allocates."""
-    transformer_weight_bytes: Annotated[int, Field(gt=0)]
+    transformer_weight_bytes: Bytes
     proofs: Annotated[list[Proof], Field(min_length=1)]
     inductor_config: dict[str, Any]
     """Options that Inductor was given beyond its defaults."""
@@ -148,6 +168,13 @@ class Result(Strict):
     measurement: Measurement | None = None
     failure: Failure | None = None
 
+    @field_validator("fields")
+    @classmethod
+    def _known_dtype(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        if fields.get("dtype", "bfloat16") not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype is {fields['dtype']!r}, expected float32 or bfloat16")
+        return fields
+
 
 class ProcessSamples(Strict):
     """What a baseline keeps of one process."""
@@ -166,8 +193,8 @@ class LevelBaseline(Strict):
     nights: list[Finite] = []
     """Log ratios of earlier accepted nights to this baseline: how much this level moves when nothing changed."""
     proofs: list[Proof] = []
-    peak_memory_bytes: list[Count] = []
-    transformer_weight_bytes: Count | None = None
+    peak_memory_bytes: list[Bytes] = []
+    transformer_weight_bytes: Bytes | None = None
     fidelity: dict[str, list[Finite]] = {}
     """Metric -> one value a fresh process, against the same run's bf16 image."""
     step_error: list[Finite] = []
@@ -178,8 +205,8 @@ class AnnotatedStep(Strict):
     """A change that was looked at and accepted."""
 
     level: str
-    date: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
-    ratio: Seconds
+    date: Day
+    ratio: Ratio
     """New median over old."""
     reason: Annotated[str, Field(min_length=1)]
 

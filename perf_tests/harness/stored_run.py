@@ -63,7 +63,7 @@ def read_run(
         if not paths or (processes is not None and len(paths) != processes):
             raise store.ResultError(
                 f"run {folder} holds {len(paths)} of {processes or 'at least 1'} results of level {level!r}: it is "
-                "partial; measure again, or narrow --levels"
+                "partial; measure again, or judge the rest with `pytest perf_tests --replay RUN --levels LEVEL,...`"
             )
         results[level] = []
         for path in sorted(paths, key=lambda path: int(path.parent.name)):

@@ -7,25 +7,26 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import os
 import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from perf_tests.harness.files import dump_json, read_model, write_over
 from perf_tests.harness.obstacles import measured, obstacle
 from perf_tests.harness.policy import Policy
 from perf_tests.harness.replay import open_run
-from perf_tests.harness.schema import SCHEMA, Outcome, Result, Strict, Verdict
+from perf_tests.harness.schema import SCHEMA, Moment, Outcome, Result, Strict, Verdict
 from perf_tests.harness.session import Session
 from perf_tests.harness.store import ResultError
 
 VERDICTS_FILE = "verdicts.json"
-RUN_DATE = re.compile(r"(\d{8}T\d{6}Z)-")
+RUN_DATE = re.compile(r"([0-9]{8}T[0-9]{6}Z)-")
 
 
 class Judged(Strict):
@@ -37,17 +38,30 @@ class Judged(Strict):
     excuse: str | None = None
     """The issue of a quarantine row that let it pass."""
 
+    @model_validator(mode="after")
+    def _can_be_drawn(self) -> Self:
+        ratio, limit = (self.verdict.numbers.get(name) for name in ("ratio", "limit"))
+        if not (ratio is None or 1e-18 < ratio < 1e18) or not (limit is None or 0 <= limit < 1e18):
+            raise ValueError(f"a ratio of {ratio} with a limit of {limit} cannot be")
+        return self
+
 
 class RunRecord(Strict):
     """`verdicts.json`: what a finished run was judged to be, and against what."""
 
     record_schema: Literal[1] = SCHEMA
-    date: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
-    """UTC."""
+    date: Moment
     baseline: str | None
     """File name; None if there was none."""
-    exit_status: int
+    exit_status: Annotated[int, Field(ge=0, le=255)]
     judged: list[Judged]
+
+    @model_validator(mode="after")
+    def _judged_once(self) -> Self:
+        pairs = [f"{own.test}[{own.verdict.level}]" for own in self.judged]
+        if len(set(pairs)) < len(pairs):
+            raise ValueError(f"{next(pair for pair in pairs if pairs.count(pair) > 1)} is judged twice")
+        return self
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,15 +111,15 @@ def write_record(folder: Path, baseline: str | None, exit_status: int, judged: S
         ResultError: if it cannot be written.
     """
     known = read_record(folder) if (folder / VERDICTS_FILE).exists() else None
-    record = RunRecord(
-        date=known.date if known else _date(folder),
-        baseline=baseline,
-        exit_status=exit_status,
-        judged=list(judged),
-    )
     try:
+        record = RunRecord(
+            date=known.date if known else _date(folder),
+            baseline=baseline,
+            exit_status=exit_status,
+            judged=list(judged),
+        )
         write_over(folder / VERDICTS_FILE, dump_json(record.model_dump(mode="json")))
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ResultError(f"{folder / VERDICTS_FILE} cannot be written ({error})") from error
 
 
@@ -125,12 +139,16 @@ def read_night(folder: Path) -> Night:
     Raises:
         StoreError: if it is partial, damaged or of another schema.
     """
-    record = read_record(folder) if (folder / VERDICTS_FILE).exists() else None
-    return night_of(open_run(folder, None), record)
+    session = open_run(folder, None)
+    return night_of(session, read_record(folder) if (folder / VERDICTS_FILE).exists() else None)
 
 
 def night_of(session: Session, record: RunRecord | None) -> Night:
-    """A run as the history keeps it; `record` is its `verdicts.json`, None if it left none."""
+    """A run as the history keeps it; `record` is its `verdicts.json`, None if it left none.
+
+    Raises:
+        ResultError: if no one can tell when it was.
+    """
     folder = session.folder.resolve()
     judged = record.judged if record else []
     first = next(iter(session.results.values()))[0]
@@ -201,11 +219,14 @@ def _value(level: str, results: Mapping[str, Sequence[Result]], policy: Policy) 
 def _date(folder: Path) -> str:
     """Of a folder that the runner named; of another, when its `run.json` was written."""
     named = RUN_DATE.match(folder.resolve().name)
-    if named:
-        moment = datetime.datetime.strptime(named[1], "%Y%m%dT%H%M%SZ")
-    else:
-        moment = datetime.datetime.fromtimestamp((folder / "run.json").stat().st_mtime, datetime.UTC)
-    return f"{moment:%Y-%m-%dT%H:%M:%SZ}"
+    try:
+        if named:
+            moment = datetime.datetime.strptime(named[1], "%Y%m%dT%H%M%SZ")
+        else:
+            moment = datetime.datetime.fromtimestamp((folder / "run.json").stat().st_mtime, datetime.UTC)
+    except (ValueError, OverflowError, OSError) as error:
+        raise ResultError(f"{folder}: when it ran cannot be told ({error}); name it as another run is named") from error
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ").zfill(20)  # %Y does not pad
 
 
 def night_folders(results: Path) -> list[Path]:
@@ -214,6 +235,6 @@ def night_folders(results: Path) -> list[Path]:
     Raises:
         ResultError: if there is no such folder.
     """
-    if not results.is_dir():
+    if not os.path.isdir(results):  # False where is_dir() raises: a name that no folder can have
         raise ResultError(f"{results} is not a folder: name the folder that holds the runs with --results")
     return sorted(path.parent for path in results.glob("*/run.json") if not path.parent.is_symlink())

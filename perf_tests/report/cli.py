@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from perf_tests.harness.files import StoreError, write_over
+from perf_tests.harness.files import StoreError, printable, write_over
 from perf_tests.harness.replay import ROOT
 from perf_tests.history import store
 
@@ -23,13 +24,13 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--annotations", action="store_true", help="print ::error lines for red tests, for GitHub")
     asked = parser.parse_args(arguments)
     output = asked.output or asked.run / "report.html"
-    beside = asked.run.resolve().parent / store.NAME
+    beside = os.path.join(os.path.dirname(os.path.abspath(asked.run)), store.NAME)
     try:
         from perf_tests.report.gather import build_report
         from perf_tests.report.html import render_html
         from perf_tests.report.markdown import error_lines, render_markdown
 
-        history = asked.history or (beside if beside.exists() else None)
+        history = asked.history or (Path(beside) if os.path.exists(beside) else None)
         report = build_report(asked.run, asked.baselines, history)
         _write(output, render_html(report, output))
         if asked.markdown:
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {error}{missing}", file=sys.stderr)
         return 2
     for line in error_lines(report) if asked.annotations else ():
-        print(line)
+        print(printable(line))  # the names of files need not be text
     print(f"{report.headline}\n{output}", file=sys.stderr)
     return 0
 

@@ -81,6 +81,8 @@ def _nights(history: Path | None, night: Night, steps: Sequence[AnnotatedStep], 
     except StoreError as error:
         notes.append(f"No trend is drawn: {error}")
         return Nights(trends=[])
+    if nights.no_changes:
+        notes.append(f"Trends are drawn without changes: {nights.no_changes}")
     if not nights.has_this:
         notes.append("This run is not in the history, so its own point is missing in the trends.")
     return nights

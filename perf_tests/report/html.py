@@ -55,7 +55,7 @@ def render_html(report: Report, target: Path) -> str:
 
 def _link(path: Path, target: Path) -> str:
     # quote() leaves no colon, so that no name of a file can be a URL of its own scheme.
-    return urllib.parse.quote(os.path.relpath(path.resolve(), target.resolve().parent))
+    return urllib.parse.quote(os.fsencode(os.path.relpath(path.resolve(), target.resolve().parent)))
 
 
 def seconds(value: float | None) -> str:

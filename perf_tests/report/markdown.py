@@ -22,7 +22,8 @@ CUT = "\n\n*Cut here: GitHub shows at most 1 MiB. The HTML report has the rest.*
 def render_markdown(report: Report) -> str:
     """At most `LIMIT_BYTES` of UTF-8: sections that no longer fit are left out from the end, and it says so."""
     text = templates(cell=_cell).get_template("summary.md.jinja").render(report=report)
-    return _cut(text, LIMIT_BYTES)
+    # The name of a file need not be text; `_cut` counts what will be written.
+    return _cut(text.encode(errors="backslashreplace").decode(), LIMIT_BYTES)
 
 
 def _cell(value: object) -> Markup:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fluxfast.levels import LADDER
+from perf_tests.harness.files import StoreError
 from perf_tests.harness.schema import AnnotatedStep
 from perf_tests.history import changes, store
 from perf_tests.history.night import Night
@@ -19,6 +20,8 @@ class Nights:
 
     trends: list[Trend]
     has_this: bool = False
+    no_changes: str | None = None
+    """Why no one looked for changes."""
 
     @property
     def changes(self) -> list[changes.Change]:
@@ -44,10 +47,14 @@ def read_nights(history: Path, night: Night, steps: Sequence[AnnotatedStep]) -> 
     by_level: dict[str, list[store.Point]] = {}
     for point in points:
         by_level.setdefault(point.level, []).append(point)
-    trends = []
+    trends, no_changes = [], None
     for level in sorted(by_level, key=lambda level: (order.index(level) if level in order else len(order), level)):
-        found = changes.find_changes(by_level[level], steps, documents)
+        try:
+            found = changes.find_changes(by_level[level], steps, documents)
+        except StoreError as error:
+            found, no_changes = [], str(error)
         own = [step for step in steps if step.level == level]
         creep = changes.creep(by_level[level], found)
         trends.append(trend_chart(level, by_level[level], own, found, creep, night.run))
-    return Nights(trends=trends, has_this=any(point.run == night.run for point in points))
+    has_this = any(point.run == night.run for point in points)
+    return Nights(trends=trends, has_this=has_this, no_changes=no_changes)
