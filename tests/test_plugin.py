@@ -491,8 +491,9 @@ def test_usage_errors(tmp_path: Path, recorded: Path, options: list[str], said: 
         (["compile:fire"], "known faults"),
         (["fa3_fp8:oom"], "expected LEVEL:FAULT"),
         (["aoti:latency=+20%", "compile:oom", "aoti:latency=+30%"], "'aoti' has a fault already"),
+        (["bf16:unapplied:quantization"], "'bf16' does not have quantization"),
     ],
-    ids=["unknown", "of an unavailable level", "two of a level"],
+    ids=["unknown", "of an unavailable level", "two of a level", "of a field that is off"],
 )
 def test_faults_that_cannot_be_injected(tmp_path: Path, faults: list[str], said: str) -> None:
     """One sentence, nothing is measured; a level takes one fault."""

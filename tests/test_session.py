@@ -84,3 +84,17 @@ def test_disturbed_level_is_measured_once_more(tmp_path: Path) -> None:
     assert [call[0] for call in machine.calls] == [LEVELS, ("compile",)]
     assert own.image_path("compile", 0) == tmp_path / "run" / "rerun" / "compile" / "0" / "image.png"
     assert own.image_path("bf16", 0) == tmp_path / "run" / "bf16" / "0" / "image.png"
+
+
+def test_disturbed_confirmation_is_measured_once_more(tmp_path: Path) -> None:
+    """As the run itself is, and a replay reads the same."""
+    machine = Machine()
+    own = session(tmp_path, machine)
+    own.structure("aoti")
+    machine.first = {("aoti", 3): changed("aoti", 3, result={"counters": Counters(thermal_violation_ns=1)})}
+    machine.calls.clear()
+    assert all(result.counters == Counters() for result in own.confirm("aoti")["aoti"])
+    confirming = tmp_path / "run" / "confirm" / "aoti"
+    assert [(call[0][-1], call[2]) for call in machine.calls] == [("aoti", confirming), ("aoti", confirming / "rerun")]
+    own.measure = None
+    assert all(result.counters == Counters() for result in own.confirm("aoti")["aoti"])
