@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from fluxfast.levels import LEVELS
 from fluxfast.workloads import Workload, get_workload
 from perf_tests.harness import store
-from perf_tests.harness.files import Picture, StoreError
+from perf_tests.harness.files import StoreError
 from perf_tests.harness.schema import Outcome, Verdict
 from perf_tests.harness.session import Session
 from perf_tests.harness.stored_run import read_facts
@@ -22,13 +21,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclasses.dataclass
 class ReadOnlySession(Session):
-    """A `Session` that leaves the run's folder as it is: no difference maps are written.
-
-    An image is read once, and a pair of equal images is scored once: processes often draw the same one.
-    """
+    """A `Session` that leaves the run's folder as it is: no difference maps are written. It reads an image once."""
 
     _images: dict[tuple[str, int], Any] = dataclasses.field(default_factory=dict)
-    _scores: dict[tuple[str, str], dict[str, float | None]] = dataclasses.field(default_factory=dict)
 
     def image(self, level: str, index: int) -> Any:
         """As `Session.image`."""
@@ -36,19 +31,9 @@ class ReadOnlySession(Session):
             self._images[level, index] = super().image(level, index)
         return self._images[level, index]
 
-    def _compare(self, image: Any, reference: Any, level: str) -> dict[str, float | None]:
-        pair = _digest(image), _digest(reference)
-        if pair not in self._scores:
-            self._scores[pair] = super()._compare(image, reference, level)
-        return self._scores[pair]
-
     def show_difference(self, level: str) -> str:
         """Where the maps are drawn instead."""
         return f"Look at {self.image_path(level, self.worst_process(level))} and at the difference map of the report."
-
-
-def _digest(picture: Picture) -> str:
-    return hashlib.sha256(f"{picture.shape}".encode() + picture.tobytes()).hexdigest()
 
 
 def open_run(folder: Path, baselines: Path | None) -> ReadOnlySession:
