@@ -199,7 +199,7 @@ def test_update_passes_over_what_the_confirmation_denied(tmp: Path, reason: list
     for process in range(10):
         for level in ("bf16", "inductor_flags", "aoti"):
             put(run / "confirm" / "aoti", sample(level, process))
-    ran = run_suite(tmp, "--replay", run, "--update-baseline", *reason, paths=(LATENCY,))
+    ran = run_suite(tmp, "--replay", run, "--update-baseline", *reason)
     assert ran.status == 0, ran.text
     assert "aoti: kept as it was, since the confirmation did not agree" in ran.text
     assert only_baseline(tmp).name == "0001_tiny.json"
