@@ -61,20 +61,25 @@ def run_and_prove(built: Built, workload: Workload) -> dict[str, int]:
 
 
 @pytest.fixture
+def dynamo_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled regions run the graphs that Dynamo made, in eager mode, as in `test_beyond`."""
+    monkeypatch.setattr(compile_fx, "compile_fx", lambda graph, example_inputs: graph)
+
+
+@pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that says it is a Hopper with FA3 and computes on the CPU."""
     pretend_to_be(HOPPER, monkeypatch)
 
 
 @pytest.mark.parametrize("id", ON_CPU)
-def test_level_builds_generates_and_proves(micro: Workload, monkeypatch: pytest.MonkeyPatch, id: str) -> None:
+def test_level_builds_generates_and_proves(micro: Workload, request: pytest.FixtureRequest, id: str) -> None:
     """Every level that a CPU runs draws an image and shows each of its fields.
 
-    Inductor compiles for two of them; the others run the graphs that Dynamo made, in eager mode, as in `test_beyond`:
-    the main job compiles every one.
+    Inductor compiles for two of them here, and for every one in the main job.
     """
     if id not in ("compile", "float8"):
-        monkeypatch.setattr(compile_fx, "compile_fx", lambda graph, example_inputs: graph)
+        request.getfixturevalue("dynamo_alone")
     level = get_level(id)
     built = build(micro, level)
     facts = run_and_prove(built, micro)
@@ -97,7 +102,7 @@ def test_field_left_out_is_noticed(micro: Workload, tmp_path, id: str, field: st
         run_and_prove(build(micro, get_level(id), cache_dir=tmp_path, unapplied=field), micro)
 
 
-def test_fa3_builds_generates_and_proves(micro: Workload, hopper: None) -> None:
+def test_fa3_builds_generates_and_proves(micro: Workload, hopper: None, dynamo_alone: None) -> None:
     """On a Hopper every block of every step launches FA3, and the processor compiles without a break."""
     facts = run_and_prove(build(micro, FA3_FP8), micro)
     assert facts["launches of the FA3 op"] == STEPS * BLOCKS
@@ -203,7 +208,7 @@ def test_second_build_is_free_of_the_first(micro: Workload) -> None:
     assert set(run_and_prove(build(micro, BF16), micro).items()) >= {("Linears with float8 weights", 0)}
 
 
-def test_full_scope_is_one_graph(micro: Workload) -> None:
+def test_full_scope_is_one_graph(micro: Workload, dynamo_alone: None) -> None:
     """The whole transformer compiles as one graph beside the decoder's, and runs once a step."""
     workload = dataclasses.replace(micro, compile_scope="full")
     facts = run_and_prove(build(workload, COMPILE), workload)
@@ -211,7 +216,7 @@ def test_full_scope_is_one_graph(micro: Workload) -> None:
     assert facts["calls of compiled regions"] == STEPS + 1
 
 
-def test_recompilation_is_noticed(micro: Workload) -> None:
+def test_recompilation_is_noticed(micro: Workload, dynamo_alone: None) -> None:
     """A run that compiled its regions a second time is refused: its timing holds compilations."""
     built = build(micro, COMPILE)
     generate(built, micro)
