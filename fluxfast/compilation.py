@@ -18,7 +18,7 @@ from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.t5.modeling_t5 import T5Block
 from transformers.utils import import_utils
 
-from fluxfast.levels import COORDINATE_DESCENT, INDUCTOR_FLAGS, Level
+from fluxfast.levels import COORDINATE_DESCENT, INDUCTOR_FLAGS, TRITON_GEMMS, Level
 
 MAX_AUTOTUNE: dict[str, Any] = {
     "max_autotune": True,
@@ -30,7 +30,6 @@ MAX_AUTOTUNE: dict[str, Any] = {
     # slower) and took 5 s a shape.
     "max_autotune_gemm_backends": "ATEN",
 }
-GEMM_SEARCH: dict[str, Any] = {"max_autotune_gemm_backends": "ATEN,TRITON"}
 
 
 def inductor_options(level: Level) -> dict[str, Any]:
@@ -38,7 +37,7 @@ def inductor_options(level: Level) -> dict[str, Any]:
     if level.compile_mode == "none":
         return {}
     chosen = (
-        (level.gemm_search, GEMM_SEARCH),
+        (level.gemm_search, TRITON_GEMMS),
         (level.inductor_flags, INDUCTOR_FLAGS),
         (level.coordinate_descent, COORDINATE_DESCENT),
     )

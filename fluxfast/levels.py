@@ -119,6 +119,8 @@ COORDINATE_DESCENT: dict[str, bool] = {
     "coordinate_descent_check_all_directions": True,
 }
 """Source of both: flux-fast's `run_benchmark.py`; torchao's float8 config sets these two unless told not to."""
+TRITON_GEMMS: dict[str, str] = {"max_autotune_gemm_backends": "ATEN,TRITON"}
+"""What `gemm_search` switches on."""
 
 FP32 = Level(id="fp32")
 BF16 = FP32.then("bf16", dtype="bfloat16")
@@ -169,11 +171,11 @@ BEYOND: tuple[Level, ...] = (
     FAST_DECODE,
     GEMM_SEARCH,
 )
-"""Rungs past flux-fast that no GPU has timed yet, so they are beside the ladder: a rung that gains moves onto it.
+"""Rungs past flux-fast that no baseline holds yet, so they are beside the ladder: a rung that gains moves onto it.
 
-They branch off at `fa3_fp8`, compiled just in time. Not at `inductor_flags`: its coordinate descent takes minutes a
-process, and its `epilogue_fusion=False` forbids what these rungs want Inductor to do around the GEMMs. Not at `aoti`:
-the Triton operations would be compiled ahead of time once more for every rung while they change.
+They branch off at `fa3_fp8`, compiled just in time. Not at `inductor_flags`: its `epilogue_fusion=False` forbids what
+these rungs want Inductor to do around the GEMMs. Not at `aoti`: the Triton operations would be compiled ahead of time
+once more for every rung while they change.
 """
 
 LEVELS: dict[str, Level] = {level.id: level for level in (*LADDER, SEARCHED, DESCENDED, FLUX_FAST, *BEYOND)}

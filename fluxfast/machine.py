@@ -38,6 +38,11 @@ class Machine:
         """What there is to compute on, for reasons: "9.0", or "cpu"."""
         return f"{self.capability[0]}.{self.capability[1]}" if self.capability else self.device
 
+    @property
+    def found_with_triton(self) -> str:
+        """`found`, and whether there is Triton to write its kernels with."""
+        return f"{self.found} and {'Triton' if self.triton else 'no Triton'}"
+
 
 @functools.cache
 def this_machine() -> Machine:
@@ -65,17 +70,13 @@ def unavailable(level: Level, machine: Machine) -> dict[str, str]:
     for field in TRITON_FIELDS:
         if getattr(level, field) and (machine.capability != (9, 0) or not machine.triton):
             reasons[field] = (
-                f"{field}: its Triton kernels need compute capability 9.0 and Triton; found {machine.found} and "
-                f"{'Triton' if machine.triton else 'no Triton'}"
+                f"{field}: its Triton kernels need compute capability 9.0 and Triton; found {machine.found_with_triton}"
             )
     if level.whole_loop_graph and machine.capability is None:
         reasons["whole_loop_graph"] = f"whole_loop_graph: needs CUDA graphs; found {machine.found}"
     for field in SEARCH_FIELDS:
         if getattr(level, field) and (machine.capability is None or not machine.triton):
-            reasons[field] = (
-                f"{field}: is a search among Triton kernels on CUDA; found {machine.found} and "
-                f"{'Triton' if machine.triton else 'no Triton'}"
-            )
+            reasons[field] = f"{field}: is a search among Triton kernels on CUDA; found {machine.found_with_triton}"
     if level.fused_qk_rope and "attention" in reasons:
         reasons.setdefault("fused_qk_rope", f"fused_qk_rope: casts for {reasons['attention']}")
     if "quantization" in reasons:

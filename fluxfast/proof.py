@@ -15,12 +15,12 @@ import torch
 from torch import nn
 
 from fluxfast.attention import Fa3Fp8Processor
-from fluxfast.compilation import GEMM_SEARCH, block_lists, text_encoder_layers
+from fluxfast.compilation import block_lists, text_encoder_layers
 from fluxfast.decoder import FusedGroupNorm, GemmAttnProcessor, norms
 from fluxfast.decoder import attentions as decoder_attentions
 from fluxfast.errors import StepNotApplied
 from fluxfast.kernels.linear import RowwiseFloat8Linear
-from fluxfast.levels import COORDINATE_DESCENT, INDUCTOR_FLAGS, Level
+from fluxfast.levels import COORDINATE_DESCENT, INDUCTOR_FLAGS, TRITON_GEMMS, Level
 from fluxfast.steps import UNFUSED, attentions, block_linears, blocks_of, float8_candidates, linears
 
 if TYPE_CHECKING:
@@ -255,7 +255,7 @@ def run_facts(built: Built, calls: int, steps: int) -> list[Fact]:
         Fact("inductor_flags", "graphs or packages compiled with flux-fast's flags",
              _with(INDUCTOR_FLAGS, configs), _all_if(compiled and level.inductor_flags, classes)),
         Fact("gemm_search", "graphs or packages compiled with a search of Triton's GEMMs",
-             _with(GEMM_SEARCH, configs), _all_if(compiled and level.gemm_search, classes)),
+             _with(TRITON_GEMMS, configs), _all_if(compiled and level.gemm_search, classes)),
         Fact("coordinate_descent", "graphs or packages compiled with coordinate descent",
              _with(COORDINATE_DESCENT, configs), _all_if(compiled and level.coordinate_descent, classes)),
         Fact("attention", "launches of the FA3 op",
