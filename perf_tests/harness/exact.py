@@ -38,7 +38,7 @@ def judge_structure(level: str, results: Sequence[Result], baseline: Baseline | 
                     f"field {proof.field!r} did not take effect: {proof.what} was counted {proof.observed} times, "
                     f"expected {proof.expected}. This level's timing is that of a level below: mend the step."
                 )
-                numbers = {"observed": _clamped(proof.observed), "expected": _clamped(proof.expected)}
+                numbers = {"observed": float(proof.observed), "expected": float(proof.expected)}
                 return verdict(Outcome.REGRESSED, level, "count", message, results, numbers)
     if found:
         return found
@@ -212,13 +212,13 @@ def judge_memory(level: str, results: Sequence[Result], baseline: Baseline | Non
     if expected.transformer_weight_bytes is None or not expected.peak_memory_bytes:
         message = f"the {baseline.source} baseline of {baseline.slug!r} holds no memory of level {level!r}: {RECORD}."
         return verdict(Outcome.NO_BASELINE, level, "no_baseline", message, results)
-    low, high = (_clamped(f(expected.peak_memory_bytes)) for f in (min, max))
+    low, high = min(expected.peak_memory_bytes), max(expected.peak_memory_bytes)
     tolerance = max(high - low, policy.memory_floor * high)
     weights = [m.transformer_weight_bytes for m in measured(results)]
-    peak = _clamped(min(m.peak_memory_bytes for m in measured(results)))
+    peak = min(m.peak_memory_bytes for m in measured(results))
     numbers: dict[str, float | None] = {
-        "transformer_weight_bytes": _clamped(weights[0]),
-        "peak_memory_bytes": peak,
+        "transformer_weight_bytes": float(weights[0]),
+        "peak_memory_bytes": float(peak),
         "peak_memory_limit_bytes": high + tolerance,
     }
     for observed in weights:

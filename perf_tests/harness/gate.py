@@ -103,9 +103,7 @@ def judge_latency(
 
 def _log_medians(samples: Sequence[Sequence[float]]) -> Array:
     """The unit of decision: one number a process, because GPU timings are tight within a process and not between."""
-    # Clipped to what a call can take: beyond, a ratio or a spread may have no place in a float.
-    clipped = (np.clip(of_process, 1e-9, 1e9) for of_process in samples)
-    return np.log([float(np.median(of_process)) for of_process in clipped])
+    return np.log([float(np.median(of_process)) for of_process in samples])
 
 
 def _base_logs(levels: Mapping[str, LevelBaseline]) -> dict[str, Array]:

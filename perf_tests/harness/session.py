@@ -66,6 +66,7 @@ class Session:
     error: Exception | None = dataclasses.field(default=None, init=False)
     _results: dict[str, list[Result]] = dataclasses.field(default_factory=dict)
     _latency: dict[str, Verdict] = dataclasses.field(default_factory=dict)
+    _worst: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     _scores: dict[tuple[bytes, ...], dict[str, float | None]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -169,8 +170,7 @@ class Session:
         """The image against the same run's bf16 image and the stored one."""
         if broken := self._broken(level, REFERENCE_LEVEL):
             return broken
-        stored = self.stored_reference()
-        values, reference = (worst(self.image_scores(id, stored)) for id in (level, REFERENCE_LEVEL))
+        values, reference = self._worst_scores(level), self._worst_scores(REFERENCE_LEVEL)
         judged = gate.judge_fidelity(
             level, values, fidelity.METHOD, self.baseline, self.policy, self.results[level], reference
         )
@@ -178,6 +178,12 @@ class Session:
         if verdict.outcome is not Outcome.REGRESSED:
             return verdict
         return verdict.model_copy(update={"message": f"{verdict.message} {self.show_difference(level)}"})
+
+    def _worst_scores(self, level: str) -> dict[str, float]:
+        """Of a level's processes; bf16's are asked for with every other level's."""
+        if level not in self._worst:
+            self._worst[level] = worst(self.image_scores(level, self.stored_reference()))
+        return self._worst[level]
 
     def step_error(self, level: str) -> Verdict:
         """The first step's output against float32, bounded by bf16's own error."""
