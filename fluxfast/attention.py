@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
@@ -21,22 +22,45 @@ E4M3 = torch.float8_e4m3fn
 E4M3_MAX = torch.finfo(E4M3).max
 
 
+TILE = 128
+"""Query rows that one thread block of FA3's float8 kernel works on, at a head size of 128."""
+MOST_SPLITS = 8
+LEAST_GAIN = 0.25
+"""Waves that a second launch has to save: it takes as long as a fifth of one to start and to add up its parts."""
+
+
 class LaunchCount:
-    """How often the FA3 op ran in Python: every launch in eager and compiled code, one a capture in a CUDA graph."""
+    """How often an FA3 op ran in Python: every call in eager and compiled code, one a capture in a CUDA graph.
+
+    Attributes:
+        launches: calls of any of the ops.
+        split: those among them whose tail is a launch of its own.
+    """
 
     def __init__(self) -> None:
         self.launches = 0
+        self.split = 0
 
 
 COUNT = LaunchCount()
 
 
 @functools.cache
-def _kernel() -> Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]:
+def _interface() -> Any:
     module = this_machine().fa3_module
     if module is None:
         raise ImportError("fa3_fp8 attention needs one of flash_attn_interface, fa3_fwd_interface; found neither")
-    return importlib.import_module(module).flash_attn_func
+    return importlib.import_module(module)
+
+
+def _kernel() -> Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]:
+    return _interface().flash_attn_func
+
+
+def _kernel_into() -> Callable[..., Any]:
+    """The operator below `flash_attn_func`, which writes into `out` and takes `num_splits`."""
+    library = "fa3_fwd" if _interface().__name__ == "fa3_fwd_interface" else "flash_attn_3"
+    return getattr(torch.ops, library).fwd
 
 
 def _launch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -65,6 +89,57 @@ def fa3_fp8(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torc
 
 
 @fa3_fp8.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(query, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
+
+
+def tail_of(batch: int, tokens: int, heads: int, processors: int) -> tuple[int, int]:
+    """Which of FA3's query rows a second launch should take, so that no wave of tiles runs on a near-empty GPU.
+
+    One launch works through `heads * ceil(tokens / TILE)` tiles, `processors` at a time, and its last wave takes as
+    long as the others however few tiles are left. FLUX.1 at 1024x1024 has 816 on 132 processors: seven waves for 6.2.
+
+    Args:
+        processors: of the GPU (SMs).
+
+    Returns:
+        Rows at the end of the sequence, and the parts into which their launch splits the keys; (0, 1) if one launch
+        of everything is as good.
+    """
+    tiles = -(-tokens // TILE)
+    waves = batch * heads * tiles // processors
+    kept = waves * processors // (batch * heads)
+    left = batch * heads * (tiles - kept)
+    if kept == 0 or left == 0:
+        return 0, 1
+
+    def waves_of(splits: int) -> float:
+        return -(-left * splits // processors) / splits
+
+    splits = min(range(1, MOST_SPLITS + 1), key=waves_of)
+    at_once = -(-batch * heads * tiles // processors)
+    if at_once - waves - waves_of(splits) < LEAST_GAIN:
+        return 0, 1
+    return tokens - kept * TILE, splits
+
+
+@torch.library.custom_op("fluxfast::fa3_fp8_split_tail", mutates_args=(), device_types="cuda")
+def fa3_fp8_split_tail(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """As `fa3_fp8`, the rows of `tail_of` in a launch of their own."""
+    batch, tokens, heads, _ = query.shape
+    processors = torch.cuda.get_device_properties(query.device).multi_processor_count
+    rows, splits = tail_of(batch, tokens, heads, processors)
+    COUNT.split += 1
+    if rows == 0:
+        return _launch(query, key, value)
+    COUNT.launches += 1
+    out = torch.empty(query.shape, dtype=torch.bfloat16, device=query.device)
+    for part, parts in ((slice(0, tokens - rows), 1), (slice(tokens - rows, None), splits)):
+        _kernel_into()(query[:, part], key, value, out=out[:, part], num_splits=parts)
+    return out
+
+
+@fa3_fp8_split_tail.register_fake
 def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(query, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
 

@@ -2,7 +2,7 @@
 
 The one legal order of application, which is not the ladder's order:
 
-1. load in `dtype`,
+1. `no_gemm_workspace`, which cuBLASLt reads when it is first used, then load in `dtype`,
 2. `fused_projections` (before float8, which would convert the separate projections),
 3. `memory_format` (before anything records strides), then `fast_decode`, whose norms want NHWC,
 4. `attention` (before compilation traces the processor),
@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from fluxfast import aoti, decoder, fused, proof, steps
+from fluxfast import aoti, decoder, fused, proof, steps, workspace
 from fluxfast.attention import COUNT
 from fluxfast.checkpoints import Pipeline, load, pipeline_class
 from fluxfast.compilation import (
@@ -80,11 +80,17 @@ class Built:
     modulation: StagedModulation | None = None
     rotary: StagedRotary | None = None
     _launches_before: int = 0
+    _split_before: int = 0
 
     @property
     def fa3_launches(self) -> int:
-        """Launches of the FA3 op since the pipeline was built."""
+        """Calls of FA3's ops since the pipeline was built."""
         return COUNT.launches - self._launches_before
+
+    @property
+    def fa3_split(self) -> int:
+        """Those among them whose tail is a launch of its own."""
+        return COUNT.split - self._split_before
 
     def forwards(self, calls: int, num_steps: int) -> dict[str, int]:
         """How often loop and models ran in Python during `calls` pipeline calls; a graph's replay does not count."""
@@ -176,6 +182,8 @@ def build(
     applied = dataclasses.replace(target, **({unapplied: DEFAULTS[unapplied]} if unapplied else {}))
 
     on_stage("load")
+    if applied.no_gemm_workspace:
+        workspace.drop()
     pipeline = load(workload.checkpoint, getattr(torch, applied.dtype), machine.device, kind=pipeline_class(workload))
     if applied.whole_loop_graph:
         pipeline = LoopPipeline.of(pipeline)
@@ -213,7 +221,7 @@ def build(
         built.modulation = StagedModulation(pipeline)
     if applied.fused_qk_rope and applied.has_fused_blocks:
         built.rotary = StagedRotary(pipeline)
-    built._launches_before = COUNT.launches
+    built._launches_before, built._split_before = COUNT.launches, COUNT.split
     return built
 
 
@@ -223,7 +231,7 @@ def apply_static_fields(pipeline: Pipeline, applied: Level, target: Level) -> li
     Raises:
         StepNotApplied: if a count does not hold.
     """
-    facts = proof.dtype_facts(pipeline, target)
+    facts = proof.dtype_facts(pipeline, target) + proof.workspace_facts(target)
     if applied.fused_projections:
         steps.fuse_projections(pipeline)
     facts += proof.fusion_facts(pipeline, target)
@@ -235,7 +243,8 @@ def apply_static_fields(pipeline: Pipeline, applied: Level, target: Level) -> li
         decoder.use_gemms_for_attention(pipeline.vae.decoder)
     facts += proof.decoder_facts(pipeline.vae.decoder, target)
     if applied.attention != "sdpa":
-        steps.fa3_attention(pipeline, cast_outside=applied.attention == "fa3_fp8")
+        cast_outside = applied.attention == "fa3_fp8"
+        steps.fa3_attention(pipeline, cast_outside, split_tail=applied.split_attention_tail)
     facts += proof.attention_facts(pipeline.transformer, target)
     if applied.has_fused_blocks:
         fused.fuse(pipeline.transformer, applied)

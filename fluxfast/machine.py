@@ -72,6 +72,8 @@ def unavailable(level: Level, machine: Machine) -> dict[str, str]:
             reasons[field] = (
                 f"{field}: its Triton kernels need compute capability 9.0 and Triton; found {machine.found_with_triton}"
             )
+    if level.no_gemm_workspace and machine.capability is None:
+        reasons["no_gemm_workspace"] = f"no_gemm_workspace: is a setting of cuBLASLt on CUDA; found {machine.found}"
     if level.whole_loop_graph and machine.capability is None:
         reasons["whole_loop_graph"] = f"whole_loop_graph: needs CUDA graphs; found {machine.found}"
     for field in SEARCH_FIELDS:
@@ -79,6 +81,8 @@ def unavailable(level: Level, machine: Machine) -> dict[str, str]:
             reasons[field] = f"{field}: is a search among Triton kernels on CUDA; found {machine.found_with_triton}"
     if level.fused_qk_rope and "attention" in reasons:
         reasons.setdefault("fused_qk_rope", f"fused_qk_rope: casts for {reasons['attention']}")
+    if level.split_attention_tail and "attention" in reasons:
+        reasons["split_attention_tail"] = f"split_attention_tail: is two launches of {reasons['attention']}"
     if "quantization" in reasons:
         built_on_it = {field: f"{field}: is built on {reasons['quantization']}" for field in FUSED_BLOCK_FIELDS}
         reasons |= {field: reason for field, reason in built_on_it.items() if getattr(level, field)}

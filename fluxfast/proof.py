@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fluxfast import workspace
 from fluxfast.attention import Fa3Fp8Processor
 from fluxfast.compilation import block_lists, text_encoder_layers
 from fluxfast.decoder import FusedGroupNorm, GemmAttnProcessor, norms
@@ -69,6 +70,13 @@ def dtype_facts(pipeline: FluxPipeline, level: Level) -> list[Fact]:
     parameters = [p for model in models for p in model.parameters() if p.is_floating_point()]
     right = sum(p.dtype == getattr(torch, level.dtype) for p in parameters)
     return [Fact("dtype", f"parameters in {level.dtype}", right, len(parameters))]
+
+
+def workspace_facts(level: Level) -> list[Fact]:
+    """Memory cleared for a GEMM of a block's size. Levels with a workspace leave that to the library."""
+    if not level.no_gemm_workspace:
+        return []
+    return [Fact("no_gemm_workspace", "memsets in front of a float8 GEMM", workspace.memsets_of_a_gemm(), 0)]
 
 
 def fusion_facts(pipeline: FluxPipeline, level: Level) -> list[Fact]:
@@ -260,6 +268,8 @@ def run_facts(built: Built, calls: int, steps: int) -> list[Fact]:
              _with(COORDINATE_DESCENT, configs), _all_if(compiled and level.coordinate_descent, classes)),
         Fact("attention", "launches of the FA3 op",
              built.fa3_launches, _all_if(level.attention != "sdpa", forwards["transformer"] * blocks)),
+        Fact("split_attention_tail", "calls of the FA3 op that looks for a tail",
+             built.fa3_split, _all_if(level.split_attention_tail, forwards["transformer"] * blocks)),
     ]  # fmt: skip
     facts += fused_block_facts(built, calls, forwards["loop"], forwards["transformer"])
     facts += text_encoder_facts(built, forwards)

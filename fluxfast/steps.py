@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import nn
 
-from fluxfast.attention import Fa3Fp8Processor, fa3_fp8, fa3_fp8_cast_inside
+from fluxfast.attention import Fa3Fp8Processor, fa3_fp8, fa3_fp8_cast_inside, fa3_fp8_split_tail
 from fluxfast.kernels.linear import RowwiseFloat8Linear
 
 UNFUSED = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
@@ -43,9 +43,9 @@ def channels_last(pipeline: FluxPipeline) -> None:
     pipeline.vae.to(memory_format=torch.channels_last)
 
 
-def fa3_attention(pipeline: FluxPipeline, cast_outside: bool) -> None:
+def fa3_attention(pipeline: FluxPipeline, cast_outside: bool, split_tail: bool = False) -> None:
     """FlashAttention-3 on e4m3 in every block of the transformer."""
-    op = fa3_fp8 if cast_outside else fa3_fp8_cast_inside
+    op = fa3_fp8_cast_inside if not cast_outside else fa3_fp8_split_tail if split_tail else fa3_fp8
     pipeline.transformer.set_attn_processor(Fa3Fp8Processor(op, cast_outside=cast_outside))
 
 

@@ -46,7 +46,7 @@ class FakeWorkers:
 
 def staged(level: str, process: int = 0) -> Result:
     """A good result with its stages; of a level beside the ladder, with the seconds of the one below."""
-    base = sample(get_level(level).parent if level == "aoti_gemm_search" else level, process)
+    base = sample(get_level(level).parent if level == "flux_fast" else level, process)
     assert base.measurement is not None
     stages = {name: [share * s for s in base.measurement.samples_s] for name, share in STAGES.items()}
     measurement = base.measurement.model_copy(update={"stages_s": stages})
@@ -55,7 +55,7 @@ def staged(level: str, process: int = 0) -> Result:
 
 def on_this_machine(patch: pytest.MonkeyPatch, **environment: Any) -> None:
     """The machine of `suite_samples`, without asking a process."""
-    levels = {level: None for level in ("fp32", "bf16", "aoti", "aoti_gemm_search")} | UNAVAILABLE
+    levels = {level: None for level in ("fp32", "bf16", "aoti", "flux_fast")} | UNAVAILABLE
 
     def asked(workload: str | None) -> dict[str, Any]:
         return {"device": "cpu", "capability": None, "levels": levels, "workload": get_workload(workload or "tiny").id}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fluxfast import build as building
-from fluxfast import steps
+from fluxfast import steps, workspace
 from fluxfast.attention import COUNT, reference_fp8_attention
 from fluxfast.kernels import reference
 from fluxfast.machine import Machine
@@ -29,10 +29,27 @@ def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tens
     return torch.empty_like(query, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
 
 
+@torch.library.custom_op("fluxfast_tests::fp8_attention_split_tail", mutates_args=())
+def fp8_attention_split_tail(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The same for the op with a tail of its own."""
+    COUNT.split += 1
+    COUNT.launches += 1
+    return reference_fp8_attention(query, key, value).contiguous()
+
+
+@fp8_attention_split_tail.register_fake
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(query, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
+
+
 def pretend_to_be(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`build` asks for this machine and is told `machine`; FA3's op computes on the CPU."""
+    """`build` asks for this machine and is told `machine`; FA3's ops compute on the CPU, and cuBLASLt is a list."""
     monkeypatch.setattr(building, "this_machine", lambda: machine)
     monkeypatch.setattr(steps, "fa3_fp8", fp8_attention)
+    monkeypatch.setattr(steps, "fa3_fp8_split_tail", fp8_attention_split_tail)
+    memsets = ["of the schedule"]
+    monkeypatch.setattr(workspace, "drop", memsets.clear)
+    monkeypatch.setattr(workspace, "memsets_of_a_gemm", lambda: len(memsets))
 
 
 def triton_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, FluxPosEmbed
@@ -14,6 +16,7 @@ from fluxfast.attention import (
     Fa3Fp8Processor,
     fa3_fp8,
     fa3_fp8_cast_inside,
+    fa3_fp8_split_tail,
     reference_fp8_attention,
     to_e4m3,
 )
@@ -88,7 +91,9 @@ def test_mask_is_refused() -> None:
         Fa3Fp8Processor()(make_attention(False), attention_mask=torch.ones(1), **arguments(False))
 
 
-@pytest.mark.parametrize(("op", "dtype"), [(fa3_fp8, E4M3), (fa3_fp8_cast_inside, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("op", "dtype"), [(fa3_fp8, E4M3), (fa3_fp8_split_tail, E4M3), (fa3_fp8_cast_inside, torch.bfloat16)]
+)
 def test_fake_has_the_real_shape_and_dtype(op, dtype: torch.dtype) -> None:
     """What the compiler is told: bfloat16, the query's shape, contiguous whatever the query's strides."""
     with FakeTensorMode():
@@ -97,7 +102,9 @@ def test_fake_has_the_real_shape_and_dtype(op, dtype: torch.dtype) -> None:
     assert out.shape == query.shape and out.dtype == torch.bfloat16 and out.is_contiguous()
 
 
-@pytest.mark.parametrize(("op", "dtype"), [(fa3_fp8, E4M3), (fa3_fp8_cast_inside, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("op", "dtype"), [(fa3_fp8, E4M3), (fa3_fp8_split_tail, E4M3), (fa3_fp8_cast_inside, torch.bfloat16)]
+)
 def test_export_sees_one_node(op, dtype: torch.dtype) -> None:
     """The kernel is opaque: an exported program has one call of it and nothing of its inside."""
 
@@ -123,3 +130,50 @@ def test_launch_counts_and_takes_both_return_conventions(monkeypatch: pytest.Mon
     monkeypatch.setattr(attention, "_kernel", lambda: lambda q, k, v: returned(q))
     before, query = attention.COUNT.launches, torch.zeros(1)
     assert attention._launch(query, query, query) is query and attention.COUNT.launches == before + 1
+
+
+H200_SMS = 132
+
+
+@pytest.mark.parametrize(
+    ("tokens", "tail"),
+    [
+        (4352, (128, 5)),  # 816 tiles: six waves of 132 and 24 tiles, which 120 thread blocks share in a fifth of one
+        (4301, (77, 5)),  # the last tile of a head need not be full
+        (4224, (0, 1)),  # six waves and nothing left
+        (4608, (384, 7)),  # 864 tiles: 72 are left, 504 parts in four waves of a seventh
+        (5504, (0, 1)),  # 1032 tiles: 108 of the last 132 are busy
+        (512, (0, 1)),  # less than one wave
+    ],
+)
+def test_tail_is_what_would_begin_another_wave(tokens: int, tail: tuple[int, int]) -> None:
+    """FLUX.1's sizes on an H200, counted by hand; one launch where a second saves too little."""
+    assert attention.tail_of(1, tokens, 24, H200_SMS) == tail
+
+
+def test_split_tail_writes_every_row_in_two_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first launch takes whole waves, the second the rest over all keys; no row of the output is left as it was."""
+    launches = []
+
+    def kernel(query, key, value, *, out, num_splits):
+        launches.append((query.shape[1], key.shape[1], num_splits))
+        out.copy_(query.float() + num_splits)
+
+    query = torch.randn(1, 40 * attention.TILE - 5, 2, 128).to(E4M3)
+    monkeypatch.setattr(attention, "_kernel_into", lambda: kernel)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=66))
+    before = attention.COUNT.launches, attention.COUNT.split
+    out = fa3_fp8_split_tail._init_fn(query, query, query)
+    rows, splits = attention.tail_of(1, query.shape[1], 2, 66)
+    assert launches == [(query.shape[1] - rows, query.shape[1], 1), (rows, query.shape[1], splits)] and splits > 1
+    assert torch.equal(out[:, :-rows], (query[:, :-rows].float() + 1).bfloat16())
+    assert torch.equal(out[:, -rows:], (query[:, -rows:].float() + splits).bfloat16())
+    assert (attention.COUNT.launches, attention.COUNT.split) == (before[0] + 1, before[1] + 1)
+
+
+def test_split_tail_without_a_tail_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one launch is as good, it is the stock one."""
+    query = torch.randn(1, 256, 2, 128).to(E4M3)
+    monkeypatch.setattr(attention, "_kernel", lambda: lambda q, k, v: q)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    assert fa3_fp8_split_tail._init_fn(query, query, query) is query

@@ -42,10 +42,10 @@ def everything(folder: Path) -> dict[str, bytes]:
 def test_a_run_is_a_table_a_plot_and_images_that_a_replay_judges(tmp_path: Path) -> None:
     """One .csv, one .png, one image a level; with a level beside the ladder the folder is green under --replay."""
     folder = tmp_path / "run"
-    assert bench(FakeWorkers(), "--levels", "bf16,compile,aoti_gemm_search", "-o", folder) == 0
+    assert bench(FakeWorkers(), "--levels", "bf16,compile,flux_fast", "-o", folder) == 0
     assert [path.name for path in folder.glob("*.csv")] == ["bench.csv"]
     assert [path.name for path in folder.glob("*.png")] == ["bench.png"]
-    measured = ["fp32", "bf16", "compile", "aoti", "aoti_gemm_search"]
+    measured = ["fp32", "bf16", "compile", "aoti", "flux_fast"]
     assert list(read_rows(folder)) == measured
     assert {path.stem for path in (folder / "images").iterdir()} == set(measured)
     ran = run_suite(tmp_path, "--replay", folder)

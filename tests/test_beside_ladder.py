@@ -13,7 +13,7 @@ from fluxfast.levels import LADDER, get_level
 from perf_tests.harness.machine import chosen_levels
 from perf_tests.harness.store import read_baseline
 
-BESIDE = "aoti_gemm_search"
+BESIDE = "flux_fast"
 IDS = [level.id for level in LADDER]
 ALL = [*IDS, BESIDE]
 
@@ -81,7 +81,7 @@ def test_recorded_and_judged_in_one_run_with_the_ladder(tmp_path: Path) -> None:
 
 def test_what_only_came_along_is_not_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A parent that no test judged stays out of the baseline, and its child is judged without it."""
-    child = "aoti_coordinate_descent"
+    child = "flux_fast_gemm_search"
     assert get_level(child).parent == BESIDE
     monkeypatch.setitem(SPEED_S, child, SPEED_S[BESIDE] * 0.9)
     levels = (*LEVELS, BESIDE, child)
