@@ -23,6 +23,7 @@ from fluxfast.attention import (
 
 HEADS, HEAD_DIM, TEXT, IMAGE, BATCH = 2, 128, 6, 16, 2
 DIM = HEADS * HEAD_DIM
+OPS = [(fa3_fp8, E4M3), (fa3_fp8_split_tail, E4M3), (fa3_fp8_cast_inside, torch.bfloat16)]
 
 
 def cast_inside(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -91,9 +92,7 @@ def test_mask_is_refused() -> None:
         Fa3Fp8Processor()(make_attention(False), attention_mask=torch.ones(1), **arguments(False))
 
 
-@pytest.mark.parametrize(
-    ("op", "dtype"), [(fa3_fp8, E4M3), (fa3_fp8_split_tail, E4M3), (fa3_fp8_cast_inside, torch.bfloat16)]
-)
+@pytest.mark.parametrize(("op", "dtype"), OPS)
 def test_fake_has_the_real_shape_and_dtype(op, dtype: torch.dtype) -> None:
     """What the compiler is told: bfloat16, the query's shape, contiguous whatever the query's strides."""
     with FakeTensorMode():
@@ -102,9 +101,7 @@ def test_fake_has_the_real_shape_and_dtype(op, dtype: torch.dtype) -> None:
     assert out.shape == query.shape and out.dtype == torch.bfloat16 and out.is_contiguous()
 
 
-@pytest.mark.parametrize(
-    ("op", "dtype"), [(fa3_fp8, E4M3), (fa3_fp8_split_tail, E4M3), (fa3_fp8_cast_inside, torch.bfloat16)]
-)
+@pytest.mark.parametrize(("op", "dtype"), OPS)
 def test_export_sees_one_node(op, dtype: torch.dtype) -> None:
     """The kernel is opaque: an exported program has one call of it and nothing of its inside."""
 

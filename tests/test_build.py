@@ -127,9 +127,7 @@ def test_cast_on_the_wrong_side_of_fa3_is_noticed(
 ) -> None:
     """flux_fast differs from its parent in nothing else, so its processors have to tell."""
     outside = steps.fa3_attention
-    monkeypatch.setattr(
-        steps, "fa3_attention", lambda pipeline, cast_outside, **other: outside(pipeline, cast_outside=True)
-    )
+    monkeypatch.setattr(steps, "fa3_attention", lambda pipeline, *_, **__: outside(pipeline, cast_outside=True))
     with pytest.raises(StepNotApplied, match=r"'flux_fast' .*: 0 casts to e4m3 within the FA3 op, expected 2"):
         build(micro, get_level("flux_fast"))
 
