@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import itertools
 import json
 import math
 import shutil
@@ -27,7 +28,7 @@ from suite_samples import (
     write_run,
 )
 
-from fluxfast.workloads import TINY
+from fluxfast.workloads import TINY, get_workload
 from perf_tests.harness.faults import apply_image_fault, parse
 from perf_tests.harness.recording import stock_json
 from perf_tests.harness.schema import Counters, ErrorKind, Proof
@@ -729,6 +730,21 @@ def test_red_test_prints_the_bisect_command(tmp: Path) -> None:
         put(tmp / "run", slow if level == "float8" else sample(level))
     ran = run_suite(tmp, "--replay", tmp / "run", "--benchmark-compare", paths=(STRUCTURE,))
     assert ran.status == 1 and "perf_tests bisect" not in ran.text
+
+
+def test_noise_is_no_part_of_a_baseline(tmp_path: Path) -> None:
+    """Random weights draw noise: its scores would judge nothing, and its picture is megabytes of it."""
+    schnell = get_workload("schnell")
+    named = {"workload": schnell.id, "workload_digest": schnell.digest}
+    run = write_run(tmp_path / "run5", 5, **named)
+    for level, process in itertools.product(LEVELS, range(5)):
+        put(run, sample(level, process).model_copy(update=named))
+    ran = run_suite(tmp_path, "--replay", run, "--record-baseline")
+    assert ran.status == 0, ran.text
+    (path,) = (tmp_path / "baselines" / "cpu").iterdir()
+    baseline = read_baseline(path)
+    assert baseline.reference_image is None and not any(own.fidelity for own in baseline.levels.values())
+    assert all(len(baseline.levels[level].step_error) == 5 for level in LEVELS if level != "fp32")
 
 
 def test_partial_baseline_of_one_level(tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ def _build_cells(own: Sequence[Measurement], warm_calls_s: float) -> dict[str, A
 def _fidelity_cells(session: Session, level: str, samples: Samples) -> dict[str, Any]:
     cells: dict[str, Any] = {}
     # Random weights draw noise, and its SSIM is noise too.
-    is_picture = not session.workload.checkpoint.startswith("synthetic")
+    is_picture = not session.workload.has_random_weights
     if is_picture and level != REFERENCE_LEVEL and REFERENCE_LEVEL in samples:
         scores = session.image_scores(level, None)
         cells |= worst([{metric: score[metric] for metric in IMAGE_METRICS} for score in scores])

@@ -15,8 +15,8 @@ from perf_tests.harness.schema import Baseline, Outcome
 from perf_tests.harness.session import EXACT_LEVEL, REFERENCE_LEVEL, Session
 
 
-def baseline_of(session: Session, stored: Any) -> tuple[Baseline, bytes]:
-    """The baseline that this run would be, and its reference image.
+def baseline_of(session: Session, stored: Any) -> tuple[Baseline, dict[str, bytes]]:
+    """The baseline that this run would be, and its reference image by name; none where random weights draw noise.
 
     Args:
         stored: the image that later runs will find stored: uint8, (height, width, 3).
@@ -27,8 +27,10 @@ def baseline_of(session: Session, stored: Any) -> tuple[Baseline, bytes]:
     if broken := session.unmeasured():
         raise store.BaselineError(f"level {broken[0]!r} was not measured; {recording.UNACCEPTABLE}")
     results = {level: session.results[level] for level in recorded_levels(session)}
-    png = read_bytes(session.image_path(REFERENCE_LEVEL, 0), MAX_PNG_BYTES, store.ResultError)
-    scores = {level: session.image_scores(level, stored) for level in results}
+    png, scores = None, {}
+    if not session.workload.has_random_weights:
+        png = read_bytes(session.image_path(REFERENCE_LEVEL, 0), MAX_PNG_BYTES, store.ResultError)
+        scores = {level: session.image_scores(level, stored) for level in results}
     baseline = recording.baseline_from_results(
         results,
         levels=list(results),
@@ -42,7 +44,7 @@ def baseline_of(session: Session, stored: Any) -> tuple[Baseline, bytes]:
         fidelity_method=fidelity.METHOD,
         reference_png=png,
     )
-    return baseline, png
+    return baseline, {baseline.reference_image: png} if baseline.reference_image and png else {}
 
 
 def recorded_levels(session: Session) -> list[str]:
@@ -65,9 +67,8 @@ def store_run(session: Session, *, update: bool, reason: str | None, accepted: C
         StoreError: saying why the run cannot be a baseline.
     """
     if not update:
-        new, png = baseline_of(session, session.image(REFERENCE_LEVEL, 0))
-        assert new.reference_image is not None
-        return [f"baseline written: {_write(session, new, {new.reference_image: png})}"]
+        new, images = baseline_of(session, session.image(REFERENCE_LEVEL, 0))
+        return [f"baseline written: {_write(session, new, images)}"]
     if session.baseline is None:
         raise store.BaselineError("there is no baseline to update; record one with --record-baseline")
     new, _ = baseline_of(session, session.stored_reference())
