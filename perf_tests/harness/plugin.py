@@ -61,7 +61,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--partial-baseline", action="store_true", help="record only --levels, into a --baselines folder of your own"
     )
-    group.addoption("--update-baseline", action="store_true", help="rewrite what moved beyond a third of its limit")
+    group.addoption(
+        "--update-baseline",
+        action="store_true",
+        help="rewrite what moved beyond a third of its limit; with --levels that the baseline lacks, add these",
+    )
     group.addoption("--reason", help="why --update-baseline may accept something slower")
     group.addoption("--require-machine", metavar="SLUG", help="refuse any other than this one, as h200-700w")
     group.addoption("--inject", action="append", default=[], metavar="LEVEL:FAULT", help="break a level on purpose")
@@ -239,7 +243,9 @@ def _record(own: Suite, session: pytest.Session, reporter: Any) -> None:
             raise store.BaselineError(reason)
         option = session.config.option
         accepted = {verdict.level for verdict in own.accepted}
-        lines = record.store_run(own.session, update=option.update_baseline, reason=option.reason, accepted=accepted)
+        lines = record.store_run(
+            own.session, update=option.update_baseline, reason=option.reason, accepted=accepted, added=own.added
+        )
         reporter.write_line("\n" + "\n".join(lines))
     except StoreError as error:
         reporter.write_line(f"\nno baseline was written: {error}", red=True)

@@ -57,11 +57,14 @@ def recorded_levels(session: Session) -> list[str]:
     return list(session.levels) if ladder <= set(session.levels) else list(session.results)
 
 
-def store_run(session: Session, *, update: bool, reason: str | None, accepted: Collection[str] = ()) -> list[str]:
-    """Write a new baseline file, or one with what moved; lines for the terminal.
+def store_run(
+    session: Session, *, update: bool, reason: str | None, accepted: Collection[str] = (), added: Collection[str] = ()
+) -> list[str]:
+    """Write a new baseline file, or one with what moved or is `added`; lines for the terminal.
 
     Args:
         accepted: levels with a red verdict that was let pass for `reason`.
+        added: levels that the baseline lacks and this run is of; what it holds is then left as it is.
 
     Raises:
         StoreError: saying why the run cannot be a baseline.
@@ -72,10 +75,13 @@ def store_run(session: Session, *, update: bool, reason: str | None, accepted: C
     if session.baseline is None:
         raise store.BaselineError("there is no baseline to update; record one with --record-baseline")
     new, _ = baseline_of(session, session.stored_reference())
+    if added:
+        extended, lines = updating.extend_baseline(session.baseline, new, added, _limits(session, new))
+        return [*lines, f"baseline written: {_write(session, extended, {})}"]
     updated, lines = updating.update_baseline(
         session.baseline,
         new,
-        _limits(session),
+        _limits(session, new),
         reason,
         accepted=accepted,
         leaner=[level for level in session.levels if session.memory(level).outcome is Outcome.IMPROVED],
@@ -90,9 +96,9 @@ def store_run(session: Session, *, update: bool, reason: str | None, accepted: C
     return [*(lines or ["nothing moved beyond a third of its limit; this night is kept"]), f"baseline written: {path}"]
 
 
-def _limits(session: Session) -> dict[str, float]:
+def _limits(session: Session, new: Baseline) -> dict[str, float]:
     """Level -> latency limit as a log ratio; a level without one (not judged) has not moved."""
-    limits = {level: session.latency(level).numbers.get("limit") for level in session.levels}
+    limits = {level: session.latency(level).numbers.get("limit") for level in new.levels}
     return {level: math.inf if limit is None else math.log1p(limit) for level, limit in limits.items()}
 
 

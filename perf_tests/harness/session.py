@@ -313,7 +313,7 @@ class Session:
         if self.is_compared:
             where = "" if self.baseline else f" None of workload {self.workload.id!r} is in {self.baseline_folder}."
             return verdict.model_copy(update={"message": verdict.message + where})
-        message = f"level {verdict.level!r} was measured and proven; add --benchmark-compare for a verdict"
+        message = f"level {verdict.level!r} was measured and proven; --benchmark-compare judges what a baseline holds"
         return verdict.model_copy(update={"outcome": Outcome.PASS, "rule": "not_compared", "message": message})
 
 

@@ -16,12 +16,13 @@ from fluxfast.workloads import Workload, get_workload
 from perf_tests.harness import faults, gpu, lease, runner, store
 from perf_tests.harness.machine import ask_machine, chosen_levels, first_gpu, git_sha
 from perf_tests.harness.obstacles import obstacle
+from perf_tests.harness.policy import policy_for
 from perf_tests.harness.progress import CPU_DEADLINES, GPU_DEADLINES, ProgressPrinter
 from perf_tests.harness.quarantine import load_quarantine
 from perf_tests.harness.recording import MIN_PROCESSES
 from perf_tests.harness.replay import tests_of
 from perf_tests.harness.schema import Outcome, Result, Verdict
-from perf_tests.harness.session import Session
+from perf_tests.harness.session import Session, with_references
 from perf_tests.harness.stored_run import RunFacts, read_facts
 from perf_tests.harness.usage import FOLDER, asked_for
 from perf_tests.history.night import Judged
@@ -33,6 +34,7 @@ class Suite:
     """One run and what was said about it.
 
     Attributes:
+        added: levels that `--update-baseline` is about to add to a baseline that lacks all that are named.
         expected: levels that have to be measured and judged, or the run is not green.
         verdicts: of the tests so far, by node id.
         baseline_name: file that judges this run; None if none does.
@@ -59,14 +61,19 @@ class Suite:
             raise ValueError(f"--workload {option.workload}: the stored run {option.replay} is of {facts.workload!r}")
         workload = get_workload(facts.workload)
         runnable = facts.levels if option.replay else [level for level in LEVELS if level not in facts.unavailable]
-        self.expected = chosen_levels(option.levels, facts.levels, runnable, facts.unavailable)
-        if self.is_recording:
-            self._refuse_to_record(option, facts, workload)
-        self.injections = _injections(option.inject, self.expected)
+        chosen = chosen_levels(option.levels, facts.levels, runnable, facts.unavailable)
         folder = option.baselines / facts.slug
         path = store.find_baseline(folder, workload.id) if folder.is_dir() else None
         is_compared = bool(option.benchmark_compare)
         self._is_judging = is_compared or self.is_recording
+        baseline = store.read_baseline(path) if path and self._is_judging else None
+        is_new = baseline is not None and baseline.levels.keys().isdisjoint(chosen)
+        self.added = chosen if is_new and option.update_baseline else []
+        # The references of what is added tell whether the machine is as it was, so they are judged like any level.
+        self.expected = with_references(chosen, facts.unavailable) if self.added else chosen
+        if self.is_recording:
+            self._refuse_to_record(option, facts, workload)
+        self.injections = _injections(option.inject, self.expected)
         # Files or node ids say which tests are wanted; a folder says all.
         self._is_whole = any(FOLDER not in path.parents for path in asked_for(config, config.args))
         if self.is_recording and not (option.partial_baseline or self._is_whole):
@@ -79,13 +86,14 @@ class Suite:
         self.session = Session(
             folder=option.replay or option.results,
             workload=workload,
-            levels=self.expected,
+            levels=chosen,
             unavailable=facts.unavailable,
             processes=facts.processes,
             slug=facts.slug,
-            baseline=store.read_baseline(path) if path and self._is_judging else None,
+            baseline=baseline,
             baseline_folder=folder,
-            is_compared=is_compared and not option.record_baseline,  # which is how a machine gets its first
+            # A machine's first baseline has nothing to be compared with, nor has a level that it is about to get.
+            is_compared=is_compared and not (option.record_baseline or self.added),
             measure=None if option.replay else self._measure,
         )
         if option.replay:
@@ -193,15 +201,26 @@ class Suite:
     def _refuse_to_record(self, option: Any, facts: RunFacts, workload: Workload) -> None:
         # Of the machine and not of the run: a stored run may have been narrowed itself.
         ladder = [level.id for level in LADDER if level.id not in facts.unavailable]
-        left = [] if option.partial_baseline else [level for level in ladder if level not in self.expected]
+        is_part = option.partial_baseline or self.added
+        left = [] if is_part else [level for level in ladder if level not in self.expected]
         if option.inject or left:
             why = "--inject" if option.inject else f"--levels without {', '.join(left)}"
             raise ValueError(
                 f"a baseline holds the whole ladder, unbroken: leave {why} away, here and in the run that is replayed, "
-                "to record or update one"
+                "to record or update one; --update-baseline adds --levels of which the newest baseline holds none"
             )
         if "@" in workload.id:
             raise ValueError(f"a baseline belongs to a workload by its name, and {workload.id!r} takes other weights")
+        if self.added and (divisor := policy_for(facts.slug).relative_to):
+            raise ValueError(
+                f"on {facts.slug!r} a time is a ratio to {divisor!r} of the same run, so {', '.join(self.added)} "
+                "cannot be added to another run's: record a new baseline with --record-baseline"
+            )
+        if self.added and option.reason:
+            raise ValueError(
+                f"--reason says why something slower is accepted, and adding {', '.join(self.added)} accepts nothing: "
+                "leave it away"
+            )
 
     def _measure(self, levels: Sequence[str], processes: int, folder: Path) -> dict[str, list[Result]]:
         """Run workers, with progress on the terminal; Ctrl-C keeps what was measured."""

@@ -1,4 +1,7 @@
-"""From an old baseline and a new run's to an updated one: only what moved, nothing slower without a reason. Pure."""
+"""From an old baseline and a new run's to an updated one: only what moved, or what is new. Pure.
+
+Nothing gets slower without a reason.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,13 @@ import statistics
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from fluxfast.levels import LEVELS
 from perf_tests.harness.schema import AnnotatedStep, Baseline, LevelBaseline
 from perf_tests.harness.store import BaselineError
 
 NIGHTS_KEPT = 30
 """Older nights tell of another driver and another season; thirty know a spread to an eighth of itself."""
+ANEW = "record a new baseline with `pytest perf_tests --record-baseline`"
 
 
 def update_baseline(
@@ -55,17 +60,9 @@ def update_baseline(
         BaselineError: not comparable, a level is missing, a loosening without reason, or times of an `unsettled` level
             that would have to be stored.
     """
-    for field in ("slug", "workload_digest", "method", "fidelity_method", "source"):
-        if getattr(old, field) != getattr(new, field):
-            raise BaselineError(
-                f"{field} is {getattr(new, field)!r}, the baseline's is {getattr(old, field)!r}: they do not compare; "
-                "record a new baseline with `pytest perf_tests --record-baseline`"
-            )
+    _refuse_other(old, new)
     if missing := (set(old.levels) | set(new.levels)) - (set(old.levels) & set(new.levels) & set(limits)):
-        raise BaselineError(
-            f"levels {', '.join(sorted(missing))} are not in all of baseline, run and limits: "
-            "record a new baseline with `pytest perf_tests --record-baseline`"
-        )
+        raise BaselineError(f"levels {', '.join(sorted(missing))} are not in all of baseline, run and limits: {ANEW}")
     over = divisors or {}
     ratios = {level: _unit(new, level, over.get(level)) / _unit(old, level, over.get(level)) for level in old.levels}
     changed = {*accepted, *(level for level in old.levels if _identity(old, level) != _identity(new, level))}
@@ -108,6 +105,59 @@ def update_baseline(
     ]
     update = {"environment": new.environment, "levels": levels, "steps": [*old.steps, *steps]}
     return old.model_copy(update=update), lines
+
+
+def extend_baseline(
+    old: Baseline, new: Baseline, added: Collection[str], limits: Mapping[str, float]
+) -> tuple[Baseline, list[str]]:
+    """`old` with the levels `added` taken from `new`; what it holds stays as it is.
+
+    The levels that both hold, bf16, fp32 and parents, are the witnesses: where they take as long as they took, seconds
+    of the two runs stand in one file. Where the policy has a divisor they never do.
+
+    Args:
+        old, new: of the same machine, workload and method; `new` from `baseline_from_results`.
+        added: level ids that `old` lacks and `new` holds.
+        limits: as of `update_baseline`, of the levels that both hold.
+
+    Returns:
+        The baseline, its levels in the project's order, and one line an added level.
+
+    Raises:
+        BaselineError: not comparable, another environment, or a witness that moved beyond its limit, either way.
+    """
+    _refuse_other(old, new)
+    was, now = (dict(baseline.environment or ()) for baseline in (old, new))
+    if changes := [f"{name} {was.get(name)} -> {now[name]}" for name in now if was.get(name) != now[name]]:
+        raise BaselineError(
+            f"the environment is not the baseline's ({', '.join(changes)}), and a file says one for all levels: {ANEW}"
+        )
+    ratios = {level: _median_s(new, level) / _median_s(old, level) for level in old.levels if level in new.levels}
+    moved = [level for level, ratio in ratios.items() if abs(math.log(ratio)) > limits[level]]
+    if moved:
+        told = ", ".join(f"{level} x{ratios[level]:.4f} (limit {limits[level]:.2%})" for level in moved)
+        raise BaselineError(
+            f"the baseline's own levels moved beyond their limit, {told}, so that this run's seconds do not belong "
+            f"beside its: measure again on a quiet machine or, if the machine changed, {ANEW}"
+        )
+    levels = {**old.levels, **{level: new.levels[level] for level in added}}
+    known = [*LEVELS, *levels]  # a baseline may hold what the project no longer has
+    ordered = {level: levels[level] for level in sorted(levels, key=known.index)}
+    lines = [
+        f"{level}: added, {_median_s(new, level):.6g} s in {len(new.levels[level].processes)} processes"
+        for level in ordered
+        if level in added
+    ]
+    return old.model_copy(update={"levels": ordered}), lines
+
+
+def _refuse_other(old: Baseline, new: Baseline) -> None:
+    for field in ("slug", "workload_digest", "method", "fidelity_method", "source"):
+        if getattr(old, field) != getattr(new, field):
+            raise BaselineError(
+                f"{field} is {getattr(new, field)!r}, the baseline's is {getattr(old, field)!r}: they do not compare; "
+                f"{ANEW}"
+            )
 
 
 def _with_night(level: LevelBaseline, night: float | None) -> LevelBaseline:
