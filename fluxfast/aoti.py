@@ -9,14 +9,16 @@ Constants stay outside: a package is a few MB, and the weights it runs on are th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import platform
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -125,13 +127,14 @@ def make_package(name: str, module: nn.Module, example: Example, options: dict[s
     identity = describe(name, module, example, options, level)
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     path, manifest = folder / f"{name}-{key}.pt2", folder / f"{name}-{key}.manifest.json"
-    reused = belongs(path, manifest, identity)
-    if not reused:
-        manifest.unlink(missing_ok=True)
-        exported = torch.export.export(module, *example, strict=False)
-        configs = options | WEIGHTS_OUTSIDE
-        torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=configs)
-        _write_atomically(manifest, identity | {"sha256": _sha256(path), "size": path.stat().st_size})
+    with _locked(folder):
+        reused = belongs(path, manifest, identity)
+        if not reused:
+            manifest.unlink(missing_ok=True)
+            exported = torch.export.export(module, *example, strict=False)
+            configs = options | WEIGHTS_OUTSIDE
+            torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs=configs)
+            _write_atomically(manifest, identity | {"sha256": _sha256(path), "size": path.stat().st_size})
     return Package(name, path, options, reused)
 
 
@@ -148,6 +151,18 @@ def private_folder(folder: Path) -> None:
             f"package folder {folder} is a link, another user's or writable by others, and packages are native code: "
             f"run `chmod 700 {folder}` or name another cache folder"
         )
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` against processes on other GPUs: Inductor writes a package in place, where they would load half."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough if Inductor forked meanwhile
+        os.close(descriptor)
 
 
 def belongs(path: Path, manifest: Path, identity: dict[str, Any]) -> bool:

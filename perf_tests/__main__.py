@@ -11,7 +11,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("perf_tests.export", "a run as records of the PyTorch OSS benchmark database"),
     "history": ("perf_tests.history.cli", "list nights, show where levels changed, rebuild"),
     "issues": ("perf_tests.issues", "open a GitHub issue for each new regression, close it when green"),
-    "merge": ("perf_tests.merge", "the processes of several runs of one kind of machine as one run"),
     "report": ("perf_tests.report.cli", "a run as one HTML page, and as Markdown"),
     "sweep": ("perf_tests.sweep.cli", "levels x workloads x versions over the GPUs of a Ray cluster"),
 }

@@ -1,8 +1,9 @@
-"""A pytest plugin (`-p fake_machine`): perf_tests on a machine without a GPU, whose workers are made up."""
+"""A pytest plugin (`-p fake_machine`): perf_tests on a machine with made-up GPUs or none, and made-up workers."""
 
 from __future__ import annotations
 
 import errno
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from suite_samples import UNAVAILABLE, put, sample
 
 from fluxfast.levels import LEVELS
-from perf_tests.harness import runner, suite
+from perf_tests.harness import gpu, lease, runner, suite
 from perf_tests.harness.lease import GpuBusy
 from perf_tests.harness.schema import Result
 from perf_tests.harness.store import read_result
@@ -32,23 +33,31 @@ BREAKS = {
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--breaks", choices=BREAKS, help="what the first worker of a confirmation or the second one meets")
     parser.addoption("--slow", help="a level that takes twice its time")
+    parser.addoption("--cards", help="slugs of this machine's GPUs, comma-separated")
 
 
-def pytest_configure(config: pytest.Config) -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Before the suite's own `pytest_configure`, which asks the machine."""
     started: list[str] = []
     option = config.option
 
-    def run_level(level: str, workload: str, process: int, folder: Path, *, cache: Path, **_: Any) -> Result:
+    def run_level(level: str, workload: str, process: int, folder: Path, *, cache: Path, **more: Any) -> Result:
         started.append(level)
         cache.mkdir(exist_ok=True)
         if option.breaks and ("confirm" in folder.parts if option.slow else len(started) == 2):
             raise BREAKS[option.breaks]
         put(folder, sample(level, process, 2.0 if level == option.slow else 1.0))
+        (folder / level / str(process) / "gpu").write_text(str(more["gpu"]))
+        if option.cards:
+            time.sleep(0.05)  # or the first lane would have done all before the second begins
         return read_result(folder / level / str(process) / "result.json")
 
     suite.runner = types.SimpleNamespace(
         run_level=run_level, schedule=runner.schedule, new_run_folder=runner.new_run_folder
     )
-
-
-suite.ask_machine = lambda workload: MACHINE
+    cards = option.cards.split(",") if option.cards else []
+    suite.ask_machine = lambda workload: {**MACHINE, "device": "cuda" if cards else "cpu"}
+    suite.first_gpus = lambda count: list(range(count))
+    gpu.slug = lambda own=0: cards[own] if cards else "cpu"
+    lease.default_folder = lambda: option.cache / "leases"

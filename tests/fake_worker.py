@@ -83,6 +83,8 @@ def main() -> None:
         write_result(out, result_of(arguments).model_copy(update={"injection": None}))
     elif behave != "silent":
         write_result(out, result_of(arguments))
+    if behave == "slow":
+        time.sleep(1.0)
     if behave == "late-crash":
         faults.segv()
     if behave == "lingers":
@@ -115,9 +117,10 @@ def act(arguments: argparse.Namespace, behave: str | None, out: pathlib.Path) ->
             faults.hang_forever()
         case "grandchild":
             start_grandchild(out)
-        case "environment":
+        case "environment" | "slow":
             (out / "environment").write_text("\n".join(f"{name}={value}" for name, value in os.environ.items()))
             assert sys.stdin.read() == ""
+            time.sleep(0.5 if behave == "slow" else 0.0)
 
 
 if __name__ == "__main__":

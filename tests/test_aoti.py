@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +175,24 @@ def test_package_is_reused_for_other_weights(made: Package) -> None:
     """Found again by everything but the weights' values."""
     again = remake(made, make_net(seed=3))
     assert not made.reused and again.reused and again.path == made.path
+
+
+def test_package_is_made_by_one_process_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second one on another GPU waits and finds it whole."""
+
+    def compile_slowly(exported: object, *, package_path: str, inductor_configs: dict[str, Any]) -> None:
+        with Path(package_path).open("ab") as file:
+            for part in (b"native ", b"code"):
+                file.write(part)
+                file.flush()
+                time.sleep(0.5)
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_slowly)
+    monkeypatch.setattr(torch.export, "export", lambda *_, **__: None)
+    with ThreadPoolExecutor(2) as pool:
+        made = list(pool.map(lambda _: make_package("net", make_net(), EXAMPLE, {}, LEVEL, tmp_path / "new"), range(2)))
+    assert sorted(package.reused for package in made) == [False, True]
+    assert made[0].path.read_bytes() == b"native code"
 
 
 def test_attaching_to_a_module_without_the_weights_is_refused(made: Package) -> None:

@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 
 from perf_tests.harness import gpu
-from perf_tests.harness.gpu import GpuError, Snapshot, difference, first_visible, gpu_facts, read_counters, slug
+from perf_tests.harness.gpu import (
+    GpuError,
+    Snapshot,
+    difference,
+    first_visible,
+    gpu_facts,
+    read_counters,
+    slug,
+    visible,
+)
 from perf_tests.harness.schema import Counters
 
 ULL, UINT = 3, 1
@@ -271,11 +280,48 @@ def test_the_first_visible_gpu_is_the_one_that_is_used(value: str | None, expect
     assert first_visible(value) == expected
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(None, [0, 1]), ("3,1,0", [3, 1]), ("GPU-8a, 2", ["GPU-8a", 2]), ("4,5,-1", [4, 5])],
+)
+def test_the_first_gpus_are_those_of_the_variable(value: str | None, expected: list[int | str]) -> None:
+    """In its order; without it those that NVML counts first."""
+    fake = FakeNvml(count=3)
+    assert visible(value, 2, nvml=fake) == expected
+    assert visible(value, 1, nvml=fake) == [first_visible(value)]
+    assert fake.opened == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "observed"),
+    [
+        (None, "NVML counts 1"),
+        ("3", "CUDA_VISIBLE_DEVICES='3' names 1"),
+        ("3,3", "CUDA_VISIBLE_DEVICES='3,3' names 1"),
+        ("3,-1,4", "CUDA_VISIBLE_DEVICES='3,-1,4' names 1"),
+    ],
+)
+def test_fewer_gpus_than_asked_for_are_an_error(value: str | None, observed: str) -> None:
+    """Two workers on one GPU would measure each other."""
+    with pytest.raises(GpuError, match=f"^{observed} and not 2 GPUs; ask for fewer, or let this process see more$"):
+        visible(value, 2, nvml=FakeNvml())
+
+
+def test_gpus_without_nvml_are_none(no_nodes: list[Path]) -> None:
+    """Where there is no driver, NVML counts none."""
+    fake = FakeNvml()
+    fake.errors["nvmlInit"] = FakeNvml.NVML_ERROR_LIBRARY_NOT_FOUND
+    with pytest.raises(GpuError, match="NVML counts 0"):
+        visible(None, 1, nvml=fake)
+
+
 @pytest.mark.parametrize("value", ["", "-1", "-1,0"])
 def test_hidden_gpus_are_an_error(value: str) -> None:
     """A suite that would then run on the CPU must not take the GPU's baseline."""
     with pytest.raises(GpuError, match="hides every GPU"):
         first_visible(value)
+    with pytest.raises(GpuError, match="hides every GPU"):
+        visible(value, 1)
 
 
 def test_the_fake_has_the_names_of_the_real_one() -> None:

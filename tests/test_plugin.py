@@ -33,7 +33,7 @@ from perf_tests.harness.faults import apply_image_fault, parse
 from perf_tests.harness.recording import stock_json
 from perf_tests.harness.schema import Counters, ErrorKind, Proof
 from perf_tests.harness.store import read_baseline, write_baseline
-from perf_tests.harness.stored_run import RunFacts
+from perf_tests.harness.stored_run import RunFacts, read_run
 from perf_tests.harness.suite import ROOT
 from perf_tests.issues import merged, read_cases
 
@@ -462,6 +462,7 @@ def test_other_weights(tmp: Path) -> None:
         (["--workload=huge"], "--workload huge"),
         (["--inject=compile:oom"], "--replay starts none"),
         (["--processes=3"], "--replay starts none"),
+        (["--gpus=2"], "--gpus says on how many GPUs workers run, and --replay starts none"),
         (["--require-machine=h200-700w"], "--require-machine h200-700w: this machine is 'cpu'"),
         (["--record-baseline", "--update-baseline"], "leave one away"),
         (["--reason=why not"], "give both"),
@@ -502,6 +503,40 @@ def test_faults_that_cannot_be_injected(tmp_path: Path, faults: list[str], said:
     assert ran.status == 4, ran.text
     assert said in ran.text
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--gpus=0"], "--gpus is 0, expected at least 1"),
+        (["--gpus=2"], "--gpus 2: expected so many GPUs, and workers find none here"),
+        (["--gpus=2", "--cards=h200-700w,h100-700w"], "expected GPUs of one kind, and 0 is h200-700w, 1 is h100-700w"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_gpus_that_cannot_measure_side_by_side(tmp_path: Path, options: list[str], said: str) -> None:
+    """One sentence, nothing is measured."""
+    ran = run_suite(tmp_path, "-p", "fake_machine", f"--cache={tmp_path / 'cache'}", *options)
+    assert ran.status == 4, ran.text
+    assert said in ran.text and "Traceback" not in ran.text
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_workers_share_the_gpus(tmp_path: Path, count: int) -> None:
+    """Each of two runs some of the workers, and is held; a single one is what the environment says."""
+    cache = tmp_path / "cache"
+    cards = f"--cards={','.join(['h200-700w'] * 3)}"
+    ran = run_suite(tmp_path, "-p", "fake_machine", f"--cache={cache}", cards, f"--gpus={count}", "--processes=2")
+    assert ran.status == 0, ran.text
+    seen = [path.read_text() for path in (tmp_path / "results").glob("*/*/*/gpu")]
+    assert len(seen) == 2 * len(LEVELS)
+    assert set(seen) == ({"0", "1"} if count == 2 else {"None"})
+    assert {path.name for path in (cache / "leases").iterdir()} == {f"{gpu}.lock" for gpu in range(count)}
+    (folder,) = (tmp_path / "results").glob("*/run.json")
+    assert json.loads(folder.read_text())["slug"] == "h200-700w"
+    for level, results in read_run(folder.parent, LEVELS, 2).items():
+        assert [result.process for result in results] == [0, 1], level
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,20 @@ def test_environment(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) ->
     assert not [line for line in lines if line.startswith("FLUXFAST_")]
 
 
+@pytest.mark.parametrize(("gpu", "expected"), [(None, "5,6"), (1, "1"), ("GPU-8a", "GPU-8a")])
+def test_worker_sees_the_gpu_that_is_its_own(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, gpu: int | str | None, expected: str
+) -> None:
+    """By NVML's order, in the command that repeats it too; without one, those that we see."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6")
+    run(tmp_path / "good", "environment", gpu=gpu)
+    lines = (tmp_path / "good/compile/0/environment").read_text().splitlines()
+    assert f"CUDA_VISIBLE_DEVICES={expected}" in lines
+    assert ("CUDA_DEVICE_ORDER=PCI_BUS_ID" in lines) == (gpu is not None)
+    command = failure_of(tmp_path / "bad", run(tmp_path / "bad", "oom", gpu=gpu)).command
+    assert (f"CUDA_VISIBLE_DEVICES={expected}" in command) == (gpu is not None)
+
+
 @pytest.mark.parametrize(
     ("behave", "kind", "status", "sentence"),
     [
@@ -302,6 +316,21 @@ def test_progress_lines_without_a_terminal(tmp_path: pathlib.Path) -> None:
         "[1/9] compile #0 warmup 15 s of at most 20 s round 15",
         "[1/9] compile #0 warmup 30 s of at most 20 s round 30",
         "[1/9] compile #0 measure 0 s of at most 20 s",
+    ]
+
+
+def test_progress_lines_of_workers_side_by_side(tmp_path: pathlib.Path) -> None:
+    """Each has its own stages and its own 15 s."""
+    stream = io.StringIO()
+    printer = ProgressPrinter(DEADLINES, workers=9, stream=stream)
+    for second in range(17):
+        printer("compile", 0, "measure", "", float(second))
+        printer("bf16", 0, "load", "", 10.0 + second)
+    assert stream.getvalue().splitlines() == [
+        "[1/9] compile #0 measure 0 s of at most 20 s",
+        "[2/9] bf16 #0 load 10 s of at most 20 s",
+        "[1/9] compile #0 measure 15 s of at most 20 s",
+        "[2/9] bf16 #0 load 25 s of at most 20 s",
     ]
 
 

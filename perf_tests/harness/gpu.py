@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import itertools
 import os
 import re
 from collections.abc import Callable, Collection, Iterator
@@ -154,12 +155,34 @@ def first_visible(cuda_visible_devices: str | None) -> int | str:
     Raises:
         GpuError: the variable hides every GPU.
     """
+    return 0 if cuda_visible_devices is None else _named(cuda_visible_devices)[0]
+
+
+def visible(cuda_visible_devices: str | None, count: int, *, nvml: Any = None) -> list[int | str]:
+    """NVML's names of the first `count` GPUs of CUDA, as `first_visible`.
+
+    Raises:
+        GpuError: fewer are there, or the variable hides every GPU.
+    """
     if cuda_visible_devices is None:
-        return 0
-    first = cuda_visible_devices.split(",")[0].strip()
-    if first in ("", "-1", "NoDevFiles"):
+        with _opened(nvml) as lib:
+            there: list[int | str] = list(range(_asked(lib, "nvmlDeviceGetCount"))) if lib else []
+        observed = "NVML counts"
+    else:
+        there = _named(cuda_visible_devices)
+        observed = f"CUDA_VISIBLE_DEVICES={cuda_visible_devices!r} names"
+    if len(there) < count:
+        raise GpuError(f"{observed} {len(there)} and not {count} GPUs; ask for fewer, or let this process see more")
+    return there[:count]
+
+
+def _named(cuda_visible_devices: str) -> list[int | str]:
+    """Each GPU once, up to the first word that names none, as CUDA reads the variable."""
+    words = [word.strip() for word in cuda_visible_devices.split(",")]
+    words = list(itertools.takewhile(lambda word: word not in ("", "-1", "NoDevFiles"), words))
+    if not words:
         raise GpuError(f"CUDA_VISIBLE_DEVICES is {cuda_visible_devices!r} and hides every GPU; name one, or unset it")
-    return int(first) if first.isdecimal() else first
+    return list(dict.fromkeys(int(word) if word.isdecimal() else word for word in words))
 
 
 def _gpu_nodes() -> list[Path]:

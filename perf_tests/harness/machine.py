@@ -51,6 +51,15 @@ def first_gpu() -> int | str:
     return gpu.first_visible(os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
+def first_gpus(count: int) -> list[int | str]:
+    """The GPUs that workers will use side by side, as NVML knows them.
+
+    Raises:
+        GpuError: fewer are visible.
+    """
+    return gpu.visible(os.environ.get("CUDA_VISIBLE_DEVICES"), count)
+
+
 def git_sha() -> str:
     """Of the checkout; "nogit" outside one, or without git."""
     try:

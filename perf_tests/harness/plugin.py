@@ -51,6 +51,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--processes", type=int, help="fresh processes a level; default: 3 on a GPU, 1 on a CPU, 5 to record"
     )
+    group.addoption(
+        "--gpus",
+        type=int,
+        default=1,
+        help="run workers on so many GPUs of one kind side by side, the first of CUDA_VISIBLE_DEVICES; default: 1",
+    )
     group.addoption("--results", type=Path, default=ROOT / "results", help="folder of runs")
     group.addoption("--cache", type=Path, default=ROOT / ".cache", help="compiled code, kept between runs")
     group.addoption("--baselines", type=Path, default=ROOT / "baselines", help="folder of baselines")

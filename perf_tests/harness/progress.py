@@ -18,6 +18,7 @@ import dataclasses
 import json
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -126,34 +127,37 @@ class StageReader:
 class ProgressPrinter:
     """An `OnProgress` that keeps one line up to date on a terminal, and writes few lines into a CI log.
 
-    Without a terminal a line is written when the worker or its stage changes and every 15 s.
+    Without a terminal a line is written when a worker's stage changes and every 15 s of it. Workers side by side call
+    from threads of their own; a terminal shows the one that called last.
     """
 
     def __init__(self, deadlines: Deadlines, workers: int, stream: TextIO | None = None) -> None:
         self._deadlines = deadlines
         self._workers = workers
         self._stream = sys.stderr if stream is None else stream
-        self._seen: dict[tuple[str, int], None] = {}
-        self._stage: str | None = None
-        self._line_at_s = 0.0
+        self._shown: dict[tuple[str, int], tuple[Stage, float]] = {}
+        """Worker -> stage and time in it, seconds, of its last line in a log."""
+        self._lock = threading.Lock()
 
     def __call__(self, level: str, process: int, stage: Stage, detail: str, elapsed_s: float) -> None:
         """Show where the worker is; `elapsed_s` is the time in this stage, seconds."""
-        is_new = (level, process) not in self._seen or stage != self._stage
-        self._seen[level, process] = None
-        self._stage = stage
-        line = self._line(level, process, stage, detail, elapsed_s)
-        if self._stream.isatty():
-            # A line that wraps cannot be taken back by a carriage return.
-            self._stream.write(f"\r{line[: shutil.get_terminal_size().columns - 1]}\x1b[K")
-        elif is_new or elapsed_s - self._line_at_s >= CI_LINE_EVERY_S:
-            self._line_at_s = elapsed_s
-            self._stream.write(f"{line}\n")
-        self._stream.flush()
+        with self._lock:
+            shown, line_at_s = self._shown.get((level, process), (None, 0.0))
+            is_due = stage != shown or elapsed_s - line_at_s >= CI_LINE_EVERY_S
+            if is_due:
+                self._shown[level, process] = stage, elapsed_s
+            line = self._line(level, process, stage, detail, elapsed_s)
+            if self._stream.isatty():
+                # A line that wraps cannot be taken back by a carriage return.
+                self._stream.write(f"\r{line[: shutil.get_terminal_size().columns - 1]}\x1b[K")
+            elif is_due:
+                self._stream.write(f"{line}\n")
+            self._stream.flush()
 
     def _line(self, level: str, process: int, stage: Stage, detail: str, elapsed_s: float) -> str:
+        number = list(self._shown).index((level, process)) + 1
         return (
-            f"[{len(self._seen)}/{self._workers}] {level} #{process} {stage} "
+            f"[{number}/{self._workers}] {level} #{process} {stage} "
             f"{elapsed_s:.0f} s of at most {self._deadlines.of(stage):.0f} s {detail}"
         ).rstrip()
 

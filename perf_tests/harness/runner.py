@@ -67,6 +67,7 @@ def run_level(
     cache: Path | None = None,
     inject: str | None = None,
     is_traced: bool = False,
+    gpu: int | str | None = None,
     on_progress: OnProgress | None = None,
     worker_command: Sequence[str] = WORKER_COMMAND,
 ) -> Result:
@@ -78,6 +79,7 @@ def run_level(
         cache: for Inductor, Triton and ahead-of-time packages, kept between runs; None leaves them their defaults.
         inject: a fault, as `faults.parse` reads it.
         is_traced: whether the worker profiles one more call, after all that is timed, into `TRACE_FILE`.
+        gpu: the one that the worker sees, as NVML knows it; None leaves it those that we see.
         on_progress: called about once a second and at each change of stage.
 
     Returns:
@@ -86,7 +88,8 @@ def run_level(
     Raises:
         ValueError: unknown level, workload or fault; nothing was started.
         FileExistsError: this level and process have been run in `folder`.
-        KeyboardInterrupt: and whatever else interrupts the wait, after the worker is gone and recorded as interrupted.
+        KeyboardInterrupt: and whatever else interrupts the wait, as what `on_progress` raises, after the worker is gone
+            and recorded as interrupted.
     """
     get_level(level), get_workload(workload)
     if inject is not None:
@@ -106,7 +109,7 @@ def run_level(
             *(("--cache", str(cache.resolve())) if cache else ()),
             *(("--trace",) if is_traced else ()),
         ),
-        variables=_variables(cache),
+        variables=_variables(cache, gpu),
     )
     try:
         result = _judge(job, _supervise(job, on_progress))
@@ -155,7 +158,7 @@ class _Ended:
     is_expired: bool = False
 
 
-def _variables(cache: Path | None) -> dict[str, str]:
+def _variables(cache: Path | None, gpu: int | str | None) -> dict[str, str]:
     """What the worker's environment has beyond ours."""
     variables = {
         "PYTHONFAULTHANDLER": "1",
@@ -165,6 +168,9 @@ def _variables(cache: Path | None) -> dict[str, str]:
         # Spinning OpenMP threads on a shared CPU made compiled code up to 30 times slower.
         "OMP_WAIT_POLICY": "PASSIVE",
     }
+    if gpu is not None:
+        # NVML counts in the order of the bus, CUDA by default the fastest first.
+        variables |= {"CUDA_VISIBLE_DEVICES": str(gpu), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     if cache is not None:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         variables["TORCHINDUCTOR_CACHE_DIR"] = str(cache.resolve() / "inductor")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import itertools
 import sys
@@ -14,10 +15,11 @@ import pytest
 from fluxfast.levels import DEFAULTS, LADDER, LEVELS, get_level
 from fluxfast.workloads import Workload, get_workload
 from perf_tests.harness import faults, gpu, lease, runner, store
-from perf_tests.harness.machine import ask_machine, chosen_levels, first_gpu, git_sha
+from perf_tests.harness.lanes import Gpu, run_jobs
+from perf_tests.harness.machine import ask_machine, chosen_levels, first_gpus, git_sha
 from perf_tests.harness.obstacles import obstacle
 from perf_tests.harness.policy import policy_for
-from perf_tests.harness.progress import CPU_DEADLINES, GPU_DEADLINES, ProgressPrinter
+from perf_tests.harness.progress import CPU_DEADLINES, GPU_DEADLINES, OnProgress, ProgressPrinter
 from perf_tests.harness.quarantine import load_quarantine
 from perf_tests.harness.recording import MIN_PROCESSES
 from perf_tests.harness.replay import tests_of
@@ -82,7 +84,7 @@ class Suite:
         _point_benchmark_at(option, path)
         is_gpu = facts.slug != gpu.CPU_SLUG
         self._deadlines = GPU_DEADLINES if is_gpu else CPU_DEADLINES
-        self._gpu = str(first_gpu()) if is_gpu and not option.replay else None
+        self._gpus = first_gpus(option.gpus) if is_gpu and not option.replay else []
         self.session = Session(
             folder=option.replay or option.results,
             workload=workload,
@@ -190,7 +192,7 @@ class Suite:
         if processes < least:
             raise ValueError(f"--processes is {processes}, expected at least {least}")
         return RunFacts(
-            slug=gpu.slug(first_gpu() if is_gpu else 0),
+            slug=_one_slug(first_gpus(option.gpus)) if is_gpu else _without_gpu(option.gpus),
             workload=workload.id,
             workload_digest=workload.digest,
             levels=[level.id for level in LADDER if level.id not in unavailable],
@@ -224,31 +226,54 @@ class Suite:
 
     def _measure(self, levels: Sequence[str], processes: int, folder: Path) -> dict[str, list[Result]]:
         """Run workers, with progress on the terminal; Ctrl-C keeps what was measured."""
+
+        def run_job(level: str, process: int, own: Gpu, on_progress: OnProgress) -> Result:
+            return runner.run_level(
+                level,
+                self.session.workload.id,
+                process,
+                folder,
+                deadlines=self._deadlines,
+                cache=self.config.option.cache,
+                inject=self.injections.get(level),
+                gpu=own,
+                on_progress=on_progress,
+            )
+
         capture = self.config.pluginmanager.getplugin("capturemanager")
-        results: dict[str, list[Result]] = {level: [] for level in levels}
-        with capture.global_and_fixture_disabled(), lease.gpu_lease(self._gpu):
+        printer = ProgressPrinter(self._deadlines, len(levels) * processes)
+        lanes: Sequence[Gpu] = self._gpus if len(self._gpus) > 1 else [None]
+        with contextlib.ExitStack() as held:
+            held.enter_context(capture.global_and_fixture_disabled())
+            for own in self._gpus:
+                held.enter_context(lease.gpu_lease(str(own)))
+            where = f" on GPUs {', '.join(map(str, lanes))}" if len(lanes) > 1 else ""
             print(
                 f"\nworkload {self.session.workload.id} ({self._why_workload})\n"
-                f"measuring {', '.join(levels)} in {processes} process(es) each, into {folder}",
+                f"measuring {', '.join(levels)} in {processes} process(es) each{where}, into {folder}",
                 file=sys.stderr,
             )
-            printer = ProgressPrinter(self._deadlines, len(levels) * processes)
-            try:
-                for level, process in runner.schedule(levels, processes):
-                    result = runner.run_level(
-                        level,
-                        self.session.workload.id,
-                        process,
-                        folder,
-                        deadlines=self._deadlines,
-                        cache=self.config.option.cache,
-                        inject=self.injections.get(level),
-                        on_progress=printer,
-                    )
-                    results[level].append(result)
-            finally:
-                printer.close()
-        return results
+            held.callback(printer.close)
+            # Without a GPU, an ending worker would share the processor with the next one.
+            jobs = runner.schedule(levels, processes)
+            results = run_jobs(jobs, lanes, run_job, printer, is_overlapping=bool(self._gpus))
+        return {level: [results[level, process] for process in range(processes)] for level in levels}
+
+
+def _one_slug(gpus: Sequence[int | str]) -> str:
+    slugs = {own: gpu.slug(own) for own in gpus}
+    if len(set(slugs.values())) > 1:
+        told = ", ".join(f"{own} is {slug}" for own, slug in slugs.items())
+        raise ValueError(
+            f"--gpus {len(gpus)}: expected GPUs of one kind, and {told}: name such in CUDA_VISIBLE_DEVICES, or take one"
+        )
+    return slugs[gpus[0]]
+
+
+def _without_gpu(count: int) -> str:
+    if count > 1:
+        raise ValueError(f"--gpus {count}: expected so many GPUs, and workers find none here; leave it away")
+    return gpu.slug()
 
 
 def _point_benchmark_at(option: Any, path: Path | None) -> None:

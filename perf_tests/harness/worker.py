@@ -103,6 +103,8 @@ def run(arguments: argparse.Namespace, out: Path) -> Result:
     device = device_uuid()
     before = gpu.read_counters(device, [os.getpid()]) if device else None
     measurement = measure(built, workload, fault, out, moments["apply"] - started, applied - moments["apply"])
+    # Before "finish", when the suite may start the next worker on this GPU.
+    counters = gpu.difference(before, gpu.read_counters(device, [os.getpid()])) if before and device else None
     report_stage(out, "finish")
     sanity.require_possible_steps(workload, built.level.fields(), torch.cuda.is_available(), measurement.stages_s)
     result = Result(
@@ -114,7 +116,7 @@ def run(arguments: argparse.Namespace, out: Path) -> Result:
         unavailable=built.unavailable,
         injection=fault.spec if fault else None,
         environment=read_environment(),
-        counters=gpu.difference(before, gpu.read_counters(device, [os.getpid()])) if before and device else None,
+        counters=counters,
         measurement=measurement,
     )
     if arguments.trace:
