@@ -10,6 +10,7 @@ Constants stay outside: a package is a few MB, and the weights it runs on are th
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import fcntl
 import hashlib
@@ -69,6 +70,7 @@ class Package:
             PackageError: if the package's weights are not exactly the module's.
         """
         unwrap_tensor_subclass_parameters(module)
+        _share_cpp_library()
         runner = torch._inductor.aoti_load_package(str(self.path), run_single_threaded=True)
         weights = dict(module.named_parameters()) | dict(module.named_buffers())
         names = runner.get_constant_fqns()
@@ -84,6 +86,15 @@ class Package:
             return runner(*args, **kwargs)
 
         module.forward = forward
+
+
+def _share_cpp_library() -> None:
+    """Let packages use the C++ library that torch runs on, whatever their compiler put into them.
+
+    A compiler that links libstdc++ statically gives each package a copy, and the loader mixes the two: `std::regex`, by
+    which a package reads the name of its device, then finds another class where its locale should be and crashes.
+    """
+    ctypes.CDLL("libstdc++.so.6", mode=ctypes.RTLD_GLOBAL)
 
 
 def capture_examples(modules: dict[str, nn.Module], call: Callable[[], object]) -> dict[str, Example]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 import pytest
@@ -214,3 +217,32 @@ def test_tampered_package_is_built_again(made: Package) -> None:
     made.path.write_bytes(content)
     rebuilt = remake(made, make_net())
     assert not rebuilt.reused and remake(made, make_net()).reused
+
+
+def test_package_of_a_compiler_that_links_its_library_statically_runs(tmp_path: Path) -> None:
+    """As on machines with such a g++, where every package crashed while it was loaded."""
+    compiler = tmp_path / "g++"
+    compiler.write_text(
+        f'#!/bin/sh\ncase " $* " in *" -shared "*) set -- "$@" -static-libstdc++;; esac\nexec {which("g++")} "$@"\n'
+    )
+    compiler.chmod(0o700)
+    script = """
+import sys
+from pathlib import Path
+from test_aoti import *
+net, x = make_net(1), torch.ones(2, 4)
+with torch.no_grad():
+    wanted = net(x)
+    made = make_package("net", net, EXAMPLE, {}, LEVEL, Path(sys.argv[1]))
+    made.attach(net)
+    torch.testing.assert_close(net(x), wanted)
+print("ran", made.calls)
+"""
+    environment = os.environ | {"CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    ran = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "packages")],
+        cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ran.stdout.endswith("ran 1\n"), ran.stderr
+    libraries = list((tmp_path / "inductor").rglob("*.so"))
+    assert any(b"do_unshift" in library.read_bytes() for library in libraries), "the copy was not linked in"
