@@ -25,6 +25,7 @@ from perf_tests.harness.machine import (
     git_sha,
 )
 from perf_tests.harness.progress import CPU_DEADLINES, GPU_DEADLINES, TRACE_FILE
+from perf_tests.harness.replay import open_run
 from perf_tests.harness.schema import Result
 from perf_tests.harness.session import Session
 from perf_tests.harness.stored_run import RunFacts, read_facts
@@ -36,6 +37,8 @@ BAD_INPUT, INTERRUPTED = 2, 130
 def main(arguments: Sequence[str], run_level: Callable[..., Result] = runner.run_level) -> int:
     """Measure, then write table, plot and images; one sentence on stderr for whatever is wrong."""
     options = _parser().parse_args(arguments)
+    if options.replay:
+        return _draw_stored(options)
     try:
         facts = _stored_facts(options) if options.resume else _new_facts(options)
         folder = options.resume or _new_folder(options.output)
@@ -50,6 +53,7 @@ def main(arguments: Sequence[str], run_level: Callable[..., Result] = runner.run
             print(f"measuring {', '.join(facts.levels)} and their references into {folder}", file=sys.stderr)
             rows = table.rows(session)
             _write(session, rows)
+            _copy_images(session, rows)
     except KeyboardInterrupt:
         print(f"\ninterrupted; what was measured is kept: go on with --resume {folder}", file=sys.stderr)
         return INTERRUPTED
@@ -79,11 +83,28 @@ def _parser() -> argparse.ArgumentParser:
     folder = parser.add_mutually_exclusive_group()
     folder.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="default: a new one in results/")
     folder.add_argument("--resume", type=Path, metavar="FOLDER", help="run only what has no measurement there yet")
+    folder.add_argument("--replay", type=Path, metavar="FOLDER", help="table and plot of a stored run; runs nothing")
     parser.add_argument(
         "--trace", action="store_true", help=f"a profile of each level for Perfetto: LEVEL/0/{TRACE_FILE}; not timed"
     )
     parser.add_argument("--cache", type=Path, default=runner.ROOT / ".cache", help="compiled code, kept between runs")
     return parser
+
+
+def _draw_stored(options: argparse.Namespace) -> int:
+    """Table and plot of a run that was measured elsewhere, as on the machine with the GPU."""
+    try:
+        if options.levels or options.processes or options.workload or options.trace:
+            raise ValueError(f"--replay {options.replay} measures nothing: leave every other option away")
+        session = open_run(options.replay, None)
+        rows = table.rows(session)
+        _write(session, rows)
+    except (ValueError, StoreError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    missing = _missing(session, rows, is_traced=False)
+    _report(session, rows, missing)
+    return 1 if missing else 0
 
 
 def _new_facts(options: argparse.Namespace) -> RunFacts:
@@ -163,6 +184,9 @@ def _write(session: Session, rows: Sequence[table.Row]) -> None:
     notes += [f"{row.level} without {row.without}" for row in rows if row.without]
     write_over(session.folder / CSV_FILE, table.to_csv(rows))
     write_over(session.folder / PLOT_FILE, plot.draw(rows, session.workload, notes))
+
+
+def _copy_images(session: Session, rows: Sequence[table.Row]) -> None:
     (session.folder / IMAGES).mkdir(exist_ok=True)
     for row in rows:
         if row.error is None:
@@ -182,13 +206,15 @@ def _missing(session: Session, rows: Sequence[table.Row], is_traced: bool) -> li
 
 
 def _report(session: Session, rows: Sequence[table.Row], missing: Sequence[str]) -> None:
-    print(f"{'level':16}{'median s':>10}{'low s':>10}{'high s':>10}{'to bf16':>9}{'to parent':>11}  parent")
+    print(f"{'level':20}{'median s':>10}{'low s':>10}{'high s':>10}{'to bf16':>9}{'to parent':>11}  parent")
     for row in rows:
         numbers = (row.median_s, row.low_s, row.high_s)
         cells = "".join(f"{'-' if number is None else f'{number:.4g}':>10}" for number in numbers)
         ratios = ["-" if ratio is None else f"{ratio:.2f}x" for ratio in (row.speedup_to_bf16, row.speedup_to_parent)]
-        print(f"{row.level:16}{cells}{ratios[0]:>9}{ratios[1]:>11}  {row.parent or '-'}")
-    print(f"\n{session.folder / CSV_FILE}\n{session.folder / PLOT_FILE}\n{session.folder / IMAGES}")
+        print(f"{row.level:20}{cells}{ratios[0]:>9}{ratios[1]:>11}  {row.parent or '-'}")
+    print(f"\n{session.folder / CSV_FILE}\n{session.folder / PLOT_FILE}")
+    if session.measure is not None:
+        print(session.folder / IMAGES)
     for sentence in missing:
         print(f"error: {sentence}", file=sys.stderr)
     if any(row.error for row in rows):

@@ -28,7 +28,7 @@ NAMES = {
     "other": "rest",
 }
 BARS_IN, ROW_IN = 6.4, 0.46
-LEFT_IN, RIGHT_IN, TOP_IN, BOTTOM_IN = 1.6, 4.0, 1.3, 1.1
+LEFT_IN, RIGHT_IN, TOP_IN, BOTTOM_IN = 1.9, 4.0, 1.3, 1.1
 WIDTH_IN = LEFT_IN + BARS_IN + RIGHT_IN
 NOTE_IN = 0.17
 """Height of one line of the notes."""
@@ -36,6 +36,8 @@ TABLE_X = tuple(1 + inches / BARS_IN for inches in (0.85, 1.65, 2.5))
 PARENT_X = 1 + 2.6 / BARS_IN
 """Right edges of median and speed-ups, and the left edge of the parent's name, in widths of the bars' axes."""
 DPI = 150
+DWARFING = 3.0
+"""A level that is so many times slower than every other, as fp32 on a GPU, leaves the axis and not the others' bars."""
 
 
 def draw(table: Sequence[Row], workload: Workload, notes: Sequence[str]) -> bytes:
@@ -62,16 +64,25 @@ def figure(table: Sequence[Row], workload: Workload, notes: Sequence[str]) -> Fi
     axes.set_yticks(range(len(table)), [row.level for row in table])
     axes.grid(axis="x", color="#DDDDDD")
     axes.spines[["top", "right"]].set_visible(False)
+    end_s = _end_s(table)
     for place, row in enumerate(table):
         _draw_row(axes, place, row)
-    longest = max((row.max_s for row in table if row.max_s is not None), default=1.0)
-    axes.set_xlim(0, 1.03 * longest)
+        if row.min_s is not None and row.min_s > end_s:
+            _write(axes, 0.985, place, "»", ha="right", fontsize=14, weight="bold", color="white")
+    axes.set_xlim(0, end_s)
     for x, heading in zip(TABLE_X, ("median", "to bf16", "to parent"), strict=True):
         _write(axes, x, -0.7, heading, ha="right", fontsize=9, weight="bold")
     _draw_legend(own, table, bottom - 0.55 / height_in)
     _draw_title(own, table, workload, height_in)
     own.text(0.02, 0.1 / height_in, "\n".join(lines), fontsize=8, va="bottom", color="#444444", linespacing=1.3)
     return own
+
+
+def _end_s(table: Sequence[Row]) -> float:
+    """Where the axis ends, seconds: behind the slowest round, or behind the second slowest level's if one dwarfs all."""
+    slowest = sorted(row.max_s for row in table if row.max_s is not None) or [1.0]
+    is_dwarfing = len(slowest) > 2 and slowest[-1] > DWARFING * slowest[-2]
+    return 1.03 * slowest[-2 if is_dwarfing else -1]
 
 
 def _draw_row(axes: Any, place: int, row: Row) -> None:

@@ -154,7 +154,7 @@ def _row(session: Session, level: str, samples: Samples) -> Row:
         max_s=max(map(max, samples[level])),
         speedup_to_bf16=median(samples[REFERENCE_LEVEL]) / seconds if REFERENCE_LEVEL in samples else None,
         speedup_to_parent=median(samples[parent]) / seconds if parent else None,
-        **_stage_cells(own),
+        **_stage_cells(own, session.workload.num_inference_steps),
         **_build_cells(own, session.workload.warmup_rounds * seconds),
         **_fidelity_cells(session, level, samples),
         clock=own[0].clock,
@@ -175,8 +175,8 @@ def _nearest_below(level: str, samples: Samples) -> str | None:
     return below
 
 
-def _stage_cells(own: Sequence[Measurement]) -> dict[str, Any]:
-    """Medians over the rounds of all processes."""
+def _stage_cells(own: Sequence[Measurement], num_steps: int) -> dict[str, Any]:
+    """Medians over the rounds of all processes. A loop in one graph shows no steps: they are its equal parts."""
     names = own[0].stages_s
     if not names:
         return {}
@@ -185,6 +185,8 @@ def _stage_cells(own: Sequence[Measurement]) -> dict[str, Any]:
     parts["other"] = np.concatenate([m.samples_s for m in own]) - sum(stages.values())
     if steps := [stages[name] for name in names if name.startswith("step_")]:
         parts |= {"step": np.array(steps), "steps": np.sum(steps, axis=0)}
+    elif "denoise" in stages:
+        parts |= {"step": stages["denoise"] / num_steps, "steps": stages["denoise"]}
     return {f"{name}_s": float(np.median(values)) for name, values in parts.items()}
 
 

@@ -50,11 +50,19 @@ def baseline_of(session: Session, stored: Any) -> tuple[Baseline, dict[str, byte
 def recorded_levels(session: Session) -> list[str]:
     """Levels that go into a baseline: those that have tests.
 
-    A level beside the ladder brings its parent along, of which no test said a word. A part of the ladder, recorded for
-    a search only, keeps the references that its levels are judged by.
+    A level beside the ladder brings its parent along, of which no test said a word. A part of the ladder keeps the
+    references that its levels are judged by, unless their times were disturbed.
     """
     ladder = {level.id for level in LADDER} - session.unavailable.keys()
-    return list(session.levels) if ladder <= set(session.levels) else list(session.results)
+    if ladder <= set(session.levels):
+        return list(session.levels)
+    return [level for level in session.results if level in session.levels or not disturbed(session, level)]
+
+
+def disturbed(session: Session, level: str) -> str | None:
+    """What was against the times of a level, None if they stand."""
+    found = (recording.void_reason(result.counters) for result in session.results[level])
+    return next((reason for reason in found if reason), None)
 
 
 def store_run(
@@ -70,8 +78,15 @@ def store_run(
         StoreError: saying why the run cannot be a baseline.
     """
     if not update:
-        new, images = baseline_of(session, session.image(REFERENCE_LEVEL, 0))
-        return [f"baseline written: {_write(session, new, images)}"]
+        stored = None if session.workload.has_random_weights else session.image(REFERENCE_LEVEL, 0)
+        new, images = baseline_of(session, stored)
+        path = _write(session, new, images)
+        left = {level: disturbed(session, level) for level in session.results if level not in new.levels}
+        return [f"baseline written: {path}"] + [
+            f"{level}: not in it, since it was disturbed ({why}); add it with --levels {level} --update-baseline"
+            for level, why in left.items()
+            if why
+        ]
     if session.baseline is None:
         raise store.BaselineError("there is no baseline to update; record one with --record-baseline")
     new, _ = baseline_of(session, session.stored_reference())
