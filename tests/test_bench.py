@@ -52,6 +52,18 @@ def test_a_run_is_a_table_a_plot_and_images_that_a_replay_judges(tmp_path: Path)
     assert ran.status == 0 and "test_latency[compile]" in ran.of("passed"), ran.text
 
 
+def test_replay_draws_what_was_measured_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same table and plot without a worker, whatever this machine is; nothing else is written."""
+    folder = tmp_path / "run"
+    assert bench(FakeWorkers(), "--levels", "bf16,compile", "-o", folder) == 0
+    made = everything(folder)
+    (folder / "bench.csv").unlink(), (folder / "bench.png").unlink()
+    on_this_machine(monkeypatch, torch="9.9.9")
+    workers = FakeWorkers()
+    assert bench(workers, "--replay", folder) == 0 and workers.ran == []
+    assert everything(folder) == made
+
+
 def test_default_is_the_ladder(tmp_path: Path) -> None:
     """Without --levels every rung that this machine can run is measured, and what is beside the ladder is not."""
     workers = FakeWorkers()
@@ -142,6 +154,8 @@ def test_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str], is_tracing: b
         (["--resume", "{empty}"], "run.json"),
         (["--resume", "{full}", "--workload", "schnell"], "is of 'tiny'"),
         (["--resume", "{full}", "--levels", "bf16"], "leave --levels and --processes away"),
+        (["--replay", "{empty}"], "run.json"),
+        (["--replay", "{full}", "--levels", "bf16"], "measures nothing: leave every other option away"),
     ],
 )
 def test_bad_input(stored: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str) -> None:

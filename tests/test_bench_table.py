@@ -68,6 +68,26 @@ def test_stages_are_parts_of_the_call(run: Path) -> None:
     assert numbers(row, ["step_s"])[0] == pytest.approx(0.25 * middle, rel=0.02)
 
 
+def test_loop_in_one_graph_counts_as_its_steps() -> None:
+    """A bar without them would be all encoder and decoder; a step is an equal part of the loop."""
+    base = staged("bf16").measurement
+    assert base is not None
+    stages = {"text_encode": [0.1] * TINY.rounds, "denoise": [0.4] * TINY.rounds, "decode": [0.2] * TINY.rounds}
+    cells = table._stage_cells([base.model_copy(update={"stages_s": stages})], 4)
+    assert (cells["steps_s"], cells["step_s"]) == pytest.approx((0.4, 0.1))
+
+
+def test_level_that_dwarfs_the_rest_leaves_the_axis() -> None:
+    """fp32 takes eight times as long as bf16 on a GPU; the others' bars stay readable, and two levels stay whole."""
+    rows = [
+        table.Row(level=f"l{i}", workload="tiny", workload_digest="", slug="cpu", max_s=s)
+        for i, s in enumerate((6.5, 0.9, 0.6))
+    ]
+    assert plot._end_s(rows) == pytest.approx(1.03 * 0.9)
+    assert plot._end_s(rows[1:]) == pytest.approx(1.03 * 0.9)
+    assert plot._end_s(rows[:2]) == pytest.approx(1.03 * 6.5)
+
+
 def test_memory_versions_and_compile_time(run: Path) -> None:
     """Bytes, versions and build times are the worker's; compilation leaves the warm calls out."""
     row = read_rows(run)["bf16"]

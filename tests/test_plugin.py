@@ -767,6 +767,20 @@ def test_red_test_prints_the_bisect_command(tmp: Path) -> None:
     assert ran.status == 1 and "perf_tests bisect" not in ran.text
 
 
+def test_disturbed_reference_stays_out_of_a_partial_baseline(tmp_path: Path) -> None:
+    """Its outputs still judge the others, its times do not stand; the line says how it is added."""
+    run = write_run(tmp_path / "run", 5)
+    put(run, changed("fp32", 3, result={"counters": Counters(thermal_violation_ns=5)}))
+    chosen = ("--replay", run, "--levels=bf16,compile", "--record-baseline", "--partial-baseline")
+    ran = run_suite(tmp_path, *chosen)
+    assert ran.status == 0, ran.text
+    assert set(read_baseline(only_baseline(tmp_path)).levels) == {"bf16", "compile"}
+    assert "fp32: not in it, since it was disturbed (thermal_violation_ns rose by 5" in ran.text
+    put(run, changed("compile", 3, result={"counters": Counters(thermal_violation_ns=5)}))
+    ran = run_suite(tmp_path, *chosen)
+    assert ran.status != 0 and "no baseline was written" in ran.text
+
+
 def test_noise_is_no_part_of_a_baseline(tmp_path: Path) -> None:
     """Random weights draw noise: its scores would judge nothing, and its picture is megabytes of it."""
     schnell = get_workload("schnell")

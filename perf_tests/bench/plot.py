@@ -79,7 +79,7 @@ def figure(table: Sequence[Row], workload: Workload, notes: Sequence[str]) -> Fi
 
 
 def _end_s(table: Sequence[Row]) -> float:
-    """Where the axis ends, seconds: behind the slowest round, or behind the second slowest level's if one dwarfs all."""
+    """Where the axis ends, seconds: behind the slowest round, or the second slowest level's if one dwarfs all."""
     slowest = sorted(row.max_s for row in table if row.max_s is not None) or [1.0]
     is_dwarfing = len(slowest) > 2 and slowest[-1] > DWARFING * slowest[-2]
     return 1.03 * slowest[-2 if is_dwarfing else -1]
