@@ -14,8 +14,9 @@ from suite_samples import UNAVAILABLE, put, sample
 from fluxfast.levels import LEVELS
 from perf_tests.harness import gpu, lease, runner, suite
 from perf_tests.harness.lease import GpuBusy
-from perf_tests.harness.schema import Result
+from perf_tests.harness.schema import Counters, Result
 from perf_tests.harness.store import read_result
+from perf_tests.harness.stored_run import RERUN
 
 MACHINE = {
     "device": "cpu",
@@ -33,6 +34,7 @@ BREAKS = {
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--breaks", choices=BREAKS, help="what the first worker of a confirmation or the second one meets")
     parser.addoption("--slow", help="a level that takes twice its time")
+    parser.addoption("--hot", help="LEVEL:PROCESS that is throttled, but not on its rerun")
     parser.addoption("--cards", help="slugs of this machine's GPUs, comma-separated")
 
 
@@ -47,15 +49,16 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         cache.mkdir(exist_ok=True)
         if option.breaks and ("confirm" in folder.parts if option.slow else len(started) == 2):
             raise BREAKS[option.breaks]
-        put(folder, sample(level, process, 2.0 if level == option.slow else 1.0))
+        result = sample(level, process, 2.0 if level == option.slow else 1.0)
+        if option.hot == f"{level}:{process}" and folder.name != RERUN:
+            result = result.model_copy(update={"counters": Counters(thermal_violation_ns=5)})
+        put(folder, result)
         (folder / level / str(process) / "gpu").write_text(str(more["gpu"]))
         if option.cards:
             time.sleep(0.05)  # or the first lane would have done all before the second begins
         return read_result(folder / level / str(process) / "result.json")
 
-    suite.runner = types.SimpleNamespace(
-        run_level=run_level, schedule=runner.schedule, new_run_folder=runner.new_run_folder
-    )
+    suite.runner = types.SimpleNamespace(run_level=run_level, new_run_folder=runner.new_run_folder)
     cards = option.cards.split(",") if option.cards else []
     suite.ask_machine = lambda workload: {**MACHINE, "device": "cuda" if cards else "cpu"}
     suite.first_gpus = lambda count: list(range(count))

@@ -120,14 +120,17 @@ def test_ctrl_c_then_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert (folder / "compile/0" / TRACE_FILE).is_file()  # asked for in the first part
 
 
-def test_disturbed_level_is_measured_again_and_named(tmp_path: Path) -> None:
-    """A level that stays disturbed keeps its numbers and says so in its own column."""
-    shared = changed("compile", result={"counters": Counters(foreign_pids=[7])})
+def test_disturbed_process_is_measured_again_and_named(tmp_path: Path) -> None:
+    """It alone, and once, however often the run is resumed; if it stays disturbed, the level's row says so."""
+    shared = staged("compile", 1).model_copy(update={"counters": Counters(foreign_pids=[7])})
     workers = FakeWorkers(shared)
-    assert bench(workers, "--levels", "compile", "-o", tmp_path / "run") == 0
-    assert workers.ran[-1] == ("compile", 0) and len(workers.ran) == 4
+    assert bench(workers, "--levels", "compile", "--processes", "2", "-o", tmp_path / "run") == 0
+    assert workers.ran[6:] == [("compile", 1)]
     row = read_rows(tmp_path / "run")["compile"]
     assert "pid 7" in row["disturbed"] and row["median_s"]
+    again = FakeWorkers()
+    assert bench(again, "--resume", tmp_path / "run") == 0 and again.ran == []
+    assert read_rows(tmp_path / "run")["compile"] == row
 
 
 @pytest.mark.parametrize("is_tracing", [True, False])

@@ -24,6 +24,19 @@ def test_made_up_workers_are_a_green_run(tmp_path: Path) -> None:
     assert (tmp_path / "results" / "history.db").exists()
 
 
+def test_a_disturbed_process_is_measured_again(tmp_path: Path) -> None:
+    """It alone, as the terminal says; run and replay are green."""
+    ran = run_live(tmp_path, "--hot=compile:1", "--processes=3")
+    assert ran.status == 0, ran.text
+    assert "measuring fp32, bf16, " in ran.text and " in 3 process(es) each, into " in ran.text
+    (run,) = (tmp_path / "results").glob("*/run.json")
+    rerun = run.with_name("rerun")
+    assert f"measuring again, because disturbed: compile #1, into {rerun}\n" in ran.text
+    assert [str(path.parent.relative_to(rerun)) for path in rerun.rglob("result.json")] == ["compile/1"]
+    again = run_suite(tmp_path, "--replay", run.parent)
+    assert (again.status, again.outcomes) == (0, ran.outcomes), again.text
+
+
 def test_what_ends_one_gpu_ends_the_run(tmp_path: Path) -> None:
     """One sentence of the lane that could not go on; the other starts no worker again."""
     ran = run_live(tmp_path, "--breaks=disk", "--cards=h200-700w,h200-700w", "--gpus=2")

@@ -586,6 +586,8 @@ def damaged(tmp: Path, how: str) -> Path:
         facts.write_text(facts.read_text().replace(TINY.digest, "0123456789abcdef"))
     elif how == "another level's result":
         result.write_bytes((run / "float8" / "0" / "result.json").read_bytes())
+    elif how == "rerun of a process that it lacks":
+        put(run / "rerun", sample("aoti", 1))
     elif how == "run.json is a list":
         facts.write_text("[]")
     else:
@@ -598,7 +600,7 @@ def damaged(tmp: Path, how: str) -> Path:
     [
         "empty folder", "partial", "fewer processes than told", "other schema", "truncated result",
         "another level's result", "run.json is a list", "unknown level", "no level", "another workload's result",
-        "a workload as it was",
+        "a workload as it was", "rerun of a process that it lacks",
     ],
 )  # fmt: skip
 def test_damaged_run(tmp_path: Path, how: str) -> None:

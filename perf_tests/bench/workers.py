@@ -11,10 +11,11 @@ from pathlib import Path
 from fluxfast.workloads import Workload
 from perf_tests.bench.progress import BarPrinter
 from perf_tests.harness import lease, runner, store
+from perf_tests.harness.lanes import Job
 from perf_tests.harness.progress import RESULT_FILE, Deadlines
 from perf_tests.harness.schema import Environment, Result
-from perf_tests.harness.session import RERUN, with_references
-from perf_tests.harness.stored_run import RunFacts
+from perf_tests.harness.session import with_references
+from perf_tests.harness.stored_run import RERUN, RunFacts
 
 TRACED_PROCESS = 0
 """One process of a level is traced: another one would look the same."""
@@ -38,14 +39,13 @@ class Workers:
     is_traced: bool
     run_level: Callable[..., Result] = runner.run_level
 
-    def __call__(self, levels: Sequence[str], processes: int, folder: Path) -> dict[str, list[Result]]:
-        """Level -> one result a process, kept or new.
+    def __call__(self, jobs: Sequence[Job], folder: Path) -> dict[Job, Result]:
+        """Job -> result, kept or new.
 
         Raises:
             GpuBusy: if another suite holds the GPU.
             KeyboardInterrupt: and what else interrupts; what was measured lies in `folder`.
         """
-        jobs = runner.schedule(levels, processes)
         found = {job: kept(folder, *job, self.workload.digest) for job in jobs}
         results = {job: result for job, result in found.items() if result is not None}
         missing = [job for job in jobs if job not in results]
@@ -66,7 +66,7 @@ class Workers:
                     is_traced=self.is_traced and process == TRACED_PROCESS,
                     on_progress=printer,
                 )
-        return {level: [results[level, process] for process in range(processes)] for level in levels}
+        return results
 
 
 def kept(folder: Path, level: str, process: int, digest: str) -> Result | None:

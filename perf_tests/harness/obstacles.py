@@ -97,14 +97,19 @@ def disturbances(counters: Counters | None) -> list[str]:
     return why
 
 
-def _disturbed(level: str, results: Sequence[Result], baseline: Baseline | None) -> Verdict | None:
+def why_disturbed(result: Result, baseline: Baseline | None) -> list[str]:
+    """What speaks against a process's times: its `disturbances`, and another power limit than the baseline's."""
+    why = disturbances(result.counters)
     expected = baseline.environment.power_limit_w if baseline and baseline.environment else None
+    observed = result.environment.power_limit_w if result.environment else None
+    if expected is not None and observed != expected:
+        why.append(f"the power limit is {observed} W, but {expected} W when the baseline was recorded")
+    return why
+
+
+def _disturbed(level: str, results: Sequence[Result], baseline: Baseline | None) -> Verdict | None:
     for result in results:
-        why = disturbances(result.counters)
-        observed = result.environment.power_limit_w if result.environment else None
-        if expected is not None and observed != expected:
-            why.append(f"the power limit is {observed} W, but {expected} W when the baseline was recorded")
-        if why:
+        if why := why_disturbed(result, baseline):
             message = (
                 f"process {result.process} was disturbed: {'; '.join(why)}. This is neither pass nor fail: "
                 "quiet the machine and run again."

@@ -18,21 +18,22 @@ import numpy as np
 
 from fluxfast.levels import LEVELS
 from fluxfast.workloads import Workload
-from perf_tests.harness import fidelity, gate, store
+from perf_tests.harness import fidelity, gate, runner, store
 from perf_tests.harness.files import read_floats, read_png, write_over
-from perf_tests.harness.obstacles import obstacle
+from perf_tests.harness.lanes import Job
+from perf_tests.harness.obstacles import obstacle, why_disturbed
 from perf_tests.harness.policy import worst
+from perf_tests.harness.progress import RESULT_FILE
 from perf_tests.harness.schema import Baseline, Environment, Outcome, Result, Verdict
-from perf_tests.harness.stored_run import RUN_FILE, RunFacts, read_run
+from perf_tests.harness.stored_run import RERUN, RUN_FILE, RunFacts, read_run, with_reruns
 
 REFERENCE_LEVEL = "bf16"
 EXACT_LEVEL = "fp32"
 CONFIRM = "confirm"
-RERUN = "rerun"
 SUFFIXES = ("", "_stored")
 
-Measure = Callable[[Sequence[str], int, Path], dict[str, list[Result]]]
-"""(levels, processes, folder) -> level -> one result a process."""
+Measure = Callable[[Sequence[Job], Path], Mapping[Job, Result]]
+"""(jobs in the order to run, folder) -> job -> result; `folder/<level>/<process>` holds the same."""
 
 
 @dataclasses.dataclass
@@ -76,31 +77,33 @@ class Session:
 
     @property
     def results(self) -> dict[str, list[Result]]:
-        """Level -> one result a process; measured on first use, disturbed ones once more."""
+        """Level -> one result a process, in their order; measured on first use, disturbed processes once more."""
         if not self._results:
             levels = with_references(self.levels, self.unavailable)
             if self.measure is None:
-                self._results = read_run(self.folder, levels, self.processes)
-                self._results |= read_run(self.folder / RERUN, levels, self.processes, is_optional=True)
+                self._results = with_reruns(read_run(self.folder, levels, self.processes), self.folder)
             else:
                 with self._measuring():
-                    self._results = self._measured(levels, self.measure)
+                    if self.make_folder is not None:
+                        self.folder = self.make_folder()
+                    self.describe()
+                    self._results = self._measured(levels, self.processes, self.folder, self.measure)
         return self._results
 
-    def _measured(self, levels: Sequence[str], measure: Measure) -> dict[str, list[Result]]:
-        if self.make_folder is not None:
-            self.folder = self.make_folder()
-        self.describe()
-        results = measure(levels, self.processes, self.folder)
-        return results | self._again(results, self.processes, self.folder, measure)
-
-    def _again(
-        self, results: Mapping[str, Sequence[Result]], processes: int, folder: Path, measure: Measure
+    def _measured(
+        self, levels: Sequence[str], processes: int, folder: Path, measure: Measure
     ) -> dict[str, list[Result]]:
-        """Levels that were disturbed, measured once more."""
-        found = {level: obstacle(level, own, self.baseline, clocked=True) for level, own in results.items()}
-        disturbed = [level for level, own in found.items() if own and own.outcome is Outcome.VOID]
-        return measure(disturbed, processes, folder / RERUN) if disturbed else {}
+        """Level -> one result a process; of its rerun, if it was disturbed."""
+        jobs = runner.schedule(levels, processes)
+        found = measure(jobs, folder)
+        results = {level: [found[level, process] for process in range(processes)] for level in levels}
+        # A level in which a process failed has no time to judge, disturbed or not.
+        measured = {level for level, own in results.items() if not any(result.failure for result in own)}
+        again = [job for job in jobs if job[0] in measured and why_disturbed(found[job], self.baseline)]
+        if again:
+            measure(again, folder / RERUN)
+        # As a replay reads it: a resumed run may hold reruns of undisturbed processes too.
+        return with_reruns(results, folder)
 
     @contextlib.contextmanager
     def _measuring(self) -> Iterator[None]:
@@ -151,12 +154,9 @@ class Session:
         levels = [known for known in LEVELS if known in needed and known in self.results]
         folder = self.folder / CONFIRM / level
         if self.measure is None:
-            stored = read_run(folder, levels) if folder.is_dir() else {}
-            return stored | read_run(folder / RERUN, levels, is_optional=True)
+            return with_reruns(read_run(folder, levels), folder) if folder.is_dir() else {}
         with self._measuring():
-            processes = self.policy.confirmation_processes
-            results = self.measure(levels, processes, folder)
-            return results | self._again(results, processes, folder, self.measure)
+            return self._measured(levels, self.policy.confirmation_processes, folder, self.measure)
 
     def structure(self, level: str) -> Verdict:
         """The proofs; exact, with or without a baseline."""
@@ -239,7 +239,7 @@ class Session:
 
     def image(self, level: str, index: int) -> Any:
         """Of one process: uint8, (height, width, 3)."""
-        return store.result_image(self.place(level, index) / "result.json", self.results[level][index])
+        return store.result_image(self.place(level, index) / RESULT_FILE, self.results[level][index])
 
     def image_path(self, level: str, index: int) -> Path:
         """Of one process."""
@@ -291,10 +291,10 @@ class Session:
         ]
 
     def place(self, level: str, index: int) -> Path:
-        """Folder of one process: of its rerun, if it was disturbed."""
+        """Folder of one process: of its rerun, if that left a result."""
         process = str(self.results[level][index].process)
         rerun = self.folder / RERUN / level / process
-        return rerun if rerun.is_dir() else self.folder / level / process
+        return rerun if (rerun / RESULT_FILE).exists() else self.folder / level / process
 
     def _broken(self, level: str, *references: str) -> Verdict | None:
         """The error of a level that gave no measurement, or whose reference gave none."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +14,8 @@ from perf_tests.harness.files import read_model
 from perf_tests.harness.schema import Result, Strict
 
 RUN_FILE = "run.json"
+RERUN = "rerun"
+"""Folder of what was measured once more, laid out as the run itself."""
 REFERENCES = {"fp32", "bf16"}
 """Levels that every run measures and every machine can."""
 
@@ -47,30 +49,53 @@ def read_facts(folder: Path) -> RunFacts:
     return facts
 
 
-def read_run(
-    folder: Path, levels: Sequence[str], processes: int | None = None, is_optional: bool = False
-) -> dict[str, list[Result]]:
-    """The results of a stored run, `processes` of each level.
+def read_run(folder: Path, levels: Sequence[str], processes: int | None = None) -> dict[str, list[Result]]:
+    """The results of a stored run, `processes` of each level, in their order.
 
     Raises:
         ResultError: if one is missing, lies in another's place or cannot be read.
     """
-    results: dict[str, list[Result]] = {}
+    results = {}
     for level in levels:
-        paths = [path for path in (folder / level).glob("*/result.json") if path.parent.name.isdecimal()]
-        if is_optional and not paths:
-            continue
+        paths = _result_paths(folder, level)
         if not paths or (processes is not None and len(paths) != processes):
             raise store.ResultError(
                 f"run {folder} holds {len(paths)} of {processes or 'at least 1'} results of level {level!r}: it is "
                 "partial; measure again, or judge the rest with `pytest perf_tests --replay RUN --levels LEVEL,...`"
             )
-        results[level] = []
-        for path in sorted(paths, key=lambda path: int(path.parent.name)):
-            if path.parent.resolve() != folder.resolve() / level / path.parent.name:
-                raise store.ResultError(f"{path} leads out of the run {folder}; put the result itself there")
-            result = store.read_result(path)
-            if (result.level, str(result.process)) != (level, path.parent.name):
-                raise store.ResultError(f"{path} is of level {result.level!r}, process {result.process}; measure again")
-            results[level].append(result)
+        results[level] = [_read_result(folder, level, path) for path in paths]
     return results
+
+
+def with_reruns(results: Mapping[str, Sequence[Result]], folder: Path) -> dict[str, list[Result]]:
+    """`results` of the run in `folder`, those of processes that were measured once more replaced.
+
+    Raises:
+        ResultError: if one lies in another's place, cannot be read, or is of a process that the run does not have.
+    """
+    merged = {}
+    for level, own in results.items():
+        first = {result.process: result for result in own}
+        paths = _result_paths(folder / RERUN, level)
+        again = {result.process: result for result in (_read_result(folder / RERUN, level, path) for path in paths)}
+        if odd := again.keys() - first.keys():
+            raise store.ResultError(
+                f"run {folder} is damaged: it holds a rerun of level {level!r}, process {min(odd)}, and of that level "
+                f"itself only process {', '.join(map(str, first))}; measure again"
+            )
+        merged[level] = list((first | again).values())
+    return merged
+
+
+def _result_paths(folder: Path, level: str) -> list[Path]:
+    paths = [path for path in (folder / level).glob("*/result.json") if path.parent.name.isdecimal()]
+    return sorted(paths, key=lambda path: int(path.parent.name))
+
+
+def _read_result(folder: Path, level: str, path: Path) -> Result:
+    if path.parent.resolve() != folder.resolve() / level / path.parent.name:
+        raise store.ResultError(f"{path} leads out of the run {folder}; put the result itself there")
+    result = store.read_result(path)
+    if (result.level, str(result.process)) != (level, path.parent.name):
+        raise store.ResultError(f"{path} is of level {result.level!r}, process {result.process}; measure again")
+    return result

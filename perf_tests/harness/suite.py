@@ -15,7 +15,7 @@ import pytest
 from fluxfast.levels import DEFAULTS, LADDER, LEVELS, get_level
 from fluxfast.workloads import Workload, get_workload
 from perf_tests.harness import faults, gpu, lease, runner, store
-from perf_tests.harness.lanes import Gpu, run_jobs
+from perf_tests.harness.lanes import Gpu, Job, run_jobs
 from perf_tests.harness.machine import ask_machine, chosen_levels, first_gpus, git_sha
 from perf_tests.harness.obstacles import obstacle
 from perf_tests.harness.policy import policy_for
@@ -25,7 +25,7 @@ from perf_tests.harness.recording import MIN_PROCESSES
 from perf_tests.harness.replay import tests_of
 from perf_tests.harness.schema import Outcome, Result, Verdict
 from perf_tests.harness.session import Session, with_references
-from perf_tests.harness.stored_run import RunFacts, read_facts
+from perf_tests.harness.stored_run import RERUN, RunFacts, read_facts
 from perf_tests.harness.usage import FOLDER, asked_for
 from perf_tests.history.night import Judged
 
@@ -224,7 +224,7 @@ class Suite:
                 "leave it away"
             )
 
-    def _measure(self, levels: Sequence[str], processes: int, folder: Path) -> dict[str, list[Result]]:
+    def _measure(self, jobs: Sequence[Job], folder: Path) -> dict[Job, Result]:
         """Run workers, with progress on the terminal; Ctrl-C keeps what was measured."""
 
         def run_job(level: str, process: int, own: Gpu, on_progress: OnProgress) -> Result:
@@ -241,7 +241,7 @@ class Suite:
             )
 
         capture = self.config.pluginmanager.getplugin("capturemanager")
-        printer = ProgressPrinter(self._deadlines, len(levels) * processes)
+        printer = ProgressPrinter(self._deadlines, len(jobs))
         lanes: Sequence[Gpu] = self._gpus if len(self._gpus) > 1 else [None]
         with contextlib.ExitStack() as held:
             held.enter_context(capture.global_and_fixture_disabled())
@@ -250,14 +250,19 @@ class Suite:
             where = f" on GPUs {', '.join(map(str, lanes))}" if len(lanes) > 1 else ""
             print(
                 f"\nworkload {self.session.workload.id} ({self._why_workload})\n"
-                f"measuring {', '.join(levels)} in {processes} process(es) each{where}, into {folder}",
+                f"measuring {_told(jobs, folder)}{where}, into {folder}",
                 file=sys.stderr,
             )
             held.callback(printer.close)
             # Without a GPU, an ending worker would share the processor with the next one.
-            jobs = runner.schedule(levels, processes)
-            results = run_jobs(jobs, lanes, run_job, printer, is_overlapping=bool(self._gpus))
-        return {level: [results[level, process] for process in range(processes)] for level in levels}
+            return run_jobs(jobs, lanes, run_job, printer, is_overlapping=bool(self._gpus))
+
+
+def _told(jobs: Sequence[Job], folder: Path) -> str:
+    if folder.name == RERUN:
+        return f"again, because disturbed: {', '.join(f'{level} #{process}' for level, process in jobs)}"
+    levels = dict.fromkeys(level for level, _ in jobs)
+    return f"{', '.join(levels)} in {len(jobs) // len(levels)} process(es) each"
 
 
 def _one_slug(gpus: Sequence[int | str]) -> str:
