@@ -183,7 +183,7 @@ BEYOND: tuple[Level, ...] = (
     SPLIT_ATTENTION_TAIL,
     GEMM_SEARCH,
 )
-"""Rungs past flux-fast that no baseline holds yet, so they are beside the ladder: a rung that gains moves onto it.
+"""Rungs past flux-fast, beside the ladder until one baseline holds all of them: then those that gain move onto it.
 
 They branch off at `fa3_fp8`, compiled just in time. Not at `inductor_flags`: its `epilogue_fusion=False` forbids what
 these rungs want Inductor to do around the GEMMs. Not at `aoti`: the Triton operations would be compiled ahead of time
