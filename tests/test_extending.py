@@ -183,6 +183,15 @@ def test_a_faster_reference_is_refused(tmp: Path) -> None:
     assert names(tmp) == ["0001_tiny.json"]
 
 
+def test_a_reference_within_its_noise_is_a_witness(tmp: Path) -> None:
+    """What the gate cannot tell from noise has not moved, however tight its limit is."""
+    for process, scale in enumerate((0.955, 1.04, 0.985, 0.985, 1.03)):
+        put(tmp / "run", sample("bf16", process, scale))
+    ran = run_suite(tmp, "--replay", tmp / "run", *ADDING)
+    assert ran.status == 0, ran.text
+    assert f"{NEW}: added" in ran.text
+
+
 def test_another_environment_is_refused(tmp: Path) -> None:
     """One file says one."""
     for level in (*REFERENCES, NEW):

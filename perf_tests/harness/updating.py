@@ -118,7 +118,7 @@ def extend_baseline(
     Args:
         old, new: of the same machine, workload and method; `new` from `baseline_from_results`.
         added: level ids that `old` lacks and `new` holds.
-        limits: as of `update_baseline`, of the levels that both hold.
+        limits: as of `update_baseline`, of the levels that both hold; infinite where the gate saw no move.
 
     Returns:
         The baseline, its levels in the project's order, and one line an added level.
