@@ -41,9 +41,9 @@ def test_its_references_come_along(tmp_path: Path) -> None:
     machine = Machine()
     own = session(tmp_path, machine, [BESIDE])
     own.structure(BESIDE)
-    assert machine.calls[0][0] == ("fp32", "bf16", get_level(BESIDE).parent, BESIDE)
+    assert {level for level, _ in machine.calls[0][0]} == {"fp32", "bf16", get_level(BESIDE).parent, BESIDE}
     own.confirm(BESIDE)
-    assert machine.calls[1][0] == ("bf16", get_level(BESIDE).parent, BESIDE)
+    assert {level for level, _ in machine.calls[1][0]} == {"bf16", get_level(BESIDE).parent, BESIDE}
 
 
 def test_default_run_has_no_test_of_it(tmp_path: Path) -> None:

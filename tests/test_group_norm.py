@@ -43,6 +43,14 @@ def assert_rounded_once(got: torch.Tensor, want: torch.Tensor, atol: float = 2e-
     torch.testing.assert_close(got.double(), want, rtol=rtol, atol=atol)
 
 
+def lost_to_closeness(x, groups, x_bias=None) -> float:
+    """What rounding the inputs to float32 costs where a group's values lie close together and far from zero."""
+    x = x.double() if x_bias is None else x.double() + x_bias.double().view(-1, *(1 for _ in x.shape[2:]))
+    x = x.reshape(x.shape[0], groups, -1)
+    spread = (x.var(-1, correction=0) + EPS).sqrt()
+    return float(8 * 2**-24 * (x.abs().amax(-1) / spread).max())
+
+
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several steps a tile and several tiles a sample, the last ones incomplete, at sizes that a CPU can do."""
@@ -66,7 +74,8 @@ def test_group_norm(kind, small_tiles, batch, channels, groups, spatial, silu, d
     for optional in ((), (x_bias,)):
         y = operation(kind, "group_norm_silu")(x, weight, bias, groups, EPS, silu, *optional)
         assert y.dtype == dtype and y.movedim(1, -1).is_contiguous()
-        assert_rounded_once(y, exact(x, weight, bias, groups, silu, *optional))
+        atol = 2e-5 + lost_to_closeness(x, groups, *optional)
+        assert_rounded_once(y, exact(x, weight, bias, groups, silu, *optional), atol=atol)
 
 
 @implementations
