@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from shutil import which
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from fluxfast import aoti
 from fluxfast.aoti import Package, _write_atomically, belongs, capture_examples, describe, make_package, private_folder
 from fluxfast.errors import PackageError
 from fluxfast.levels import get_level
@@ -219,30 +219,45 @@ def test_tampered_package_is_built_again(made: Package) -> None:
     assert not rebuilt.reused and remake(made, make_net()).reused
 
 
-def test_package_of_a_compiler_that_links_its_library_statically_runs(tmp_path: Path) -> None:
-    """As on machines with such a g++, where every package crashed while it was loaded."""
-    compiler = tmp_path / "g++"
-    compiler.write_text(
-        f'#!/bin/sh\ncase " $* " in *" -shared "*) set -- "$@" -static-libstdc++;; esac\nexec {which("g++")} "$@"\n'
-    )
-    compiler.chmod(0o700)
-    script = """
-import sys
-from pathlib import Path
-from test_aoti import *
-net, x = make_net(1), torch.ones(2, 4)
-with torch.no_grad():
-    wanted = net(x)
-    made = make_package("net", net, EXAMPLE, {}, LEVEL, Path(sys.argv[1]))
-    made.attach(net)
-    torch.testing.assert_close(net(x), wanted)
-print("ran", made.calls)
+DEVICE_PARSER = """
+#include <regex>
+extern "C" int parse(const char* device) {
+    try {
+        std::smatch found;
+        const std::string text(device);
+        return std::regex_match(text, found, std::regex("(cpu|cuda)(:([0-9]+))?"));
+    } catch (...) {
+        return -1;
+    }
+}
 """
-    environment = os.environ | {"CXX": str(compiler), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
-    ran = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "packages")],
-        cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert ran.stdout.endswith("ran 1\n"), ran.stderr
-    libraries = list((tmp_path / "inductor").rglob("*.so"))
-    assert any(b"do_unshift" in library.read_bytes() for library in libraries), "the copy was not linked in"
+"""As AOTInductor's `parse_device_str`, which every package runs while it is loaded."""
+
+
+def test_library_that_a_compiler_links_into_a_package(tmp_path: Path) -> None:
+    """Where g++ links libstdc++ statically, every package crashed while it was loaded; torch's library mends that.
+
+    With g++ 12 and torch 2.13 this returns -1 without `_share_cpp_library`: the expression cannot be compiled.
+    """
+    (tmp_path / "parser.cpp").write_text(DEVICE_PARSER)
+    library = tmp_path / "parser.so"
+    flags = ("-std=c++17", "-fPIC", "-shared", "-static-libstdc++")
+    subprocess.run(["g++", *flags, str(tmp_path / "parser.cpp"), "-o", str(library)], check=True)
+    script = f"""
+import ctypes, torch
+from fluxfast.aoti import _share_cpp_library
+_share_cpp_library()
+print(ctypes.CDLL({str(library)!r}).parse(b"cuda:0"))
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (0, "1\n"), ran.stderr
+
+
+def test_package_is_loaded_beside_the_library_of_torch(made: Package, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the load, in which the crash would be."""
+    calls = []
+    load = torch._inductor.aoti_load_package
+    monkeypatch.setattr(aoti, "_share_cpp_library", lambda: calls.append("shared"))
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda *a, **k: calls.append("loaded") or load(*a, **k))
+    made.attach(make_net())
+    assert calls == ["shared", "loaded"]
