@@ -34,7 +34,7 @@ class LaunchCount:
 
     Attributes:
         launches: calls of any of the ops.
-        split: those among them whose tail is a launch of its own.
+        split: those among them of the op that looks for a tail.
     """
 
     def __init__(self) -> None:
@@ -88,11 +88,6 @@ def fa3_fp8(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torc
     return _launch(query, key, value)
 
 
-@fa3_fp8.register_fake
-def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(query, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
-
-
 def tail_of(batch: int, tokens: int, heads: int, processors: int) -> tuple[int, int]:
     """Which of FA3's query rows a second launch should take, so that no wave of tiles runs on a near-empty GPU.
 
@@ -139,17 +134,14 @@ def fa3_fp8_split_tail(query: torch.Tensor, key: torch.Tensor, value: torch.Tens
     return out
 
 
-@fa3_fp8_split_tail.register_fake
-def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(query, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
-
-
 @torch.library.custom_op("fluxfast::fa3_fp8_cast_inside", mutates_args=(), device_types="cuda")
 def fa3_fp8_cast_inside(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """flux-fast's op: bfloat16 (batch, sequence, heads, 128) in and out, cast to e4m3 within, unscaled and unfused."""
     return _launch(query.to(E4M3), key.to(E4M3), value.to(E4M3))
 
 
+@fa3_fp8.register_fake
+@fa3_fp8_split_tail.register_fake
 @fa3_fp8_cast_inside.register_fake
 def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(query, dtype=torch.bfloat16, memory_format=torch.contiguous_format)

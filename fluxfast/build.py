@@ -89,7 +89,7 @@ class Built:
 
     @property
     def fa3_split(self) -> int:
-        """Those among them whose tail is a launch of its own."""
+        """Those among them of the op that looks for a tail."""
         return COUNT.split - self._split_before
 
     def forwards(self, calls: int, num_steps: int) -> dict[str, int]:

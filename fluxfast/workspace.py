@@ -19,7 +19,7 @@ MEMSET_NODE = 2
 def drop() -> None:
     """Give cuBLASLt no workspace, for this process and from now on.
 
-    Up to torch 2.12 the size is read from the environment when cuBLASLt is first used, and never again.
+    Where torch has no setter, it reads the size from the environment when cuBLASLt is first used, and never again.
     """
     os.environ["CUBLASLT_WORKSPACE_SIZE"] = "0"
     if hasattr(torch._C, "_cuda_setCublasLtWorkspaceSize"):

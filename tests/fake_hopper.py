@@ -24,11 +24,6 @@ def fp8_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
     return reference_fp8_attention(query, key, value).contiguous()
 
 
-@fp8_attention.register_fake
-def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(query, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
-
-
 @torch.library.custom_op("fluxfast_tests::fp8_attention_split_tail", mutates_args=())
 def fp8_attention_split_tail(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """The same for the op with a tail of its own."""
@@ -37,6 +32,7 @@ def fp8_attention_split_tail(query: torch.Tensor, key: torch.Tensor, value: torc
     return reference_fp8_attention(query, key, value).contiguous()
 
 
+@fp8_attention.register_fake
 @fp8_attention_split_tail.register_fake
 def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(query, dtype=torch.bfloat16, memory_format=torch.contiguous_format)

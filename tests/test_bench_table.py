@@ -73,7 +73,7 @@ def test_loop_in_one_graph_counts_as_its_steps() -> None:
     base = staged("bf16").measurement
     assert base is not None
     stages = {"text_encode": [0.1] * TINY.rounds, "denoise": [0.4] * TINY.rounds, "decode": [0.2] * TINY.rounds}
-    cells = table._stage_cells([base.model_copy(update={"stages_s": stages})], 4)
+    cells = table._stage_cells([base.model_copy(update={"stages_s": stages})], SCHNELL)
     assert (cells["steps_s"], cells["step_s"]) == pytest.approx((0.4, 0.1))
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import pathlib
-import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 
 import pytest
+from ctrl_c import interrupted_after
 
 from perf_tests.harness import progress, runner
 from perf_tests.harness.lanes import Gpu, Job, RunStopped, run_jobs
@@ -125,21 +124,13 @@ def test_a_failed_worker_ends_nothing(tmp_path: pathlib.Path) -> None:
 def test_ctrl_c_ends_all_lanes(tmp_path: pathlib.Path) -> None:
     """Each worker is gone and recorded; none starts after it."""
 
-    def interrupt() -> None:
+    def both_run() -> None:
         end = time.monotonic() + 20
         while len(list(tmp_path.glob("*/*/grandchild"))) < 2 and time.monotonic() < end:
             time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGINT)
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path, JOBS, [0, 1], lambda job: "hang")
-    finally:
-        signal.signal(signal.SIGINT, before)
-    thread.join()
+    with interrupted_after(both_run):
+        run(tmp_path, JOBS, [0, 1], lambda job: "hang")
     found = {path.parent: Result.model_validate_json(path.read_bytes()) for path in tmp_path.rglob("result.json")}
     assert len(found) == 2
     for out, result in found.items():

@@ -6,14 +6,13 @@ import io
 import os
 import pathlib
 import shlex
-import signal
 import subprocess
 import sys
-import threading
 import time
 from typing import Any
 
 import pytest
+from ctrl_c import interrupted_after
 
 from perf_tests.harness import progress, runner
 from perf_tests.harness.progress import Deadlines, ProgressPrinter
@@ -235,21 +234,8 @@ def test_grandchild_left_by_a_healthy_worker(tmp_path: pathlib.Path) -> None:
 def test_ctrl_c(tmp_path: pathlib.Path) -> None:
     """Ctrl-C ends the worker, is recorded, and passes on."""
     out = tmp_path / "compile/0"
-
-    def interrupt() -> None:
-        wait_for(out / "grandchild")
-        os.kill(os.getpid(), signal.SIGINT)
-
-    # A shell's background job, as tests run in may be, is born with SIGINT ignored.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path, "hang")
-    finally:
-        signal.signal(signal.SIGINT, before)
-    thread.join()
+    with interrupted_after(lambda: wait_for(out / "grandchild")):
+        run(tmp_path, "hang")
     failure = Result.model_validate_json((out / "result.json").read_bytes()).failure
     assert failure is not None and (failure.kind, failure.stage) == (ErrorKind.INTERRUPTED, "measure")
     assert_gone(out / "pid")

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from fluxfast.workloads import Workload
 from perf_tests.bench.interval import interval, median
+from perf_tests.harness import sanity
 from perf_tests.harness.obstacles import disturbances, measured
 from perf_tests.harness.policy import PARENTS, worst
 from perf_tests.harness.schema import Environment, Measurement, Result
@@ -154,7 +156,7 @@ def _row(session: Session, level: str, samples: Samples) -> Row:
         max_s=max(map(max, samples[level])),
         speedup_to_bf16=median(samples[REFERENCE_LEVEL]) / seconds if REFERENCE_LEVEL in samples else None,
         speedup_to_parent=median(samples[parent]) / seconds if parent else None,
-        **_stage_cells(own, session.workload.num_inference_steps),
+        **_stage_cells(own, session.workload),
         **_build_cells(own, session.workload.warmup_rounds * seconds),
         **_fidelity_cells(session, level, samples),
         clock=own[0].clock,
@@ -175,18 +177,17 @@ def _nearest_below(level: str, samples: Samples) -> str | None:
     return below
 
 
-def _stage_cells(own: Sequence[Measurement], num_steps: int) -> dict[str, Any]:
-    """Medians over the rounds of all processes. A loop in one graph shows no steps: they are its equal parts."""
+def _stage_cells(own: Sequence[Measurement], workload: Workload) -> dict[str, Any]:
+    """Medians over the rounds of all processes."""
     names = own[0].stages_s
     if not names:
         return {}
     stages = {name: np.concatenate([m.stages_s[name] for m in own]) for name in names}
     parts = {name: values for name, values in stages.items() if name in STAGES}
     parts["other"] = np.concatenate([m.samples_s for m in own]) - sum(stages.values())
-    if steps := [stages[name] for name in names if name.startswith("step_")]:
-        parts |= {"step": np.array(steps), "steps": np.sum(steps, axis=0)}
-    elif "denoise" in stages:
-        parts |= {"step": stages["denoise"] / num_steps, "steps": stages["denoise"]}
+    if steps := [stages[name] for name in names if name.startswith("step_") or name == "denoise"]:
+        parts["step"] = np.concatenate([sanity.step_seconds(workload, m.stages_s) for m in own])
+        parts["steps"] = np.sum(steps, axis=0)
     return {f"{name}_s": float(np.median(values)) for name, values in parts.items()}
 
 
