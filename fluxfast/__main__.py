@@ -52,15 +52,15 @@ def main() -> int:
 
 def list_levels(asked: str | None, as_json: bool) -> int:
     """Print every level with the reason if this machine cannot run it, and the workload to measure."""
-    from fluxfast.machine import this_machine, why_not
+    from fluxfast.machine import cpu_capability, this_machine, why_not
 
     machine = this_machine()
     reasons = {level.id: why_not(level, machine) for level in LEVELS.values()}
     workload, why = chosen_workload(asked) if asked else default_workload(machine)
     if as_json:
         print(json.dumps({
-            "device": machine.device, "capability": machine.capability, "levels": reasons,
-            "workload": workload.id, "why_workload": why,
+            "device": machine.device, "capability": machine.capability, "cpu_capability": cpu_capability(),
+            "levels": reasons, "workload": workload.id, "why_workload": why,
         }))  # fmt: skip
         return 0
     for level in LEVELS.values():

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from fluxfast import aoti, decoder, fused, proof, steps, workspace
+from fluxfast import aoti, convolution, decoder, fused, proof, steps, workspace
 from fluxfast.attention import COUNT
 from fluxfast.checkpoints import Pipeline, load, pipeline_class
 from fluxfast.compilation import (
@@ -182,6 +182,8 @@ def build(
     applied = dataclasses.replace(target, **({unapplied: DEFAULTS[unapplied]} if unapplied else {}))
 
     on_stage("load")
+    if machine.device == "cpu" and not convolution.has_bfloat16():
+        convolution.replace_slow_bfloat16()
     if applied.no_gemm_workspace:
         workspace.drop()
     pipeline = load(workload.checkpoint, getattr(torch, applied.dtype), machine.device, kind=pipeline_class(workload))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import platform
 
 import torch
 
@@ -53,6 +54,18 @@ def this_machine() -> Machine:
         return Machine(device="cpu", capability=None, fa3_module=fa3_module, triton=triton)
     capability = torch.cuda.get_device_capability()
     return Machine(device="cuda", capability=capability, fa3_module=fa3_module, triton=triton)
+
+
+def cpu_capability() -> str:
+    """The processor's widest vector instructions as PyTorch uses them, and oneDNN's for bfloat16: "AVX512-BF16".
+
+    Where PyTorch has only its baseline kernels, the architecture: "aarch64".
+    """
+    widest = torch.backends.cpu.get_cpu_capability()
+    vectors = platform.machine() if widest == "DEFAULT" else widest.replace(" ", "")
+    if torch.cpu._is_amx_tile_supported():
+        return f"{vectors}-AMX"
+    return f"{vectors}-BF16" if torch.cpu._is_avx512_bf16_supported() else vectors
 
 
 def unavailable(level: Level, machine: Machine) -> dict[str, str]:

@@ -58,7 +58,9 @@ def on_this_machine(patch: pytest.MonkeyPatch, **environment: Any) -> None:
     levels = {level: None for level in ("fp32", "bf16", "aoti", "flux_fast")} | UNAVAILABLE
 
     def asked(workload: str | None) -> dict[str, Any]:
-        return {"device": "cpu", "capability": None, "levels": levels, "workload": get_workload(workload or "tiny").id}
+        return {
+            "device": "cpu", "cpu_capability": "", "levels": levels, "workload": get_workload(workload or "tiny").id,
+        }  # fmt: skip
 
     patch.setattr(cli, "ask_machine", asked)
     patch.setattr(cli, "ask_environment", lambda: ENVIRONMENT.model_copy(update=environment))

@@ -20,6 +20,7 @@ from perf_tests.harness.stored_run import RERUN
 
 MACHINE = {
     "device": "cpu",
+    "cpu_capability": "",  # the samples' slug is `cpu`
     "workload": "tiny",
     "why_workload": "made up",
     "levels": {level: UNAVAILABLE.get(level) for level in LEVELS},
@@ -62,5 +63,5 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     cards = option.cards.split(",") if option.cards else []
     suite.ask_machine = lambda workload: {**MACHINE, "device": "cuda" if cards else "cpu"}
     suite.first_gpus = lambda count: list(range(count))
-    gpu.slug = lambda own=0: cards[own] if cards else "cpu"
+    gpu.slug = lambda own=0: cards[own] if cards else None
     lease.default_folder = lambda: option.cache / "leases"

@@ -141,10 +141,10 @@ def test_the_facts_are_those_of_the_environment() -> None:
 
 @pytest.mark.parametrize("code", [FakeNvml.NVML_ERROR_LIBRARY_NOT_FOUND, FakeNvml.NVML_ERROR_DRIVER_NOT_LOADED])
 def test_without_driver_and_gpu_it_is_a_cpu(code: int, no_nodes: list[Path]) -> None:
-    """No NVML and no device file is `cpu`, all None; the same with a device file is an error, not a CPU."""
+    """No NVML and no device file has no slug, all None; the same with a device file is an error, not a CPU."""
     fake = FakeNvml()
     fake.errors["nvmlInit"] = code
-    assert slug(nvml=fake) == "cpu"
+    assert slug(nvml=fake) is None
     assert gpu_facts(nvml=fake) == {}
     assert difference(read_counters(nvml=fake), read_counters(nvml=fake)) == Counters()
     no_nodes.append(Path("/dev/nvidia0"))
@@ -154,7 +154,7 @@ def test_without_driver_and_gpu_it_is_a_cpu(code: int, no_nodes: list[Path]) -> 
 
 def test_no_device_counts_as_a_cpu_unless_there_is_one(no_nodes: list[Path]) -> None:
     """A driver without a GPU is a CPU machine; a device file that NVML does not count is an error."""
-    assert slug(nvml=FakeNvml(count=0)) == "cpu"
+    assert slug(nvml=FakeNvml(count=0)) is None
     no_nodes.append(Path("/dev/nvidia0"))
     with pytest.raises(GpuError, match="NVML counts no GPU"):
         slug(nvml=FakeNvml(count=0))
@@ -163,7 +163,7 @@ def test_no_device_counts_as_a_cpu_unless_there_is_one(no_nodes: list[Path]) -> 
 def test_a_gpu_without_pynvml_is_an_error(monkeypatch: pytest.MonkeyPatch, no_nodes: list[Path]) -> None:
     """The package missing is no sign that the GPU is."""
     monkeypatch.setitem(__import__("sys").modules, "pynvml", None)
-    assert slug() == "cpu"
+    assert slug() is None
     no_nodes.append(Path("/dev/nvidia0"))
     with pytest.raises(GpuError, match="pip install nvidia-ml-py"):
         slug()

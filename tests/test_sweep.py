@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from perf_tests.harness.cpu import cpu_name
 from perf_tests.harness.lease import GpuBusy
 from perf_tests.harness.progress import CPU_DEADLINES
 from perf_tests.harness.runner import run_level
@@ -227,8 +228,12 @@ def test_cluster_without_a_machine_is_a_sentence(
 def test_machine_tells_of_the_ladder_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """What else the package can build is no test of the suite, and a replay would refuse it."""
     levels = {"bf16": None, "fa3_fp8": "no Hopper", "flux_fast": "no Hopper"}
-    monkeypatch.setattr("perf_tests.sweep.work.ask_machine", lambda: {"device": "cpu", "levels": levels})
-    assert describe_machine().unavailable == {"fa3_fp8": "no Hopper"}
+    monkeypatch.setattr(
+        "perf_tests.sweep.work.ask_machine", lambda: {"device": "cpu", "cpu_capability": "AVX2", "levels": levels}
+    )
+    machine = describe_machine()
+    assert machine.unavailable == {"fa3_fp8": "no Hopper"}
+    assert (machine.slug, machine.kind) == ("cpu-avx2", f"{cpu_name()}, cpu-avx2")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from fluxfast.workloads import WORKLOADS, get_workload
 from perf_tests.bench import plot, table
 from perf_tests.bench.workers import TRACED_PROCESS, Workers, refuse_other_environment
 from perf_tests.harness import gpu, runner, store
+from perf_tests.harness.cpu import is_cpu
 from perf_tests.harness.files import StoreError, locked, write_over
 from perf_tests.harness.lease import GpuBusy
 from perf_tests.harness.machine import (
@@ -23,6 +24,7 @@ from perf_tests.harness.machine import (
     chosen_levels,
     first_gpu,
     git_sha,
+    slug_of,
 )
 from perf_tests.harness.progress import CPU_DEADLINES, GPU_DEADLINES, TRACE_FILE
 from perf_tests.harness.replay import open_run
@@ -118,7 +120,7 @@ def _new_facts(options: argparse.Namespace) -> RunFacts:
     runnable = [level for level in LEVELS if level not in unavailable]
     ladder = [level.id for level in LADDER if level.id in runnable]
     return RunFacts(
-        slug=gpu.slug(first_gpu() if is_gpu else 0),
+        slug=slug_of(machine, [first_gpu()] if is_gpu else ()),
         workload=workload.id,
         workload_digest=workload.digest,
         levels=chosen_levels(options.levels, ladder, runnable, unavailable),
@@ -154,7 +156,7 @@ def _new_folder(output: Path | None) -> Path:
 
 
 def _session(folder: Path, facts: RunFacts, options: argparse.Namespace, run_level: Callable[..., Result]) -> Session:
-    is_gpu = facts.slug != gpu.CPU_SLUG
+    is_gpu = not is_cpu(facts.slug)
     workload = get_workload(facts.workload)
     return Session(
         folder=folder,

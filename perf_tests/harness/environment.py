@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from fluxfast.machine import cpu_capability
 from perf_tests.harness import gpu
 from perf_tests.harness.cpu import cpu_name
 from perf_tests.harness.schema import Environment
@@ -41,7 +42,7 @@ def read_environment() -> Environment:
         cuda=torch.version.cuda,
         driver=facts.get("driver"),
         device_name=facts.get("name", "cpu"),
-        capability=facts.get("capability"),
+        capability=facts["capability"] if device else cpu_capability(),
         power_limit_w=facts.get("power_limit_w"),
         cpu_name=cpu_name(),
         cpu_threads=torch.get_num_threads(),

@@ -18,8 +18,6 @@ from typing import Any
 
 from perf_tests.harness.schema import Counters
 
-CPU_SLUG = "cpu"
-
 LEFT_OUT = re.compile(r"nvidia|geforce|tesla|quadro|graphics|device|sxm\d?|hbm\d?e?|\d+gb|pcie")
 """Words of a product name that a slug leaves out. What then shares a name mostly differs in its power limit; a
 baseline's environment holds the whole name besides."""
@@ -55,8 +53,8 @@ class Snapshot:
     sm_clock_mhz: int | None = None
 
 
-def slug(device: int | str = 0, *, nvml: Any = None) -> str:
-    """The machine a baseline belongs to: `h200-700w` (GPU, enforced power limit in W), `cpu` where there is no GPU.
+def slug(device: int | str = 0, *, nvml: Any = None) -> str | None:
+    """The machine a baseline belongs to: `h200-700w` (GPU, enforced power limit in W); None where there is no GPU.
 
     Args:
         device: NVML index or UUID of the GPU that is used.
@@ -67,7 +65,7 @@ def slug(device: int | str = 0, *, nvml: Any = None) -> str:
     """
     facts = gpu_facts(device, nvml=nvml)
     if not facts:
-        return CPU_SLUG
+        return None
     words = [word for word in re.split(r"[^a-z0-9.]+", facts["name"].lower()) if word and not LEFT_OUT.fullmatch(word)]
     if not words:
         raise GpuError(

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from fluxfast.levels import LEVELS, get_level
 from perf_tests.harness import gpu
+from perf_tests.harness.cpu import cpu_slug
 from perf_tests.harness.runner import ROOT
 from perf_tests.harness.schema import Environment
 
@@ -21,7 +22,8 @@ WHOLE_LADDER = "ladder"
 
 
 def ask_machine(workload: str | None = None) -> dict[str, Any]:
-    """What this machine can run, from a process that may import torch: `device`, `capability`, `levels`.
+    """What this machine can run, from a process that may import torch: `device`, `capability`, `cpu_capability`,
+    `levels`.
 
     And `workload` with `why_workload`: the one that was asked for, or this machine's default.
 
@@ -31,6 +33,33 @@ def ask_machine(workload: str | None = None) -> dict[str, Any]:
     chosen = [] if workload is None else ["--workload", workload]
     answer: dict[str, Any] = json.loads(_last_line_of("fluxfast", "levels", "--json", *chosen))
     return answer
+
+
+def slug_of(asked: Mapping[str, Any], gpus: Sequence[int | str]) -> str:
+    """The machine a baseline belongs to: `h200-700w`, or `cpu-avx2` where workers find no GPU.
+
+    Args:
+        asked: `ask_machine`'s answer.
+        gpus: those that workers will use.
+
+    Raises:
+        ValueError: the GPUs are of several kinds, or only NVML finds one.
+        GpuError: as `gpu.slug`.
+    """
+    if asked["device"] != "cuda":
+        if "CUDA_VISIBLE_DEVICES" not in os.environ and (unused := gpu.slug()):
+            raise ValueError(
+                f"this machine is {unused!r} and its torch finds no GPU: install a CUDA build of torch, or set "
+                "CUDA_VISIBLE_DEVICES to nothing to measure the processor"
+            )
+        return cpu_slug(asked["cpu_capability"])
+    slugs = {own: str(gpu.slug(own)) for own in gpus}
+    if len(set(slugs.values())) > 1:
+        told = ", ".join(f"{own} is {slug}" for own, slug in slugs.items())
+        raise ValueError(
+            f"--gpus {len(gpus)}: expected GPUs of one kind, and {told}: name such in CUDA_VISIBLE_DEVICES, or take one"
+        )
+    return slugs[gpus[0]]
 
 
 def ask_environment() -> Environment:

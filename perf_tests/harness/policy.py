@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 from fluxfast.levels import LEVELS
+from perf_tests.harness.cpu import is_cpu
 
 Direction = Literal["lower_is_worse", "higher_is_worse", "informational"]
 
@@ -90,7 +91,7 @@ def nearest_parents(unavailable: Collection[str]) -> dict[str, str | None]:
 
 
 def policy_for(slug: str, unavailable: Collection[str] = ()) -> Policy:
-    """The policy of a machine: `cpu` by ratio to the same run's bf16, anything else in seconds.
+    """The policy of a machine: a CPU by ratio to the same run's bf16, anything else in seconds.
 
     A level whose parent is `unavailable` is compared with the nearest one below that runs.
 
@@ -100,7 +101,7 @@ def policy_for(slug: str, unavailable: Collection[str] = ()) -> Policy:
     error by a quarter.
     """
     parents = nearest_parents(unavailable)
-    if slug == "cpu" or slug.startswith("cpu-"):
+    if is_cpu(slug):
         return Policy(
             slug=slug,
             parents=parents,

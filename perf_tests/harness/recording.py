@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from pytest_benchmark.stats import Stats
 from pytest_benchmark.utils import get_commit_info
 
+from perf_tests.harness.cpu import is_cpu
 from perf_tests.harness.obstacles import disturbances
 from perf_tests.harness.schema import (
     METHOD,
@@ -52,7 +53,7 @@ def baseline_from_results(
         results: level id -> one result a fresh process.
         levels: ids that the run must hold, no more and no fewer.
         workload: `dataclasses.asdict` of the workload; its `id` and `rounds` are read.
-        slug: of the machine; anything but "cpu" needs NVML counters in every result.
+        slug: of the machine; anything but a CPU needs NVML counters in every result.
         fidelity: level id -> metric -> one value a process.
         step_errors: level id -> one relative L2 of the one-step output a process.
         fidelity_method: metric -> variant and parameters.
@@ -158,7 +159,7 @@ def _refuse_unfit(result: Result, level: str, first: Result, workload: Mapping[s
         observed = f"holds {len(result.measurement.samples_s)} of {workload['rounds']} rounds"
     elif not all(proof.holds for proof in result.measurement.proofs):
         observed = "has a proof that does not hold"
-    elif slug != "cpu" and result.counters is None:
+    elif not is_cpu(slug) and result.counters is None:
         observed = "has no NVML counters, so that it may have been throttled"
     elif reason := void_reason(result.counters):
         observed = f"is void: {reason}"

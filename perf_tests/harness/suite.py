@@ -14,9 +14,10 @@ import pytest
 
 from fluxfast.levels import DEFAULTS, LADDER, LEVELS, get_level
 from fluxfast.workloads import Workload, get_workload
-from perf_tests.harness import faults, gpu, lease, runner, store
+from perf_tests.harness import faults, lease, runner, store
+from perf_tests.harness.cpu import is_cpu
 from perf_tests.harness.lanes import Gpu, Job, run_jobs
-from perf_tests.harness.machine import ask_machine, chosen_levels, first_gpus, git_sha
+from perf_tests.harness.machine import ask_machine, chosen_levels, first_gpus, git_sha, slug_of
 from perf_tests.harness.obstacles import obstacle
 from perf_tests.harness.policy import policy_for
 from perf_tests.harness.progress import CPU_DEADLINES, GPU_DEADLINES, OnProgress, ProgressPrinter
@@ -82,7 +83,7 @@ class Suite:
             raise ValueError("a baseline is of a run in which every test judged: name no files or node ids to record")
         self.baseline_name = path.name if path and self._is_judging else None
         _point_benchmark_at(option, path)
-        is_gpu = facts.slug != gpu.CPU_SLUG
+        is_gpu = not is_cpu(facts.slug)
         self._deadlines = GPU_DEADLINES if is_gpu else CPU_DEADLINES
         self._gpus = first_gpus(option.gpus) if is_gpu and not option.replay else []
         self.session = Session(
@@ -185,6 +186,8 @@ class Suite:
         workload = get_workload(machine["workload"])
         self._why_workload = machine["why_workload"]
         unavailable = {level: why for level, why in machine["levels"].items() if why}
+        if option.gpus > 1 and not is_gpu:
+            raise ValueError(f"--gpus {option.gpus}: expected so many GPUs, and workers find none here; leave it away")
         processes = option.processes
         if processes is None:
             processes = MIN_PROCESSES if self.is_recording else 3 if is_gpu else 1
@@ -192,7 +195,7 @@ class Suite:
         if processes < least:
             raise ValueError(f"--processes is {processes}, expected at least {least}")
         return RunFacts(
-            slug=_one_slug(first_gpus(option.gpus)) if is_gpu else _without_gpu(option.gpus),
+            slug=slug_of(machine, first_gpus(option.gpus) if is_gpu else ()),
             workload=workload.id,
             workload_digest=workload.digest,
             levels=[level.id for level in LADDER if level.id not in unavailable],
@@ -263,22 +266,6 @@ def _told(jobs: Sequence[Job], folder: Path) -> str:
         return f"again, because disturbed: {', '.join(f'{level} #{process}' for level, process in jobs)}"
     levels = dict.fromkeys(level for level, _ in jobs)
     return f"{', '.join(levels)} in {len(jobs) // len(levels)} process(es) each"
-
-
-def _one_slug(gpus: Sequence[int | str]) -> str:
-    slugs = {own: gpu.slug(own) for own in gpus}
-    if len(set(slugs.values())) > 1:
-        told = ", ".join(f"{own} is {slug}" for own, slug in slugs.items())
-        raise ValueError(
-            f"--gpus {len(gpus)}: expected GPUs of one kind, and {told}: name such in CUDA_VISIBLE_DEVICES, or take one"
-        )
-    return slugs[gpus[0]]
-
-
-def _without_gpu(count: int) -> str:
-    if count > 1:
-        raise ValueError(f"--gpus {count}: expected so many GPUs, and workers find none here; leave it away")
-    return gpu.slug()
 
 
 def _point_benchmark_at(option: Any, path: Path | None) -> None:

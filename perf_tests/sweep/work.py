@@ -12,9 +12,9 @@ from pathlib import Path
 from fluxfast.levels import LADDER
 from perf_tests.bisect.environments import BuildError, Recipe, build
 from perf_tests.harness import gpu, lease, runner
-from perf_tests.harness.cpu import cpu_name
+from perf_tests.harness.cpu import cpu_name, is_cpu
 from perf_tests.harness.files import locked
-from perf_tests.harness.machine import ask_machine, first_gpu
+from perf_tests.harness.machine import ask_machine, first_gpu, slug_of
 from perf_tests.harness.progress import CPU_DEADLINES, GPU_DEADLINES
 from perf_tests.sweep.cells import Cell
 
@@ -68,9 +68,9 @@ class Delivery:
 def describe_machine() -> Machine:
     """What this machine is and can run; asks torch, in a process of its own."""
     asked = ask_machine()
-    slug = gpu.slug(first_gpu()) if asked["device"] == "cuda" else gpu.CPU_SLUG
+    slug = slug_of(asked, [first_gpu()] if asked["device"] == "cuda" else ())
     ladder = {level.id for level in LADDER}
-    kind = cpu_name() if slug == gpu.CPU_SLUG else slug
+    kind = f"{cpu_name()}, {slug}" if is_cpu(slug) else slug
     return Machine(kind, slug, {level: why for level, why in asked["levels"].items() if why and level in ladder})
 
 
@@ -86,7 +86,7 @@ def run_cell(order: Order) -> Delivery:
 
 
 def _run_cell(order: Order) -> Delivery:
-    cell, is_gpu = order.cell, order.slug != gpu.CPU_SLUG
+    cell, is_gpu = order.cell, not is_cpu(order.slug)
     command = order.worker_command or (str(_interpreter(order)), *WORKER)
     with (
         tempfile.TemporaryDirectory(prefix="fluxfast-sweep-") as folder,
