@@ -76,7 +76,7 @@ def run_bench(options: list[str]) -> int:
     if importlib.util.find_spec("perf_tests") is None:
         print(
             "error: bench is part of the suite, and `perf_tests` cannot be found here; run it in a checkout of "
-            "fluxfast-perf or install it with pip install 'fluxfast-perf[perf]'",
+            "fluxfast-perf or install that with pip install -e '.[perf]'",
             file=sys.stderr,
         )
         return 2

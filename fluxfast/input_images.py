@@ -1,7 +1,7 @@
 """Images that FLUX.1-Kontext edits, drawn by the project: the same pixels everywhere, nothing to download.
 
 Integer arithmetic only, so that no rounding differs between machines. A drawing never changes under its name:
-`tests/test_input_images.py` holds its pixels, and another picture gets another name.
+`tests/test_kontext.py` holds its pixels, and another picture gets another name.
 """
 
 from __future__ import annotations

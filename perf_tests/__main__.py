@@ -26,7 +26,7 @@ def main() -> int:
         except ModuleNotFoundError as error:
             print(
                 f"error: {name!r} needs the package {error.name!r}, which is not installed; "
-                "install the extra it belongs to: pip install 'fluxfast-perf[perf]'",
+                "install the extra it belongs to: pip install -e '.[perf]'",
                 file=sys.stderr,
             )
             return 2

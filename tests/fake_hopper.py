@@ -57,7 +57,7 @@ def triton_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def triton_operations() -> dict[str, Any]:
     """The operations that the fused blocks and the decoder use, by name."""
-    pytest.importorskip("triton", reason="Triton is not installed: pip install 'fluxfast-perf[dev]'")
+    pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[dev]'")
     from fluxfast.kernels import activations, group_norm, norms, qkv
 
     operations = (

@@ -214,7 +214,7 @@ def test_without_the_suite(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(sys, "argv", ["fluxfast", "bench"])
     assert fluxfast.__main__.main() == 2
-    assert "fluxfast-perf[perf]" in capsys.readouterr().err
+    assert "pip install -e '.[perf]'" in capsys.readouterr().err
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

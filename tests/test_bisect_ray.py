@@ -14,7 +14,7 @@ from perf_tests.bisect.several import Several, kind_of_search
 from perf_tests.bisect.state import Judged, Kind, Question, State
 from perf_tests.sweep.dispatch import stored_sweep
 
-ray = pytest.importorskip("ray", reason="Ray is not installed: `pip install fluxfast-perf[sweep]`")
+ray = pytest.importorskip("ray", reason="Ray is not installed: `pip install -e '.[sweep]'`")
 
 MEETING_S = 60.0
 

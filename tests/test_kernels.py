@@ -39,7 +39,7 @@ implementations = pytest.mark.parametrize("kind", ["reference", pytest.param("tr
 def test_kernels_in_the_interpreter():
     """Without CUDA, the Triton cases of this file pass in Triton's interpreter."""
     if not TRITON:
-        pytest.skip("Triton is not installed: pip install 'fluxfast-perf[dev]'")
+        pytest.skip("Triton is not installed: pip install -e '.[dev]'")
     if IN_REACH:
         pytest.skip("the Triton cases run in this process")
     names = ("test_kernels.py", "test_kernel_blocks.py", "test_group_norm.py")

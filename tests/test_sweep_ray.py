@@ -12,7 +12,7 @@ from perf_tests.harness.stored_run import read_run
 from perf_tests.sweep.cells import AS_INSTALLED, all_cells
 from perf_tests.sweep.driver import Sweep
 
-ray = pytest.importorskip("ray", reason="Ray is not installed: `pip install fluxfast-perf[sweep]`")
+ray = pytest.importorskip("ray", reason="Ray is not installed: `pip install -e '.[sweep]'`")
 
 SLOW_WORKER = (sys.executable, str(Path(__file__).with_name("slow_worker.py")))
 LEVELS = ("fp32", "bf16", "compile")

@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fluxfast bench",
         description=f"Measure levels, each in fresh processes, into {CSV_FILE}, {PLOT_FILE} and {IMAGES}/. The folder "
-        "is a run that `pytest perf_tests --replay FOLDER` judges as well.",
+        "is a run that `pytest perf_tests --benchmark-compare --replay FOLDER` judges as well.",
     )
     parser.add_argument(
         "--levels",
@@ -79,7 +79,8 @@ def _parser() -> argparse.ArgumentParser:
         "level come along, as references",
     )
     parser.add_argument(
-        "--workload", help=f"one of {', '.join(WORKLOADS)}; default: schnell on a Hopper GPU, else tiny"
+        "--workload",
+        help=f"one of {', '.join(WORKLOADS)}; default: tiny, and on a Hopper GPU schnell-hub or, without its weights, schnell",
     )
     parser.add_argument("--processes", type=int, help="fresh processes a level; default: 3 on a GPU, 1 on a CPU")
     folder = parser.add_mutually_exclusive_group()

@@ -95,10 +95,11 @@ def policy_for(slug: str, unavailable: Collection[str] = ()) -> Policy:
 
     A level whose parent is `unavailable` is compared with the nearest one below that runs.
 
-    GPU: the floor is a quarter of the 2 % that has to be found; the spread is that of an idle H100 between processes.
+    GPU: the floor is a quarter of the 2 % that has to be found; the spread is assumed, at two degrees of freedom (the
+    quietest levels of the H100 baseline show 0.5 to 0.6 % between processes).
     CPU: shared machines move by several per cent between processes, and seconds do not travel between them. Nor does
-    the last bit: other vector units add in another order, so images may differ as float32's does from bf16's, a step
-    error by a quarter.
+    the last bit: other caches and cores may add in another order, so images may differ as float32's does from bf16's,
+    a step error by a quarter.
     """
     parents = nearest_parents(unavailable)
     if is_cpu(slug):

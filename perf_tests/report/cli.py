@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
         if asked.markdown:
             _write(asked.markdown, render_markdown(report))
     except (StoreError, ImportError) as error:
-        missing = "; install the extra: pip install 'fluxfast-perf[report]'" if isinstance(error, ImportError) else ""
+        missing = "; install the extra: pip install -e '.[report]'" if isinstance(error, ImportError) else ""
         print(f"error: {error}{missing}", file=sys.stderr)
         return 2
     for line in error_lines(report) if asked.annotations else ():

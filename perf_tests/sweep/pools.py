@@ -19,6 +19,6 @@ def open_pool(ray: str, say: Callable[[str], None]) -> Pool:
     try:
         from perf_tests.sweep.ray_pool import RayPool
     except ImportError:
-        say("Ray is not installed (`pip install fluxfast-perf[sweep]`): one after another on this machine")
+        say("Ray is not installed (`pip install -e '.[sweep]'`): one after another on this machine")
         return SerialPool(describe_machine())
     return RayPool("auto" if ray == "auto" else None)
