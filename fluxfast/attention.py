@@ -34,11 +34,13 @@ class LaunchCount:
 
     Attributes:
         launches: calls of any of the ops.
-        split: those among them of the op that looks for a tail.
+        looked: those among them of the op that looks for a tail.
+        split: those among these that gave the tail a launch of its own.
     """
 
     def __init__(self) -> None:
         self.launches = 0
+        self.looked = 0
         self.split = 0
 
 
@@ -118,16 +120,26 @@ def tail_of(batch: int, tokens: int, heads: int, processors: int) -> tuple[int, 
     return tokens - kept * TILE, splits
 
 
+def has_tail(tokens: int, heads: int) -> bool:
+    """Whether `fa3_fp8_split_tail` launches twice here for one image of `tokens` tokens in the joint sequence."""
+    return tail_of(1, tokens, heads, _processors())[0] > 0
+
+
+@functools.cache
+def _processors() -> int:
+    return torch.cuda.get_device_properties(0).multi_processor_count
+
+
 @torch.library.custom_op("fluxfast::fa3_fp8_split_tail", mutates_args=(), device_types="cuda")
 def fa3_fp8_split_tail(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """As `fa3_fp8`, the rows of `tail_of` in a launch of their own."""
     batch, tokens, heads, _ = query.shape
-    processors = torch.cuda.get_device_properties(query.device).multi_processor_count
-    rows, splits = tail_of(batch, tokens, heads, processors)
-    COUNT.split += 1
+    rows, splits = tail_of(batch, tokens, heads, _processors())
+    COUNT.looked += 1
     if rows == 0:
         return _launch(query, key, value)
     COUNT.launches += 1
+    COUNT.split += 1
     out = torch.empty(query.shape, dtype=torch.bfloat16, device=query.device)
     for part, parts in ((slice(0, tokens - rows), 1), (slice(tokens - rows, None), splits)):
         _kernel_into()(query[:, part], key, value, out=out[:, part], num_splits=parts)

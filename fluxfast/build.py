@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from fluxfast import aoti, convolution, decoder, fused, proof, steps, workspace
-from fluxfast.attention import COUNT
+from fluxfast.attention import COUNT, has_tail
 from fluxfast.checkpoints import Pipeline, load, pipeline_class
 from fluxfast.compilation import (
     Compiler,
@@ -65,6 +65,7 @@ class Built:
         level: the effective level, without the fields that this machine cannot run.
         unavailable: those fields, each with its reason.
         facts: the counts taken while building.
+        has_tail: whether attention of the workload's size has a tail that `split_attention_tail` launches by itself.
     """
 
     pipeline: Pipeline
@@ -79,7 +80,9 @@ class Built:
     text_compiler: Compiler | None = None
     modulation: StagedModulation | None = None
     rotary: StagedRotary | None = None
+    has_tail: bool = False
     _launches_before: int = 0
+    _looked_before: int = 0
     _split_before: int = 0
 
     @property
@@ -88,8 +91,13 @@ class Built:
         return COUNT.launches - self._launches_before
 
     @property
-    def fa3_split(self) -> int:
+    def fa3_looked(self) -> int:
         """Those among them of the op that looks for a tail."""
+        return COUNT.looked - self._looked_before
+
+    @property
+    def fa3_split(self) -> int:
+        """Those among these that found one."""
         return COUNT.split - self._split_before
 
     def forwards(self, calls: int, num_steps: int) -> dict[str, int]:
@@ -199,6 +207,8 @@ def build(
         scope=workload.compile_scope,
         facts=facts,
         compiler=Compiler(inductor_options(applied)),
+        has_tail=target.split_attention_tail
+        and has_tail(workload.tokens, pipeline.transformer.config.num_attention_heads),
     )
     if applied.compile_mode != "none":
         if workload.compile_scope == "blocks" and not applied.has_fused_blocks:
@@ -223,7 +233,7 @@ def build(
         built.modulation = StagedModulation(pipeline)
     if applied.fused_qk_rope and applied.has_fused_blocks:
         built.rotary = StagedRotary(pipeline)
-    built._launches_before, built._split_before = COUNT.launches, COUNT.split
+    built._launches_before, built._looked_before, built._split_before = COUNT.launches, COUNT.looked, COUNT.split
     return built
 
 

@@ -16,6 +16,8 @@ FA3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")
 
 TRITON_FIELDS = ("fused_quantize", "fused_qk_rope", "fast_decode")
 SEARCH_FIELDS = ("gemm_search", "coordinate_descent")
+ROWWISE_LT = (12, 9)
+"""CUDA from which torch's row-wise float8 GEMM on a Hopper is cuBLASLt's; before, it is CUTLASS's."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,7 @@ class Machine:
     Attributes:
         device: "cuda" or "cpu".
         capability: CUDA compute capability, None without a GPU.
+        cuda: version of CUDA that torch was built for, None without a GPU.
         fa3_module: the first of `FA3_MODULES` that is installed, None if neither is.
         triton: whether Triton is installed.
     """
@@ -33,6 +36,7 @@ class Machine:
     capability: tuple[int, int] | None
     fa3_module: str | None
     triton: bool
+    cuda: tuple[int, int] | None = None
 
     @property
     def found(self) -> str:
@@ -53,7 +57,9 @@ def this_machine() -> Machine:
     if not torch.cuda.is_available():
         return Machine(device="cpu", capability=None, fa3_module=fa3_module, triton=triton)
     capability = torch.cuda.get_device_capability()
-    return Machine(device="cuda", capability=capability, fa3_module=fa3_module, triton=triton)
+    major, minor = str(torch.version.cuda).split(".")[:2]
+    cuda = int(major), int(minor)
+    return Machine(device="cuda", capability=capability, fa3_module=fa3_module, triton=triton, cuda=cuda)
 
 
 def cpu_capability() -> str:
@@ -85,8 +91,12 @@ def unavailable(level: Level, machine: Machine) -> dict[str, str]:
             reasons[field] = (
                 f"{field}: its Triton kernels need compute capability 9.0 and Triton; found {machine.found_with_triton}"
             )
-    if level.no_gemm_workspace and machine.capability is None:
-        reasons["no_gemm_workspace"] = f"no_gemm_workspace: is a setting of cuBLASLt on CUDA; found {machine.found}"
+    if level.no_gemm_workspace and (machine.capability != (9, 0) or machine.cuda is None or machine.cuda < ROWWISE_LT):
+        found = f"CUDA {'.'.join(map(str, machine.cuda))}" if machine.cuda else "no CUDA"
+        reasons["no_gemm_workspace"] = (
+            "no_gemm_workspace: needs compute capability 9.0 and torch for CUDA 12.9 or newer, whose row-wise float8 "
+            f"GEMMs are cuBLASLt's; found {machine.found} and {found}"
+        )
     if level.whole_loop_graph and machine.capability is None:
         reasons["whole_loop_graph"] = f"whole_loop_graph: needs CUDA graphs; found {machine.found}"
     for field in SEARCH_FIELDS:

@@ -14,7 +14,7 @@ from fluxfast.kernels import reference
 from fluxfast.machine import Machine
 
 CPU = Machine(device="cpu", capability=None, fa3_module=None, triton=True)
-HOPPER = Machine(device="cpu", capability=(9, 0), fa3_module="flash_attn_interface", triton=True)
+HOPPER = Machine(device="cpu", capability=(9, 0), cuda=(13, 0), fa3_module="flash_attn_interface", triton=True)
 
 
 @torch.library.custom_op("fluxfast_tests::fp8_attention", mutates_args=())
@@ -27,6 +27,7 @@ def fp8_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
 @torch.library.custom_op("fluxfast_tests::fp8_attention_split_tail", mutates_args=())
 def fp8_attention_split_tail(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """The same for the op with a tail of its own."""
+    COUNT.looked += 1
     COUNT.split += 1
     COUNT.launches += 1
     return reference_fp8_attention(query, key, value).contiguous()
@@ -43,6 +44,7 @@ def pretend_to_be(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(building, "this_machine", lambda: machine)
     monkeypatch.setattr(steps, "fa3_fp8", fp8_attention)
     monkeypatch.setattr(steps, "fa3_fp8_split_tail", fp8_attention_split_tail)
+    monkeypatch.setattr(building, "has_tail", lambda tokens, heads: True)
     memsets = ["of the schedule"]
     monkeypatch.setattr(workspace, "drop", memsets.clear)
     monkeypatch.setattr(workspace, "memsets_of_a_gemm", lambda: len(memsets))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, FluxPosEmbed
@@ -158,19 +156,23 @@ def test_split_tail_writes_every_row_in_two_launches(monkeypatch: pytest.MonkeyP
 
     query = torch.randn(1, 40 * attention.TILE - 5, 2, 128).to(E4M3)
     monkeypatch.setattr(attention, "_kernel_into", lambda: kernel)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=66))
-    before = attention.COUNT.launches, attention.COUNT.split
+    monkeypatch.setattr(attention, "_processors", lambda: 66)
+    before = attention.COUNT.launches, attention.COUNT.looked, attention.COUNT.split
     out = fa3_fp8_split_tail._init_fn(query, query, query)
     rows, splits = attention.tail_of(1, query.shape[1], 2, 66)
     assert launches == [(query.shape[1] - rows, query.shape[1], 1), (rows, query.shape[1], splits)] and splits > 1
     assert torch.equal(out[:, :-rows], (query[:, :-rows].float() + 1).bfloat16())
     assert torch.equal(out[:, -rows:], (query[:, -rows:].float() + splits).bfloat16())
-    assert (attention.COUNT.launches, attention.COUNT.split) == (before[0] + 1, before[1] + 1)
+    assert (attention.COUNT.launches, attention.COUNT.looked, attention.COUNT.split) == tuple(n + 1 for n in before)
+    assert attention.has_tail(query.shape[1], 2)
 
 
 def test_split_tail_without_a_tail_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where one launch is as good, it is the stock one."""
     query = torch.randn(1, 256, 2, 128).to(E4M3)
     monkeypatch.setattr(attention, "_kernel", lambda: lambda q, k, v: q)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(attention, "_processors", lambda: 132)
+    before = attention.COUNT.looked, attention.COUNT.split
     assert fa3_fp8_split_tail._init_fn(query, query, query) is query
+    assert (attention.COUNT.looked, attention.COUNT.split) == (before[0] + 1, before[1])
+    assert not attention.has_tail(256, 2)

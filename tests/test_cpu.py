@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from fluxfast.workloads import Workload
 from perf_tests.harness import gpu
 from perf_tests.harness.cpu import cpu_slug, is_cpu
 from perf_tests.harness.environment import read_environment
-from perf_tests.harness.machine import slug_of
+from perf_tests.harness.machine import ask_machine, slug_of
 
 CPU = {"device": "cpu", "cpu_capability": "AVX512-BF16"}
 
@@ -61,11 +62,29 @@ def test_the_environment_holds_them() -> None:
 def test_a_gpu_that_only_nvml_finds_is_not_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a CPU build of torch the workers would measure the processor, unless that was asked for."""
     monkeypatch.setattr(gpu, "slug", lambda device=0: "h200-700w")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    with pytest.raises(ValueError, match=r"'h200-700w' and its torch finds no GPU: install a CUDA build"):
-        slug_of(CPU, ())
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert slug_of(CPU, ()) == "cpu-avx512-bf16"
+    for visible in (None, "1"):
+        if visible is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        with pytest.raises(ValueError, match=r"'h200-700w' and its torch finds no GPU: install a CUDA build"):
+            slug_of(CPU, ())
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert slug_of(CPU, ()) == "cpu-avx512-bf16"
+
+
+def test_the_machine_is_asked_in_the_order_of_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the slug would be of one card, and the levels of the fastest."""
+    asked: dict[str, str] = {}
+
+    def run(command: list[str], *, env: dict[str, str], **more: Any) -> SimpleNamespace:
+        asked.update(env)
+        return SimpleNamespace(returncode=0, stdout='{"device": "cuda"}')
+
+    monkeypatch.setattr("perf_tests.harness.machine.subprocess.run", run)
+    assert ask_machine() == {"device": "cuda"}
+    assert asked["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
 
 
 @pytest.fixture

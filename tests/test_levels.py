@@ -15,7 +15,7 @@ from fluxfast.workloads import TINY, WORKLOADS, Workload, get_workload
 CPU = Machine(device="cpu", capability=None, fa3_module=None, triton=True)
 ADA_WITH_FA3 = Machine(device="cuda", capability=(8, 9), fa3_module="fa3_fwd_interface", triton=True)
 AMPERE = Machine(device="cuda", capability=(8, 0), fa3_module=None, triton=True)
-HOPPER = Machine(device="cuda", capability=(9, 0), fa3_module="flash_attn_interface", triton=True)
+HOPPER = Machine(device="cuda", capability=(9, 0), cuda=(13, 0), fa3_module="flash_attn_interface", triton=True)
 HOPPER_WITHOUT_FA3 = Machine(device="cuda", capability=(9, 0), fa3_module=None, triton=True)
 OTHER_VALUE = {int: 7, float: 1.25, str: "other", type(None): "other"}
 
@@ -118,6 +118,21 @@ def test_triton_rung_says_what_is_missing(machine: Machine, words: str) -> None:
     """Neither a machine without Hopper nor one without Triton times PyTorch's operations as the kernels'."""
     reason = why_not(get_level("fused_quantize"), machine)
     assert reason is not None and reason.startswith("fused_quantize: ") and words in reason
+
+
+@pytest.mark.parametrize(
+    ("machine", "found"),
+    [
+        (CPU, "found cpu and no CUDA"),
+        (dataclasses.replace(ADA_WITH_FA3, cuda=(13, 0)), "found 8.9 and CUDA 13.0"),
+        (dataclasses.replace(HOPPER, cuda=(12, 8)), "found 9.0 and CUDA 12.8"),
+    ],
+)
+def test_workspace_is_dropped_only_where_cublaslt_multiplies(machine: Machine, found: str) -> None:
+    """Where CUTLASS does, no GEMM was ever preceded by a memset, and the count of none would prove nothing."""
+    reason = why_not(get_level("no_gemm_workspace"), machine)
+    assert reason is not None and reason.startswith("no_gemm_workspace: ") and reason.endswith(found)
+    assert why_not(get_level("no_gemm_workspace"), HOPPER) is None
 
 
 def test_level_is_left_out_only_for_its_own_field() -> None:

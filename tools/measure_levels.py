@@ -33,8 +33,8 @@ from perf_tests.harness.schema import Measurement, Result
 
 RUNGS = [level.id for level in BEYOND if level is not GEMM_SEARCH]
 FIRST = (RUNGS[0], "bf16", RUNGS[-1], *RUNGS[1:-1], FLUX_FAST.id, "fp32")
-"""The rung that the others stand on, what errors are against, the whole stack; then what each rung is worth. Without the
-search of GEMMs, which no time has been enough for yet."""
+"""The rung that the others stand on, what errors are against, the whole stack; then what each rung is worth. The search
+of GEMMs is left out, for which no time has been enough yet."""
 TABLE_FILE = "table.md"
 LEAST_S = 20.0
 """A worker that has less than this left is not started: importing torch alone takes a good part of it."""

@@ -37,7 +37,7 @@ def heavy_tailed(sd: float) -> Draw:
 
 
 def bimodal(slow: float, levels: int | None = None, within: float = 0.002, gap: float = 0.13) -> Draw:
-    """Each process falls into a mode of its own (newton-physics/newton#2534: 22.5 or 25.5 ms), on the first so many levels."""
+    """Each process has a mode of its own (newton-physics/newton#2534: 22.5 or 25.5 ms), on the first so many levels."""
 
     def draw(rng: np.random.Generator, date: int, *shape: int) -> Array:
         mode: Array = (rng.random(shape) < slow) * np.log1p(gap)

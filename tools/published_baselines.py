@@ -1,4 +1,4 @@
-"""Writes `baselines/h100-700w/`: what flux-fast published, as upper bounds until someone records `schnell-hub` on an H100.
+"""Writes `baselines/h100-700w/`: what flux-fast published, as upper bounds until `schnell-hub` is recorded on an H100.
 
     python -m tools.published_baselines [FOLDER]
 

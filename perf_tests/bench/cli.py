@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--workload",
-        help=f"one of {', '.join(WORKLOADS)}; default: tiny, and on a Hopper GPU schnell-hub or, without its weights, schnell",
+        help=f"one of {', '.join(WORKLOADS)}; default: tiny, on a Hopper schnell-hub or, without its weights, schnell",
     )
     parser.add_argument("--processes", type=int, help="fresh processes a level; default: 3 on a GPU, 1 on a CPU")
     folder = parser.add_mutually_exclusive_group()

@@ -47,10 +47,10 @@ def slug_of(asked: Mapping[str, Any], gpus: Sequence[int | str]) -> str:
         GpuError: as `gpu.slug`.
     """
     if asked["device"] != "cuda":
-        if "CUDA_VISIBLE_DEVICES" not in os.environ and (unused := gpu.slug()):
+        if unused := _unused_gpu():
             raise ValueError(
-                f"this machine is {unused!r} and its torch finds no GPU: install a CUDA build of torch, or set "
-                "CUDA_VISIBLE_DEVICES to nothing to measure the processor"
+                f"this machine is {unused!r} and its torch finds no GPU: install a CUDA build of torch that its driver "
+                "can run, or hide the GPU with an empty CUDA_VISIBLE_DEVICES to measure the processor"
             )
         return cpu_slug(asked["cpu_capability"])
     slugs = {own: str(gpu.slug(own)) for own in gpus}
@@ -60,6 +60,15 @@ def slug_of(asked: Mapping[str, Any], gpus: Sequence[int | str]) -> str:
             f"--gpus {len(gpus)}: expected GPUs of one kind, and {told}: name such in CUDA_VISIBLE_DEVICES, or take one"
         )
     return slugs[gpus[0]]
+
+
+def _unused_gpu() -> str | None:
+    """The slug of a GPU that NVML finds and CUDA_VISIBLE_DEVICES does not hide."""
+    try:
+        own = first_gpu()
+    except gpu.GpuError:
+        return None
+    return gpu.slug(own)
 
 
 def ask_environment() -> Environment:
@@ -121,7 +130,9 @@ def chosen_levels(
 
 def _last_line_of(*module: str) -> str:
     command = [sys.executable, "-m", *module]
-    asked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    # The order of NVML, by which the slug is found; CUDA's own begins with the fastest GPU.
+    variables = {**os.environ, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    asked = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
     if asked.returncode != 0:
         last = (asked.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise ValueError(f"`{' '.join(command)}` failed with exit status {asked.returncode}: {last}")

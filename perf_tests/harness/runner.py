@@ -162,6 +162,8 @@ def _variables(cache: Path | None, gpu: int | str | None) -> dict[str, str]:
     """What the worker's environment has beyond ours."""
     variables = {
         "PYTHONFAULTHANDLER": "1",
+        # NVML counts in the order of the bus, CUDA by default the fastest first.
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "PYTHONUNBUFFERED": "1",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS reads it when its first handle is made
         "HF_HUB_OFFLINE": "1",  # a timing must not depend on a network
@@ -169,8 +171,7 @@ def _variables(cache: Path | None, gpu: int | str | None) -> dict[str, str]:
         "OMP_WAIT_POLICY": "PASSIVE",
     }
     if gpu is not None:
-        # NVML counts in the order of the bus, CUDA by default the fastest first.
-        variables |= {"CUDA_VISIBLE_DEVICES": str(gpu), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        variables["CUDA_VISIBLE_DEVICES"] = str(gpu)
     if cache is not None:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         variables["TORCHINDUCTOR_CACHE_DIR"] = str(cache.resolve() / "inductor")
