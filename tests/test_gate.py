@@ -385,7 +385,7 @@ def with_measurement(level="aoti", **change):
 
 
 def test_structure_counts_exactly():
-    """One count off in one process is red, with or without a baseline; so is a fact that is gone. More facts prove more."""
+    """One count off in one process is red, with or without a baseline; so is a fact that is gone. More prove more."""
     off = Proof(field="dtype", what="bfloat16 weights", observed=6, expected=7)
     for base in (baseline(), None):
         verdict = gate.judge_structure("aoti", [samples.result("aoti"), *with_measurement(proofs=[off])], base)
