@@ -52,6 +52,7 @@ def main() -> int:
 
 def list_levels(asked: str | None, as_json: bool) -> int:
     """Print every level with the reason if this machine cannot run it, and the workload to measure."""
+    from fluxfast.convolution import has_bfloat16
     from fluxfast.machine import cpu_capability, this_machine, why_not
 
     machine = this_machine()
@@ -68,6 +69,8 @@ def list_levels(asked: str | None, as_json: bool) -> int:
         change = f"{field}={getattr(level, field)}" if field else f"dtype={level.dtype}"
         print(f"{level.id:16}{change:34}{reasons[level.id] or 'runs here'}")
     print(f"workload: {workload.id} ({why})")
+    if machine.device == "cpu" and not has_bfloat16():
+        print("convolutions: bfloat16 in float32, because oneDNN has no bfloat16 for this processor")
     return 0
 
 
