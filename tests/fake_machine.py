@@ -55,6 +55,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
             result = result.model_copy(update={"counters": Counters(thermal_violation_ns=5)})
         put(folder, result)
         (folder / level / str(process) / "gpu").write_text(str(more["gpu"]))
+        (folder / level / str(process) / "cache").write_text(str(cache))
         if option.cards:
             time.sleep(0.05)  # or the first lane would have done all before the second begins
         return read_result(folder / level / str(process) / "result.json")

@@ -463,6 +463,7 @@ def test_other_weights(tmp: Path) -> None:
         (["--inject=compile:oom"], "--replay starts none"),
         (["--processes=3"], "--replay starts none"),
         (["--gpus=2"], "--gpus says on how many GPUs workers run, and --replay starts none"),
+        (["--fresh-compiles"], "--fresh-compiles says that workers compile anew, and --replay starts none"),
         (["--require-machine=h200-700w"], "--require-machine h200-700w: this machine is 'cpu'"),
         (["--record-baseline", "--update-baseline"], "leave one away"),
         (["--reason=why not"], "give both"),
@@ -520,6 +521,20 @@ def test_gpus_that_cannot_measure_side_by_side(tmp_path: Path, options: list[str
     assert ran.status == 4, ran.text
     assert said in ran.text and "Traceback" not in ran.text
     assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("is_fresh", [True, False])
+def test_processes_compile_anew_if_asked(tmp_path: Path, is_fresh: bool) -> None:
+    """Each in a folder of its own that goes with it; else all share one, which is kept."""
+    cache = tmp_path / "cache"
+    options = ["--fresh-compiles"] if is_fresh else []
+    ran = run_suite(tmp_path, "-p", "fake_machine", f"--cache={cache}", "--processes=2", *options)
+    assert ran.status == 0, ran.text
+    seen = [Path(path.read_text()) for path in (tmp_path / "results").glob("*/*/*/cache")]
+    assert len(seen) == 2 * len(LEVELS)
+    assert len(set(seen)) == (len(seen) if is_fresh else 1)
+    assert (cache in seen) != is_fresh
+    assert any(path.exists() for path in seen) != is_fresh
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -59,6 +59,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--results", type=Path, default=ROOT / "results", help="folder of runs")
     group.addoption("--cache", type=Path, default=ROOT / ".cache", help="compiled code, kept between runs")
+    group.addoption(
+        "--fresh-compiles",
+        action="store_true",
+        help="every process compiles anew and keeps nothing in --cache, so that limits hold what compiling varies",
+    )
     group.addoption("--baselines", type=Path, default=ROOT / "baselines", help="folder of baselines")
     group.addoption("--quarantine", type=Path, default=usage.FOLDER / "quarantine.toml", help="excused tests")
     group.addoption("--history", type=Path, help="SQLite file that runs append to; default: history.db below --results")

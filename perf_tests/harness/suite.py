@@ -6,7 +6,8 @@ import contextlib
 import datetime
 import itertools
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -227,21 +228,31 @@ class Suite:
                 "leave it away"
             )
 
+    @contextlib.contextmanager
+    def _compiled_code(self) -> Iterator[Path]:
+        """The folder of a process's compiled code; with `--fresh-compiles` its own, removed after it."""
+        if not self.config.option.fresh_compiles:
+            yield self.config.option.cache
+            return
+        with tempfile.TemporaryDirectory(prefix="fluxfast-compile-") as own:
+            yield Path(own)
+
     def _measure(self, jobs: Sequence[Job], folder: Path) -> dict[Job, Result]:
         """Run workers, with progress on the terminal; Ctrl-C keeps what was measured."""
 
         def run_job(level: str, process: int, own: Gpu, on_progress: OnProgress) -> Result:
-            return runner.run_level(
-                level,
-                self.session.workload.id,
-                process,
-                folder,
-                deadlines=self._deadlines,
-                cache=self.config.option.cache,
-                inject=self.injections.get(level),
-                gpu=own,
-                on_progress=on_progress,
-            )
+            with self._compiled_code() as cache:
+                return runner.run_level(
+                    level,
+                    self.session.workload.id,
+                    process,
+                    folder,
+                    deadlines=self._deadlines,
+                    cache=cache,
+                    inject=self.injections.get(level),
+                    gpu=own,
+                    on_progress=on_progress,
+                )
 
         capture = self.config.pluginmanager.getplugin("capturemanager")
         printer = ProgressPrinter(self._deadlines, len(jobs))

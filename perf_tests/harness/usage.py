@@ -69,6 +69,9 @@ def refuse_contradictions(option: Any) -> None:
         "--gpus says on how many GPUs workers run, and --replay starts none: leave one away": (
             option.replay and option.gpus != 1
         ),
+        "--fresh-compiles says that workers compile anew, and --replay starts none: leave one away": (
+            option.replay and option.fresh_compiles
+        ),
         f"--gpus is {option.gpus}, expected at least 1: leave it away for one": option.gpus < 1,
         "--record-baseline writes a new baseline and --update-baseline changes the old one: leave one away": (
             option.record_baseline and option.update_baseline
