@@ -178,7 +178,7 @@ def test_rerun_that_left_no_result_does_not_count(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [ErrorKind.INTERRUPTED, ErrorKind.OOM])
 def test_rerun_that_failed_takes_no_measurement_away(tmp_path: Path, kind: ErrorKind) -> None:
-    """After Ctrl-C or an oom the disturbed process counts: nothing is red, latency is void and says both; replayed too."""
+    """After Ctrl-C or an oom the disturbed process counts: no red, latency void with both reasons. Replayed too."""
     machine = Machine(changed("compile", 1, 3.0, HOT), again=failed("compile", kind, 1))
     own = session(tmp_path, machine)
     assert own.results["compile"][1].measurement is not None and own.unmeasured() == []
