@@ -202,6 +202,7 @@ def test_job_that_is_left_out_is_measured_once_more(tmp_path: Path, again: Resul
 
     own = session(tmp_path, machine)
     own.measure = measure
+    assert [result.process for result in own.results["compile"]] == [0, 1]
     for run in (own, replayed(own)):
         assert run.structure("compile").ok == (again is None)
         assert run.results["compile"][0].counters == Counters()
