@@ -130,7 +130,8 @@ A, B, C = ("bf16", 0), ("bf16", 1), ("bf16", 2)
     ("kind", "lingers_until", "left_out"),
     [
         (ErrorKind.OOM, "the end", {B, C}),
-        (ErrorKind.OOM, "the next imported", set()),
+        (ErrorKind.OOM, "the next imports", set()),
+        (ErrorKind.OOM, "the next loads", {B}),
         (ErrorKind.CRASH, "the end", set()),
     ],
 )
@@ -144,14 +145,13 @@ def test_out_of_memory_beside_a_former_worker(kind: ErrorKind, lingers_until: st
             on_progress(*job, "finish", "", 0.0)
             assert is_ending.wait(20)
             return sample(*job)
-        on_progress(*job, "load", "", 0.0)  # it has not said anything yet
-        on_progress(*job, "load", IMPORTING, 0.0)
-        if lingers_until == "the next imported":
-            is_ending.set()
-            for _ in range(50):
-                time.sleep(0.01)
-                on_progress(*job, "load", IMPORTING, 0.0)
-        on_progress(*job, "load", "", 0.0)
+        # The runner tells of a worker that has not said anything yet, too.
+        for what, detail in (("", ""), ("the next imports", IMPORTING), ("the next loads", "")):
+            on_progress(*job, "load", detail, 0.0)
+            if what == lingers_until:
+                is_ending.set()
+                time.sleep(0.5)
+                on_progress(*job, "load", detail, 0.0)
         if job == C:
             is_ending.set()
         return failed(level, kind, process)
