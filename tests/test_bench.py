@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from bench_samples import FakeWorkers, bench, on_this_machine, read_rows, staged
-from suite_samples import LEVELS, changed, failed, run_suite
+from suite_samples import LEVELS, changed, failed, put, run_suite
 
 import fluxfast.__main__
 import perf_tests.__main__
@@ -133,6 +133,23 @@ def test_disturbed_process_is_measured_again_and_named(tmp_path: Path) -> None:
     assert read_rows(tmp_path / "run")["compile"] == row
 
 
+def test_rerun_that_failed_is_named_and_runs_again(tmp_path: Path) -> None:
+    """The disturbed measurement stays, marked with both; --resume measures the process once more."""
+    shared = staged("compile").model_copy(update={"counters": Counters(foreign_pids=[7])})
+    folder = tmp_path / "run"
+    assert bench(FakeWorkers(shared), "--levels", "compile", "-o", folder) == 0
+    (folder / "rerun/compile/0/result.json").unlink()
+    put(folder / "rerun", failed("compile", ErrorKind.INTERRUPTED))
+    for _ in range(2):
+        assert bench(FakeWorkers(), "--replay", folder) == 0
+        row = read_rows(folder)["compile"]
+        assert "pid 7" in row["disturbed"] and row["median_s"] and not row["error"]
+        assert "the rerun of process 0 gave no measurement (interrupted in stage 'apply')" in row["disturbed"]
+    workers = FakeWorkers()
+    assert bench(workers, "--resume", folder) == 0 and workers.ran == [("compile", 0)]
+    assert read_rows(folder)["compile"]["disturbed"] == ""
+
+
 @pytest.mark.parametrize("is_tracing", [True, False])
 def test_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str], is_tracing: bool) -> None:
     """The first process of every level is traced; a trace that is missing is said and makes the status 1."""
@@ -183,21 +200,41 @@ def test_resume_refuses_another_environment(
     assert "torch was 2.13.0, is 2.14.0; power_limit_w was None, is 700" in said and workers.ran == []
 
 
-def test_resume_refuses_a_changed_workload(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A workload of the same name with another digest is another workload."""
+@pytest.mark.parametrize("option", ["--resume", "--replay"])
+@pytest.mark.parametrize(
+    ("what", "sentence"),
+    [
+        ("run.json", "in this checkout it is {digest}: the workload was changed; measure again, or go back to"),
+        ("bf16/0/result.json", "digest 0000000000000000"),
+    ],
+)
+def test_changed_workload_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, what: str, sentence: str
+) -> None:
+    """A workload of the same name with another digest is another workload, with other steps and warm-ups."""
     bench(FakeWorkers(), "--levels", "bf16", "-o", tmp_path / "run")
-    facts = tmp_path / "run/run.json"
-    facts.write_text(facts.read_text().replace(staged("bf16").workload_digest, "0" * 16))
-    assert bench(FakeWorkers(), "--resume", tmp_path / "run") == 2
-    assert "the workload was changed" in capsys.readouterr().err
+    digest, path = staged("bf16").workload_digest, tmp_path / "run" / what
+    path.write_text(path.read_text().replace(digest, "0" * 16))
+    before, workers = everything(tmp_path / "run"), FakeWorkers()
+    capsys.readouterr()
+    assert bench(workers, option, tmp_path / "run") == 2
+    said = capsys.readouterr().err
+    assert sentence.format(digest=digest) in said and said.count("error: ") == 1 and "Traceback" not in said
+    assert workers.ran == [] and everything(tmp_path / "run") == before
 
 
-def test_resume_refuses_an_injected_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A level that was broken on purpose never reaches a table."""
+@pytest.mark.parametrize("option", ["--resume", "--replay"])
+def test_injected_fault_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str) -> None:
+    """A level that was broken on purpose never reaches a table, nor do ratios to it."""
     folder = tmp_path / "run"
-    bench(FakeWorkers(changed("bf16", result={"injection": "hole"})), "--levels", "bf16", "-o", folder)
-    assert bench(FakeWorkers(), "--resume", folder) == 2
-    assert "fault hole" in capsys.readouterr().err
+    bench(FakeWorkers(), "--levels", "bf16,compile", "-o", folder)
+    put(folder, changed("bf16", result={"injection": "latency=+20%"}))
+    before = everything(folder)
+    capsys.readouterr()
+    assert bench(FakeWorkers(), option, folder) == 2
+    said = capsys.readouterr().err
+    assert "level 'bf16', process 0" in said and "fault latency=+20%" in said and said.count("error: ") == 1
+    assert everything(folder) == before
 
 
 def test_command_is_handed_to_the_suite(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

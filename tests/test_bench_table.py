@@ -237,7 +237,7 @@ def test_time_left_comes_from_finished_workers(capsys: pytest.CaptureFixture[str
     first, second, third, late, last, over = capsys.readouterr().err.splitlines()
     assert first == "............ time left: known after the first worker [1/3] fp32 #0 load 0 s of at most 180 s"
     assert second.startswith("####........ about 80 s left [2/3] bf16 #0")
-    assert "about 70 s left" in third and "measure 3 s of at most 900 s round 2/10" in third
+    assert "about 70 s left" in third and "measure 3 s of at most 300 s round 2/10" in third
     assert late.startswith("####........ slower than those before; then 40 s [2/3]")
     assert last.startswith("########.... about 50 s left [3/3]")
     assert over.startswith("########.... last worker, slower than those before [3/3]")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import pathlib
@@ -12,9 +13,10 @@ from collections.abc import Callable, Sequence
 
 import pytest
 from ctrl_c import interrupted_after
+from suite_samples import failed, sample
 
-from perf_tests.harness import progress, runner
-from perf_tests.harness.lanes import Gpu, Job, RunStopped, run_jobs
+from perf_tests.harness import progress, runner, worker
+from perf_tests.harness.lanes import IMPORTING, Gpu, Job, RunStopped, run_jobs
 from perf_tests.harness.progress import Deadlines, OnProgress
 from perf_tests.harness.schema import ErrorKind, Result
 
@@ -119,6 +121,58 @@ def test_a_failed_worker_ends_nothing(tmp_path: pathlib.Path) -> None:
     results = run(tmp_path, JOBS[:3], [0], lambda job: "oom" if job == JOBS[0] else "slow")
     failures = [results[job].failure for job in JOBS[:3]]
     assert failures[0] is not None and failures[0].kind is ErrorKind.OOM and failures[1:] == [None, None]
+
+
+A, B, C = ("bf16", 0), ("bf16", 1), ("bf16", 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "lingers_until", "left_out"),
+    [
+        (ErrorKind.OOM, "the end", {B, C}),
+        (ErrorKind.OOM, "the next imports", set()),
+        (ErrorKind.OOM, "the next loads", {B}),
+        (ErrorKind.CRASH, "the end", set()),
+    ],
+)
+def test_out_of_memory_beside_a_former_worker(kind: ErrorKind, lingers_until: str, left_out: set[Job]) -> None:
+    """Who loaded while another worker of its GPU had not ended is left out: that one may have held the memory."""
+    is_ending = threading.Event()
+
+    def run_job(level: str, process: int, gpu: Gpu, on_progress: OnProgress) -> Result:
+        job = (level, process)
+        if job == A:
+            on_progress(*job, "finish", "", 0.0)
+            assert is_ending.wait(20)
+            return sample(*job)
+        # The runner tells of a worker that has not said anything yet, too.
+        for what, detail in (("", ""), ("the next imports", IMPORTING), ("the next loads", "")):
+            on_progress(*job, "load", detail, 0.0)
+            if what == lingers_until:
+                is_ending.set()
+                time.sleep(0.5)
+                on_progress(*job, "load", detail, 0.0)
+        if job == C:
+            is_ending.set()
+        return failed(level, kind, process)
+
+    results = run_jobs([A, B, C], [0], run_job, lambda *_: None, is_overlapping=True)
+    assert set(results) == {A, B, C} - left_out
+
+
+def test_out_of_memory_alone_counts() -> None:
+    """Whoever starts after the former worker's end has nobody to blame."""
+
+    def run_job(level: str, process: int, gpu: Gpu, on_progress: OnProgress) -> Result:
+        on_progress(level, process, "finish", "", 0.0)
+        return failed(level, process=process)
+
+    assert set(run_jobs([A, B], [0], run_job, lambda *_: None, is_overlapping=False)) == {A, B}
+
+
+def test_worker_says_that_it_is_importing() -> None:
+    """Else no worker would be known to have loaded alone, and every oom would be measured again."""
+    assert f'report_stage(out, "load", "{IMPORTING}")' in inspect.getsource(worker.main)
 
 
 def test_ctrl_c_ends_all_lanes(tmp_path: pathlib.Path) -> None:

@@ -31,7 +31,7 @@ def test_a_disturbed_process_is_measured_again(tmp_path: Path) -> None:
     assert "measuring fp32, bf16, " in ran.text and " in 3 process(es) each, into " in ran.text
     (run,) = (tmp_path / "results").glob("*/run.json")
     rerun = run.with_name("rerun")
-    assert f"measuring again, because disturbed: compile #1, into {rerun}\n" in ran.text
+    assert f"measuring once more: compile #1, into {rerun}\n" in ran.text
     assert [str(path.parent.relative_to(rerun)) for path in rerun.rglob("result.json")] == ["compile/1"]
     again = run_suite(tmp_path, "--replay", run.parent)
     assert (again.status, again.outcomes) == (0, ran.outcomes), again.text

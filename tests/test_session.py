@@ -8,15 +8,16 @@ from pathlib import Path
 
 import gate_samples
 import pytest
-from suite_samples import LEVELS, UNAVAILABLE, changed, failed, put, sample
+from suite_samples import LEVELS, UNAVAILABLE, changed, failed, put, sample, write_run
 
 from fluxfast.workloads import TINY
 from perf_tests.harness.lanes import Job
+from perf_tests.harness.replay import TESTS, open_run
 from perf_tests.harness.runner import schedule
-from perf_tests.harness.schema import Counters, Outcome, Result
+from perf_tests.harness.schema import Counters, ErrorKind, Outcome, Result
 from perf_tests.harness.session import Session
 from perf_tests.harness.store import ResultError, read_result
-from perf_tests.harness.stored_run import read_facts
+from perf_tests.harness.stored_run import read_facts, refuse_other_workload
 
 
 class Machine:
@@ -29,9 +30,9 @@ class Machine:
 
     def __call__(self, jobs: Sequence[Job], folder: Path) -> dict[Job, Result]:
         self.calls.append((list(jobs), folder))
+        again = {(own.level, own.process): own for own in (self.again,) if own}
         for job in jobs:
-            own = self.first.get(job) if len(self.calls) == 1 else self.again
-            put(folder, own or sample(*job))
+            put(folder, (self.first if len(self.calls) == 1 else again).get(job) or sample(*job))
         return {(level, at): read_result(folder / level / str(at) / "result.json") for level, at in jobs}
 
 
@@ -173,6 +174,50 @@ def test_rerun_that_left_no_result_does_not_count(tmp_path: Path) -> None:
     again = replayed(own)
     assert again.latency("compile").outcome is Outcome.VOID
     assert again.image_path("compile", 1).parent == tmp_path / "run/compile/1"
+
+
+@pytest.mark.parametrize("kind", [ErrorKind.INTERRUPTED, ErrorKind.OOM])
+def test_rerun_that_failed_takes_no_measurement_away(tmp_path: Path, kind: ErrorKind) -> None:
+    """After Ctrl-C or an oom the disturbed process counts: no red, latency void with both reasons. Replayed too."""
+    machine = Machine(changed("compile", 1, 3.0, HOT), again=failed("compile", kind, 1))
+    own = session(tmp_path, machine)
+    assert own.results["compile"][1].measurement is not None and own.unmeasured() == []
+    assert machine.calls[1:] == [([("compile", 1)], tmp_path / "run/rerun")]
+    for run in (own, replayed(own)):
+        assert run.results == own.results
+        assert all(test(run, "compile").ok for name, test in TESTS.items() if name != "test_latency")
+        verdict = run.latency("compile")
+        assert verdict.outcome is Outcome.VOID and "process 1 was disturbed" in verdict.message
+        assert f"the rerun of process 1 gave no measurement ({kind.value} in stage 'apply')" in verdict.message
+        assert run.image_path("compile", 1).parent == tmp_path / "run/compile/1"
+
+
+@pytest.mark.parametrize("again", [None, failed("compile", process=1)])
+def test_job_that_is_left_out_is_measured_once_more(tmp_path: Path, again: Result | None) -> None:
+    """Its failure says nothing of its level, that of its rerun does; replayed too."""
+    machine = Machine(failed("compile", process=1), changed("compile", 0, result=HOT), again=again)
+
+    def measure(jobs: Sequence[Job], folder: Path) -> dict[Job, Result]:
+        return {job: result for job, result in machine(jobs, folder).items() if not result.failure}
+
+    own = session(tmp_path, machine)
+    own.measure = measure
+    assert [result.process for result in own.results["compile"]] == [0, 1]
+    for run in (own, replayed(own)):
+        assert run.structure("compile").ok == (again is None)
+        assert run.results["compile"][0].counters == Counters()
+        assert run.place("compile", 1) == tmp_path / "run/rerun/compile/1"
+    assert [call[0] for call in machine.calls[1:]] == [[("compile", 0), ("compile", 1)]]
+
+
+def test_run_of_a_changed_workload_can_be_read(tmp_path: Path) -> None:
+    """Report and history show old runs; what judges, draws or goes on with one refuses it."""
+    run = write_run(tmp_path / "run", workload_digest="0" * 16)
+    put(run, changed("compile", result={"workload_digest": "0" * 16}))
+    old = open_run(run, None)
+    assert old.structure("compile").ok
+    with pytest.raises(ResultError, match="with digest 0000000000000000, in this checkout it is"):
+        refuse_other_workload(run, read_facts(run), old.workload, old.results)
 
 
 @pytest.mark.parametrize("is_confirming", [False, True])

@@ -14,7 +14,7 @@ from fluxfast.levels import LADDER, LEVELS
 from fluxfast.workloads import WORKLOADS, get_workload
 from perf_tests.bench import plot, table
 from perf_tests.bench.workers import TRACED_PROCESS, Workers, refuse_other_environment
-from perf_tests.harness import gpu, runner, store
+from perf_tests.harness import gpu, runner
 from perf_tests.harness.cpu import is_cpu
 from perf_tests.harness.files import StoreError, locked, write_over
 from perf_tests.harness.lease import GpuBusy
@@ -30,7 +30,7 @@ from perf_tests.harness.progress import CPU_DEADLINES, GPU_DEADLINES, TRACE_FILE
 from perf_tests.harness.replay import open_run
 from perf_tests.harness.schema import Result
 from perf_tests.harness.session import Session
-from perf_tests.harness.stored_run import RunFacts, read_facts
+from perf_tests.harness.stored_run import RunFacts, read_facts, refuse_other_workload
 
 CSV_FILE, PLOT_FILE, IMAGES = "bench.csv", "bench.png", "images"
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -80,7 +80,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--workload",
-        help=f"one of {', '.join(WORKLOADS)}; default: tiny, on a Hopper schnell-hub or, without its weights, schnell",
+        help=f"one of {', '.join(WORKLOADS)}; default: tiny, and on a Hopper GPU schnell-hub or, without its weights, "
+        "schnell",
     )
     parser.add_argument("--processes", type=int, help="fresh processes a level; default: 3 on a GPU, 1 on a CPU")
     folder = parser.add_mutually_exclusive_group()
@@ -100,6 +101,7 @@ def _draw_stored(options: argparse.Namespace) -> int:
         if options.levels or options.processes or options.workload or options.trace:
             raise ValueError(f"--replay {options.replay} measures nothing: leave every other option away")
         session = open_run(options.replay, None)
+        refuse_other_workload(options.replay, read_facts(options.replay), session.workload, session.results)
         rows = table.rows(session)
         _write(session, rows)
     except (ValueError, StoreError, OSError) as error:
@@ -138,11 +140,7 @@ def _stored_facts(options: argparse.Namespace) -> RunFacts:
         raise ValueError(
             f"--workload {options.workload}: the run in {folder} is of {facts.workload!r}; start a new one"
         )
-    if (digest := get_workload(facts.workload).digest) != facts.workload_digest:
-        raise store.ResultError(
-            f"{folder} is of workload {facts.workload!r} with digest {facts.workload_digest}, in this checkout it is "
-            f"{digest}: the workload was changed; start a new folder"
-        )
+    refuse_other_workload(folder, facts, get_workload(facts.workload), {})  # results: `workers.kept`
     refuse_other_environment(folder, facts, ask_environment())
     return facts
 

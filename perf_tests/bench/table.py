@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from perf_tests.harness.obstacles import disturbances, measured
 from perf_tests.harness.policy import PARENTS, worst
 from perf_tests.harness.schema import Environment, Measurement, Result
 from perf_tests.harness.session import EXACT_LEVEL, REFERENCE_LEVEL, Session
+from perf_tests.harness.store import ResultError
 
 STAGES = ("text_encode", "steps", "decode", "postprocess", "other")
 """The parts of a call, in time's order; `other` is the call less its stages: noise, scheduler, host work."""
@@ -32,7 +34,8 @@ class Row:
     Attributes:
         parent: the nearest level below that was measured in this run.
         error: why there are no numbers: the kind of failure, a colon, a sentence.
-        disturbed: what throttled the device or shared it during the timed rounds, after one repetition.
+        disturbed: what throttled the device or shared it during the timed rounds, after one repetition, or without one
+            that gave a measurement.
         without: fields of the level that this machine cannot run, each with the reason.
         processes, samples: fresh processes, and timed rounds in all of them.
         median_s: geometric mean of the medians of each process's rounds; seconds a `pipeline(...)` call on `clock`.
@@ -104,8 +107,16 @@ def rows(session: Session) -> list[Row]:
     """One row for every level that was run, lowest first.
 
     Raises:
-        ResultError: if an image or a step's output is not the one that was measured.
+        ResultError: if an image or a step's output is not the one that was measured, or if one ran with a fault: the
+            ratios of the other levels would be wrong as well.
     """
+    for result in itertools.chain.from_iterable(session.results.values()):
+        if result.injection is not None:
+            raise ResultError(
+                f"{session.folder}: level {result.level!r}, process {result.process} ran with the fault "
+                f"{result.injection} injected on purpose, and a table holds measurements only; measure again without "
+                "--inject"
+            )
     samples: Samples = {
         level: [m.samples_s for m in measured(results)]
         for level, results in session.results.items()
@@ -143,11 +154,12 @@ def _row(session: Session, level: str, samples: Samples) -> Row:
     if level not in samples:
         return dataclasses.replace(base, error=_error(results))
     own, parent = measured(results), _nearest_below(level, samples)
+    why_disturbed = [why for result in results for why in disturbances(result.counters)]
     seconds, found = median(samples[level]), interval(level, samples, session.policy)
     return dataclasses.replace(
         base,
         parent=parent,
-        disturbed="; ".join(dict.fromkeys(why for r in results for why in disturbances(r.counters))) or None,
+        disturbed="; ".join(dict.fromkeys([*why_disturbed, *session.lost_reruns(level)])) or None,
         processes=len(own),
         samples=sum(map(len, samples[level])),
         median_s=seconds,

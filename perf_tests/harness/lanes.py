@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 from perf_tests.harness.progress import OnProgress, Stage
-from perf_tests.harness.schema import Result
+from perf_tests.harness.schema import ErrorKind, Result
 
 Job = tuple[str, int]
 """Level and process index."""
+IMPORTING = "importing torch"
+"""Detail of a worker that has not begun to load."""
 Gpu = int | str | None
 """NVML's name; None leaves the choice to the environment."""
 RunJob = Callable[[str, int, Gpu, OnProgress], Result]
@@ -25,6 +27,9 @@ def run_jobs(
     jobs: Sequence[Job], gpus: Sequence[Gpu], run_job: RunJob, on_progress: OnProgress, *, is_overlapping: bool
 ) -> dict[Job, Result]:
     """Run every job once, each on the GPU that is free first.
+
+    Left out of what is returned are jobs that ran out of memory beside a former worker of their lane, which may have
+    held it, as one that hangs at its exit does: they say nothing of their levels.
 
     Args:
         jobs: in the order in which they are started.
@@ -43,7 +48,7 @@ def run_jobs(
     lock = threading.Lock()
     is_stopped = threading.Event()
 
-    def work(gpu: Gpu, free: threading.Semaphore) -> None:
+    def work(gpu: Gpu, free: threading.Semaphore, running: set[Job]) -> None:
         while True:
             with contextlib.ExitStack() as turn:
                 turn.enter_context(free)
@@ -51,29 +56,39 @@ def run_jobs(
                     job = None if is_stopped.is_set() else next(waiting, None)
                 if job is None:
                     return
+                running.add(job)
+                is_alone = len(running) == 1
 
                 def follow(level: str, process: int, stage: Stage, detail: str, elapsed_s: float) -> None:
+                    nonlocal is_alone
                     if is_stopped.is_set():
                         raise RunStopped(f"level {level!r}, process {process}: the run was stopped")
                     on_progress(level, process, stage, detail, elapsed_s)
                     # The next worker imports torch for many seconds; this one has stopped its clocks and read its
                     # counters, and only writes. A trace would be drawn in "finish", but no suite asks for one. Should
-                    # this one linger, the next one's counters find a foreign process, and it is measured again.
+                    # this one linger, the next one's counters find a foreign process, and it is measured again; if it
+                    # has no memory left, it is left out.
                     if stage == "finish":
                         turn.close()
+                    # Who is gone by now holds nothing while this one loads.
+                    is_alone = is_alone or (detail == IMPORTING and len(running) == 1)
 
                 try:
-                    results[job] = run_job(*job, gpu, follow)
+                    result = run_job(*job, gpu, follow)
+                    if is_alone or result.failure is None or result.failure.kind is not ErrorKind.OOM:
+                        results[job] = result
                 except BaseException as error:
                     with lock:
                         errors.append(error)
                     is_stopped.set()  # before the lane is free
                     raise
+                finally:
+                    running.discard(job)
 
     threads_each = 2 if is_overlapping else 1
     with ThreadPoolExecutor(threads_each * len(gpus)) as pool:
         try:
-            lanes = [(gpu, threading.Semaphore()) for gpu in gpus]
+            lanes = [(gpu, threading.Semaphore(), set[Job]()) for gpu in gpus]
             wait([pool.submit(work, *lane) for lane in lanes for _ in range(threads_each)], return_when=FIRST_EXCEPTION)
         finally:
             is_stopped.set()

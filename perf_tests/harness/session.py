@@ -25,7 +25,15 @@ from perf_tests.harness.obstacles import obstacle, why_disturbed
 from perf_tests.harness.policy import worst
 from perf_tests.harness.progress import RESULT_FILE
 from perf_tests.harness.schema import Baseline, Environment, Outcome, Result, Verdict
-from perf_tests.harness.stored_run import RERUN, RUN_FILE, RunFacts, read_run, with_reruns
+from perf_tests.harness.stored_run import (
+    RERUN,
+    RUN_FILE,
+    RunFacts,
+    is_replaced,
+    read_run,
+    rerun_of,
+    with_reruns,
+)
 
 REFERENCE_LEVEL = "bf16"
 EXACT_LEVEL = "fp32"
@@ -33,7 +41,10 @@ CONFIRM = "confirm"
 SUFFIXES = ("", "_stored")
 
 Measure = Callable[[Sequence[Job], Path], Mapping[Job, Result]]
-"""(jobs in the order to run, folder) -> job -> result; `folder/<level>/<process>` holds the same."""
+"""(jobs in the order to run, folder) -> job -> result; `folder/<level>/<process>` holds the same.
+
+A job that is missing has a failure there that says nothing of its level (`lanes.run_jobs`): it is measured once more.
+"""
 
 
 @dataclasses.dataclass
@@ -95,11 +106,14 @@ class Session:
     ) -> dict[str, list[Result]]:
         """Level -> one result a process; of its rerun, if it was disturbed."""
         jobs = runner.schedule(levels, processes)
-        found = measure(jobs, folder)
-        results = {level: [found[level, process] for process in range(processes)] for level in levels}
+        found = dict(measure(jobs, folder))
         # A level in which a process failed has no time to judge, disturbed or not.
-        measured = {level for level, own in results.items() if not any(result.failure for result in own)}
-        again = [job for job in jobs if job[0] in measured and why_disturbed(found[job], self.baseline)]
+        failed = {level for (level, _), result in found.items() if result.failure}
+        disturbed = {job for job, own in found.items() if job[0] not in failed and why_disturbed(own, self.baseline)}
+        again = [job for job in jobs if job not in found or job in disturbed]
+        for level, process in set(again) - found.keys():
+            found[level, process] = store.read_result(folder / level / str(process) / RESULT_FILE)
+        results = {level: [found[level, process] for process in range(processes)] for level in levels}
         if again:
             measure(again, folder / RERUN)
         # As a replay reads it: a resumed run may hold reruns of undisturbed processes too.
@@ -142,8 +156,20 @@ class Session:
             verdict = gate.judge_latency(level, self.results, self.baseline, self.policy)
             if verdict.rule == "unconfirmed" and (again := self.confirm(level)):
                 verdict = gate.judge_latency(level, self.results, self.baseline, self.policy, again)
+            if verdict.outcome is Outcome.VOID and (lost := self.lost_reruns(level)):
+                verdict = verdict.model_copy(update={"message": f"{verdict.message} Also: {'; '.join(lost)}."})
             self._latency[level] = self._unless_not_compared(verdict)
         return self._latency[level]
+
+    def lost_reruns(self, level: str) -> list[str]:
+        """A clause on each process that was measured once more without a measurement, so that its first one stands."""
+        reruns = [rerun_of(own, self.folder) for own in self.results[level] if own.measurement]
+        return [
+            f"the rerun of process {rerun.process} gave no measurement ({rerun.failure.kind.value} in stage "
+            f"{rerun.failure.stage!r})"
+            for rerun in reruns
+            if rerun is not None and rerun.failure is not None
+        ]
 
     def confirm(self, level: str) -> dict[str, list[Result]]:
         """Fresh processes of a level that looks red, its parent and the level that divides it.
@@ -291,10 +317,10 @@ class Session:
         ]
 
     def place(self, level: str, index: int) -> Path:
-        """Folder of one process: of its rerun, if that left a result."""
-        process = str(self.results[level][index].process)
-        rerun = self.folder / RERUN / level / process
-        return rerun if (rerun / RESULT_FILE).exists() else self.folder / level / process
+        """Folder of one process: of its rerun, if that is the one that counts."""
+        own = self.results[level][index]
+        root = self.folder / RERUN if is_replaced(own, rerun_of(own, self.folder)) else self.folder
+        return root / level / str(own.process)
 
     def _broken(self, level: str, *references: str) -> Verdict | None:
         """The error of a level that gave no measurement, or whose reference gave none."""

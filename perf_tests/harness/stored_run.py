@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -9,8 +10,10 @@ from typing import Annotated
 from pydantic import Field
 
 from fluxfast.levels import LEVELS
+from fluxfast.workloads import Workload
 from perf_tests.harness import store
 from perf_tests.harness.files import read_model
+from perf_tests.harness.progress import RESULT_FILE
 from perf_tests.harness.schema import Result, Strict
 
 RUN_FILE = "run.json"
@@ -49,6 +52,30 @@ def read_facts(folder: Path) -> RunFacts:
     return facts
 
 
+def refuse_other_workload(
+    folder: Path, facts: RunFacts, workload: Workload, results: Mapping[str, Sequence[Result]]
+) -> None:
+    """Refuse a run of a workload that has only its name in common with `workload`, that of this checkout.
+
+    Its steps and warm-ups are not those that it would be judged, drawn or gone on with. What only reads, as report and
+    history do, takes an old run as it is.
+
+    Raises:
+        ResultError: one sentence.
+    """
+    if facts.workload_digest != workload.digest:
+        raise store.ResultError(
+            f"{folder} is of workload {facts.workload!r} with digest {facts.workload_digest}, in this checkout it is "
+            f"{workload.digest}: the workload was changed; measure again, or go back to a checkout that measured it"
+        )
+    for result in itertools.chain.from_iterable(results.values()):
+        if (result.workload, result.workload_digest) != (workload.id, workload.digest):
+            raise store.ResultError(
+                f"{folder}: level {result.level!r}, process {result.process} is of workload {result.workload!r} with "
+                f"digest {result.workload_digest}, the run of {workload.id!r} with {workload.digest}; measure again"
+            )
+
+
 def read_run(folder: Path, levels: Sequence[str], processes: int | None = None) -> dict[str, list[Result]]:
     """The results of a stored run, `processes` of each level, in their order.
 
@@ -68,7 +95,7 @@ def read_run(folder: Path, levels: Sequence[str], processes: int | None = None) 
 
 
 def with_reruns(results: Mapping[str, Sequence[Result]], folder: Path) -> dict[str, list[Result]]:
-    """`results` of the run in `folder`, those of processes that were measured once more replaced.
+    """`results` of the run in `folder`, those of processes that were measured once more replaced (`is_replaced`).
 
     Raises:
         ResultError: if one lies in another's place, cannot be read, or is of a process that the run does not have.
@@ -83,12 +110,30 @@ def with_reruns(results: Mapping[str, Sequence[Result]], folder: Path) -> dict[s
                 f"run {folder} is damaged: it holds a rerun of level {level!r}, process {min(odd)}, and of that level "
                 f"itself only process {', '.join(map(str, first))}; measure again"
             )
-        merged[level] = list((first | again).values())
+        merged[level] = [again[at] if is_replaced(own, again.get(at)) else own for at, own in first.items()]
     return merged
 
 
+def rerun_of(result: Result, folder: Path) -> Result | None:
+    """What the process of `result`, of the run in `folder`, gave when it was measured once more; None if it was not.
+
+    Raises:
+        ResultError: as `with_reruns`.
+    """
+    path = folder / RERUN / result.level / str(result.process) / RESULT_FILE
+    return _read_result(folder / RERUN, result.level, path) if path.exists() else None
+
+
+def is_replaced(result: Result, rerun: Result | None) -> bool:
+    """Whether `rerun` stands for the process; of what `with_reruns` chose, whether that is of the rerun.
+
+    A rerun that failed, as by Ctrl-C, takes no measurement away: a disturbed one is void, and no level is red for it.
+    """
+    return rerun is not None and (rerun.measurement is not None or result.measurement is None)
+
+
 def _result_paths(folder: Path, level: str) -> list[Path]:
-    paths = [path for path in (folder / level).glob("*/result.json") if path.parent.name.isdecimal()]
+    paths = [path for path in (folder / level).glob(f"*/{RESULT_FILE}") if path.parent.name.isdecimal()]
     return sorted(paths, key=lambda path: int(path.parent.name))
 
 

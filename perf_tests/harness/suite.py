@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import itertools
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from perf_tests.harness.recording import MIN_PROCESSES
 from perf_tests.harness.replay import tests_of
 from perf_tests.harness.schema import Outcome, Result, Verdict
 from perf_tests.harness.session import Session, with_references
-from perf_tests.harness.stored_run import RERUN, RunFacts, read_facts
+from perf_tests.harness.stored_run import RERUN, RunFacts, read_facts, refuse_other_workload
 from perf_tests.harness.usage import FOLDER, asked_for
 from perf_tests.history.night import Judged
 
@@ -101,7 +100,7 @@ class Suite:
             measure=None if option.replay else self._measure,
         )
         if option.replay:
-            _refuse_other_workload(option.replay, facts, workload, self.session.results)  # and a partial run
+            refuse_other_workload(option.replay, facts, workload, self.session.results)  # and a partial run
         else:
             self.session.make_folder = lambda: runner.new_run_folder(option.results, git_sha())
 
@@ -274,7 +273,7 @@ class Suite:
 
 def _told(jobs: Sequence[Job], folder: Path) -> str:
     if folder.name == RERUN:
-        return f"again, because disturbed: {', '.join(f'{level} #{process}' for level, process in jobs)}"
+        return f"once more: {', '.join(f'{level} #{process}' for level, process in jobs)}"
     levels = dict.fromkeys(level for level, _ in jobs)
     return f"{', '.join(levels)} in {len(jobs) // len(levels)} process(es) each"
 
@@ -293,22 +292,6 @@ def _point_benchmark_at(option: Any, path: Path | None) -> None:
     # pytest-benchmark makes the folder it is given, even to compare: it gets ours only if it is there.
     if option.benchmark_storage == "file://./.benchmarks":
         option.benchmark_storage = str(path.parent)
-
-
-def _refuse_other_workload(
-    folder: Path, facts: RunFacts, workload: Workload, results: Mapping[str, Sequence[Result]]
-) -> None:
-    if facts.workload_digest != workload.digest:
-        raise ValueError(
-            f"{folder} is of workload {facts.workload!r} with digest {facts.workload_digest}, in this checkout it is "
-            f"{workload.digest}: the workload was changed; measure again, or judge it in a checkout that measured it"
-        )
-    for result in itertools.chain.from_iterable(results.values()):
-        if (result.workload, result.workload_digest) != (workload.id, workload.digest):
-            raise ValueError(
-                f"{folder}: level {result.level!r}, process {result.process} is of workload {result.workload!r} with "
-                f"digest {result.workload_digest}, the run of {workload.id!r} with {workload.digest}; measure again"
-            )
 
 
 def _injections(specs: Sequence[str], levels: Sequence[str]) -> dict[str, str]:
