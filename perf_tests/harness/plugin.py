@@ -240,7 +240,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     elif exitstatus == 0 and own.voids:
         reporter.write_line(
-            "\ninconclusive: the machine was disturbed, also when measured once more; see the skipped tests",
+            "\ninconclusive: what was disturbed stayed so; see the skipped tests",
             yellow=True,
         )
         session.exitstatus = INCONCLUSIVE
