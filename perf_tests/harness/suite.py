@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import datetime
 import itertools
+import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from perf_tests.harness import faults, lease, runner, store
 from perf_tests.harness.cpu import is_cpu
 from perf_tests.harness.lanes import Gpu, Job, run_jobs
 from perf_tests.harness.machine import ask_machine, chosen_levels, first_gpus, git_sha, slug_of
-from perf_tests.harness.obstacles import obstacle
+from perf_tests.harness.obstacles import obstacle, record_command
 from perf_tests.harness.policy import policy_for
 from perf_tests.harness.progress import CPU_DEADLINES, GPU_DEADLINES, OnProgress, ProgressPrinter
 from perf_tests.harness.quarantine import load_quarantine
@@ -27,7 +28,7 @@ from perf_tests.harness.replay import tests_of
 from perf_tests.harness.schema import Outcome, Result, Verdict
 from perf_tests.harness.session import Session, with_references
 from perf_tests.harness.stored_run import RERUN, RunFacts, read_facts
-from perf_tests.harness.usage import FOLDER, asked_for
+from perf_tests.harness.usage import COMMITTED, FOLDER, asked_for
 from perf_tests.history.night import Judged
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,18 +65,22 @@ class Suite:
             raise ValueError(f"--workload {option.workload}: the stored run {option.replay} is of {facts.workload!r}")
         workload = get_workload(facts.workload)
         runnable = facts.levels if option.replay else [level for level in LEVELS if level not in facts.unavailable]
-        chosen = chosen_levels(option.levels, facts.levels, runnable, facts.unavailable)
         folder = option.baselines / facts.slug
         path = store.find_baseline(folder, workload.id) if folder.is_dir() else None
         is_compared = bool(option.benchmark_compare)
         self._is_judging = is_compared or self.is_recording
         baseline = store.read_baseline(path) if path and self._is_judging else None
-        is_new = baseline is not None and baseline.levels.keys().isdisjoint(chosen)
-        self.added = chosen if is_new and option.update_baseline else []
+        # What someone published is no baseline of ours to go on from.
+        held = baseline.levels.keys() if baseline and baseline.source == "recorded" else set()
+        if option.levels is None and self.is_recording:
+            chosen = _levels_to_record(facts.levels, runnable, held, is_update=option.update_baseline)
+        else:
+            chosen = chosen_levels(option.levels, facts.levels, runnable, facts.unavailable)
+        self.added = chosen if option.update_baseline and held and held.isdisjoint(chosen) else []
         # The references of what is added tell whether the machine is as it was, so they are judged like any level.
         self.expected = with_references(chosen, facts.unavailable) if self.added else chosen
         if self.is_recording:
-            self._refuse_to_record(option, facts, workload)
+            self._refuse_to_record(option, facts, path, held)
         self.injections = _injections(option.inject, self.expected)
         # Files or node ids say which tests are wanted; a folder says all.
         self._is_whole = any(FOLDER not in path.parents for path in asked_for(config, config.args))
@@ -120,10 +125,7 @@ class Suite:
         session, why = self.session, self.session.unavailable.get(level)
         if why is None or session.baseline is None or level not in session.baseline.levels or self.config.option.levels:
             return None
-        message = (
-            f"level {level!r} was measured for the baseline of {session.slug!r} and cannot run there now: {why}. "
-            "Install what it needs or, if this machine is to do without it, remove the baseline and record one."
-        )
+        message = _why_lost(level, session.slug, why)
         return Verdict(outcome=Outcome.INCOMPARABLE, level=level, rule="unavailable", message=message)
 
     def not_green(self) -> str | None:
@@ -203,28 +205,76 @@ class Suite:
             processes=processes,
         )
 
-    def _refuse_to_record(self, option: Any, facts: RunFacts, workload: Workload) -> None:
-        # Of the machine and not of the run: a stored run may have been narrowed itself.
-        ladder = [level.id for level in LADDER if level.id not in facts.unavailable]
-        is_part = option.partial_baseline or self.added
-        left = [] if is_part else [level for level in ladder if level not in self.expected]
-        if option.inject or left:
-            why = "--inject" if option.inject else f"--levels without {', '.join(left)}"
+    def _refuse_to_record(self, option: Any, facts: RunFacts, path: Path | None, held: Collection[str]) -> None:
+        """Say before measuring what the run could never write, and the command that can.
+
+        Args:
+            path: the newest baseline.
+            held: its levels, if it was recorded.
+        """
+        if option.inject:
+            raise ValueError("a baseline is of unbroken levels: leave --inject away to record or update one")
+        if "@" in facts.workload:
             raise ValueError(
-                f"a baseline holds the whole ladder, unbroken: leave {why} away, here and in the run that is replayed, "
-                "to record or update one; --update-baseline adds --levels of which the newest baseline holds none"
+                f"a baseline belongs to a workload by its name, and {facts.workload!r} takes other weights"
             )
-        if "@" in workload.id:
-            raise ValueError(f"a baseline belongs to a workload by its name, and {workload.id!r} takes other weights")
-        if self.added and (divisor := policy_for(facts.slug).relative_to):
+        if option.partial_baseline:
+            return
+        if option.levels is None and (lost := [level for level in held if level in facts.unavailable]):
+            raise ValueError(_why_lost(lost[0], facts.slug, facts.unavailable[lost[0]]))
+        chosen = self.added or self.expected
+        runnable = [level for level in LEVELS if level not in facts.unavailable]
+        ladder = [level.id for level in LADDER if level.id in runnable]
+        known = [level for level in runnable if level in held]
+        anew = f"`{record_command(chosen, known, _start(option, facts, {*ladder, *known, *chosen}))}`"
+        new = [level for level in chosen if level not in held]
+        needed = known if option.update_baseline else [level for level in runnable if level in {*ladder, *known}]
+        left = [level for level in needed if level not in chosen]
+        divisor = policy_for(facts.slug).relative_to
+        if option.record_baseline:
+            if left:
+                raise ValueError(
+                    "a baseline holds the whole ladder and what the one before held beside it, and this run is without "
+                    f"{', '.join(left)}: record all with {anew}"
+                )
+        elif not held:
+            found = f"{path} holds published numbers" if path else f"there is no baseline of {facts.workload!r}"
+            raise ValueError(f"{found}, and --update-baseline changes what was recorded: record one with {anew}")
+        elif new and divisor:
             raise ValueError(
-                f"on {facts.slug!r} a time is a ratio to {divisor!r} of the same run, so {', '.join(self.added)} "
-                "cannot be added to another run's: record a new baseline with --record-baseline"
+                f"on {facts.slug!r} a time is a ratio to {divisor!r} of the same run, so {', '.join(new)} cannot be "
+                f"added to another run's in {path}: record all with {anew}"
             )
-        if self.added and option.reason:
+        elif self.added:
+            self._refuse_to_add(option, known, anew)
+        elif new:
+            start = _start(option, facts, with_references(new, facts.unavailable))
             raise ValueError(
-                f"--reason says why something slower is accepted, and adding {', '.join(self.added)} accepts nothing: "
-                "leave it away"
+                f"{path} lacks {', '.join(new)} and holds other levels of this run: add what is new by itself with "
+                f"`{start} --levels {','.join(new)} --update-baseline`"
+            )
+        elif left:
+            reason = "" if option.reason is None else f" --reason {shlex.quote(option.reason)}"
+            raise ValueError(
+                f"an update is of every level that {path} holds, and this run is without {', '.join(left)}: update all "
+                f"with `{_start(option, facts, known)} --update-baseline{reason}`"
+            )
+        elif divisor and (gone := [level for level in held if level not in runnable]):
+            raise ValueError(
+                f"on {facts.slug!r} only times of one run compare, and {path} holds {', '.join(gone)}, which cannot be "
+                f"measured here: record all others with {anew}"
+            )
+
+    def _refuse_to_add(self, option: Any, known: Sequence[str], anew: str) -> None:
+        names = ", ".join(self.added)
+        if option.reason:
+            raise ValueError(
+                f"--reason says why something slower is accepted, and adding {names} accepts nothing: leave it away"
+            )
+        if not set(known) & set(self.expected):
+            raise ValueError(
+                f"the baseline holds none of {', '.join(self.expected)}, by which a run that adds {names} tells "
+                f"whether the machine is as it was: record all with {anew}"
             )
 
     def _measure(self, jobs: Sequence[Job], folder: Path) -> dict[Job, Result]:
@@ -259,6 +309,36 @@ class Suite:
             held.callback(printer.close)
             # Without a GPU, an ending worker would share the processor with the next one.
             return run_jobs(jobs, lanes, run_job, printer, is_overlapping=bool(self._gpus))
+
+
+def _levels_to_record(
+    ladder: Sequence[str], runnable: Sequence[str], held: Collection[str], *, is_update: bool
+) -> list[str]:
+    """The levels of a recording that names none: to update, those of the baseline, and else these and the ladder.
+
+    A run of which the baseline holds none, as a stored one of what is to be added, stays as it is.
+    """
+    own = [level for level in runnable if level in held]
+    return own if is_update and own else [level for level in LEVELS if level in {*ladder, *own}]
+
+
+def _why_lost(level: str, slug: str, why: str) -> str:
+    return (
+        f"level {level!r} was measured for the baseline of {slug!r} and cannot run there now: {why}. Install what it "
+        "needs or, if this machine is to do without it, remove the baseline and record one."
+    )
+
+
+def _start(option: Any, facts: RunFacts, levels: Collection[str]) -> str:
+    """How a command for `levels` begins: with the same workload and baselines, and the stored run if that has them."""
+    words = ["pytest", "perf_tests"]
+    if option.replay and {*levels} <= {*facts.levels}:
+        words += ["--replay", str(option.replay)]
+    elif option.replay or option.workload:
+        words += ["--workload", facts.workload]
+    if option.baselines.resolve() != COMMITTED:
+        words += ["--baselines", str(option.baselines)]
+    return shlex.join(words)
 
 
 def _told(jobs: Sequence[Job], folder: Path) -> str:
