@@ -220,7 +220,9 @@ class Suite:
             )
         if option.partial_baseline:
             return
-        if option.levels is None and (lost := [level for level in held if level in facts.unavailable]):
+        divisor = policy_for(facts.slug).relative_to
+        lost = [level for level in held if level in facts.unavailable]
+        if lost and (option.levels is None or (option.update_baseline and divisor)):
             raise ValueError(_why_lost(lost[0], facts.slug, facts.unavailable[lost[0]]))
         chosen = self.added or self.expected
         runnable = [level for level in LEVELS if level not in facts.unavailable]
@@ -230,7 +232,6 @@ class Suite:
         new = [level for level in chosen if level not in held]
         needed = known if option.update_baseline else [level for level in runnable if level in {*ladder, *known}]
         left = [level for level in needed if level not in chosen]
-        divisor = policy_for(facts.slug).relative_to
         if option.record_baseline:
             if left:
                 raise ValueError(
@@ -259,10 +260,10 @@ class Suite:
                 f"an update is of every level that {path} holds, and this run is without {', '.join(left)}: update all "
                 f"with `{_start(option, facts, known)} --update-baseline{reason}`"
             )
-        elif divisor and (gone := [level for level in held if level not in runnable]):
+        elif divisor and (gone := [level for level in held if level not in LEVELS]):
             raise ValueError(
-                f"on {facts.slug!r} only times of one run compare, and {path} holds {', '.join(gone)}, which cannot be "
-                f"measured here: record all others with {anew}"
+                f"on {facts.slug!r} only times of one run compare, and {path} holds {', '.join(gone)}, which this "
+                f"checkout does not have: record all others with {anew}"
             )
 
     def _refuse_to_add(self, option: Any, known: Sequence[str], anew: str) -> None:
