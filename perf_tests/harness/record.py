@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from fluxfast.levels import LADDER
+from fluxfast.levels import LADDER, LEVELS
 from perf_tests.harness import fidelity, recording, store, updating
 from perf_tests.harness.files import MAX_PNG_BYTES, read_bytes
 from perf_tests.harness.schema import Baseline, Outcome
@@ -156,15 +156,17 @@ def _write(
         if now == session.baseline:
             return
         held = set() if now is None else now.levels.keys() - session.unavailable.keys()
-        # A stored run can be judged again, and lacks what another one added to the ladder's levels or before it.
-        fits = held.isdisjoint(added) if added else held <= set(session.levels)
-        stored = ["--replay", str(session.folder), "--levels", ",".join(session.levels)] if fits else []
-        folder = ["--baselines", str(session.baseline_folder.parent)]
-        named = [] if fits else ["--workload", session.workload.id]
-        command = shlex.join(["pytest", "perf_tests", *named, *stored, *folder, *options])
+        odd = held & {*added} if added else held - {*session.levels}
+        words = ["--baselines", str(session.baseline_folder.parent), *options]
+        if "--partial-baseline" in options or not (told := [level for level in LEVELS if level in odd]):
+            words = ["--replay", str(session.folder), "--levels", ",".join(session.levels), *words]
+            action = "judge this run by it with"
+        else:
+            words = ["--workload", session.workload.id, *words]
+            action = f"it holds {', '.join(told)}, so measure again with"
         raise store.BaselineError(
-            f"while this run was measured, {newest or 'no file'} became the newest baseline of {session.workload.id!r} "
-            f"in {session.baseline_folder}, which this run was not judged by: `{command}` does that"
+            f"{newest or session.baseline_folder / 'nothing'} is the newest baseline of {session.workload.id!r} now, and "
+            f"was not when this run began: {action} `{shlex.join(['pytest', 'perf_tests', *words])}`"
         )
 
     stock = recording.stock_json(baseline)
