@@ -165,8 +165,8 @@ def _write(
             words = ["--workload", session.workload.id, *words]
             action = f"it holds {', '.join(told)}, so measure again with"
         raise store.BaselineError(
-            f"{newest or session.baseline_folder / 'nothing'} is the newest baseline of {session.workload.id!r} now, and "
-            f"was not when this run began: {action} `{shlex.join(['pytest', 'perf_tests', *words])}`"
+            f"{newest or session.baseline_folder / 'nothing'} is the newest baseline of {session.workload.id!r} now "
+            f"and was not when this run began: {action} `{shlex.join(['pytest', 'perf_tests', *words])}`"
         )
 
     stock = recording.stock_json(baseline)
