@@ -248,7 +248,7 @@ def test_a_recording_beside_an_update_loses_nothing(tmp_path: Path) -> None:
     record(tmp_path, LEVELS)
     run = write_run(tmp_path / "run", 5, (*LEVELS, BESIDE), slug=GPU)
     for process in range(5):
-        put(run, sample("aoti", process, 0.7))
+        put(run, sample("compile", process, 0.7))
     record_it, update = begun(tmp_path, run, LEVELS), begun(tmp_path, run, LEVELS)
     store_run(begun(tmp_path, run, [BESIDE]), update=True, reason=None, added=[BESIDE])
     before = newest(tmp_path)
