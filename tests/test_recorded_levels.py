@@ -203,6 +203,8 @@ def test_a_missing_level_is_added_by_the_command_of_its_message(tmp_path: Path, 
     ran = run_suite(tmp_path, *judged)
     assert ran.of("failure") == {name for name in ran.outcomes if f"[{OTHER}]" in name}
     asked = advised(" ".join(ran.messages.values()))
+    named = f"{OTHER} --update-baseline" if slug == GPU else f"ladder,{BESIDE},{OTHER} --record-baseline"
+    assert asked == ["--levels", *named.split()]
     ran = run_suite(tmp_path, "--replay", run, *asked)
     assert ran.status == 0, ran.text
     assert set(held(tmp_path, slug)) == {*LEVELS, BESIDE, OTHER}
