@@ -12,17 +12,26 @@ import pytest
 from baseline_samples import ENVIRONMENT, sample_baseline, sample_run
 from suite_samples import LEVELS, SPEED_S, UNAVAILABLE, changed, picture, put, run_suite, sample, write_run
 
-from perf_tests.harness.schema import Baseline, Proof
-from perf_tests.harness.store import BaselineError
+from perf_tests.harness.recording import stock_json
+from perf_tests.harness.schema import Baseline, Outcome, Proof, Verdict
+from perf_tests.harness.store import BaselineError, read_baseline, write_baseline
 from perf_tests.harness.updating import extend_baseline
 
 GPU = "h200-700w"
 NEW = "float8"
 REFERENCES = ("fp32", "bf16", "channels_last")
 HELD = tuple(level for level in LEVELS if level != NEW)
-LIMITS = {"fp32": 0.02, "bf16": 0.02}
 OTHER = ENVIRONMENT.model_copy(update={"torch": "2.14.0", "driver": "600.1"})
 ADDING = ("--update-baseline", f"--levels={NEW}")
+
+
+def witness(level: str, low: float = 0.999, high: float = 1.001, rule: str = "interval") -> Verdict:
+    """The gate's word on a level that may move by 2 %."""
+    numbers = {"ratio": (low + high) / 2, "low": low, "high": high, "limit": 0.02}
+    return Verdict(outcome=Outcome.PASS, level=level, rule=rule, message="", numbers=numbers)
+
+
+WITNESSES = {level: witness(level) for level in ("fp32", "bf16")}
 
 
 def without(baseline: Baseline, level: str) -> Baseline:
@@ -35,7 +44,7 @@ def test_the_new_level_is_taken_and_the_rest_stays() -> None:
     levels = {"gone": whole.levels["fp32"], "compile": whole.levels["compile"], "fp32": whole.levels["fp32"]}
     old = whole.model_copy(update={"levels": levels})
     new = sample_baseline(sample_run({"fp32": 1.01, "bf16": 3.0, "compile": 0.99}), reference_png=None)
-    updated, lines = extend_baseline(old, new, ["bf16"], {"fp32": 0.02, "compile": 0.02})
+    updated, lines = extend_baseline(old, new, ["bf16"], WITNESSES)
     assert list(updated.levels) == ["fp32", "bf16", "compile", "gone"]
     assert updated.levels["bf16"] == new.levels["bf16"]
     assert without(updated, "bf16") == old
@@ -45,7 +54,7 @@ def test_the_new_level_is_taken_and_the_rest_stays() -> None:
 def test_what_only_came_along_is_not_added() -> None:
     """A level of the new run that was not asked for stays out, whatever its time."""
     whole = sample_baseline()
-    updated, _ = extend_baseline(without(without(whole, "compile"), "bf16"), whole, ["compile"], LIMITS)
+    updated, _ = extend_baseline(without(without(whole, "compile"), "bf16"), whole, ["compile"], WITNESSES)
     assert set(updated.levels) == {"fp32", "compile"}
 
 
@@ -55,7 +64,7 @@ def test_runs_that_do_not_compare_are_not_mixed(field: str) -> None:
     value: Any = {} if field == "fidelity_method" else "published" if field == "source" else "other"
     old, new = without(sample_baseline(), "compile"), sample_baseline().model_copy(update={field: value})
     with pytest.raises(BaselineError, match=f"{field} is .* do not compare"):
-        extend_baseline(old, new, ["compile"], LIMITS)
+        extend_baseline(old, new, ["compile"], WITNESSES)
 
 
 def test_one_file_says_one_environment() -> None:
@@ -63,19 +72,40 @@ def test_one_file_says_one_environment() -> None:
     old = without(sample_baseline(), "compile")
     new = sample_baseline().model_copy(update={"environment": OTHER})
     with pytest.raises(BaselineError, match=r"\(torch 2\.13\.0 -> 2\.14\.0, driver None -> 600\.1\).*--record"):
-        extend_baseline(old, new, ["compile"], LIMITS)
+        extend_baseline(old, new, ["compile"], WITNESSES)
 
 
-@pytest.mark.parametrize(("ratio", "is_refused"), [(1.019, False), (1.022, True), (0.982, False), (0.978, True)])
-def test_a_reference_beyond_its_limit_is_refused(ratio: float, is_refused: bool) -> None:
-    """Slower or faster: the machine is not the one that the other seconds are of."""
-    old = without(sample_baseline(), "compile")
-    new = sample_baseline(sample_run({"bf16": ratio}))
+@pytest.mark.parametrize(
+    ("low", "high", "is_refused"),
+    [(1.019, 1.1, False), (1.021, 1.1, True), (0.9, 0.981, False), (0.9, 0.979, True), (0.5, 2.0, False)],
+)
+def test_a_reference_whose_interval_is_beyond_its_limit_is_refused(low: float, high: float, is_refused: bool) -> None:
+    """Slower or faster, whatever its outcome: the machine is not the one that the other seconds are of."""
+    old, new = without(sample_baseline(), "compile"), sample_baseline()
+    seen = {**WITNESSES, "bf16": witness("bf16", low, high)}
     if not is_refused:
-        assert "compile" in extend_baseline(old, new, ["compile"], LIMITS)[0].levels
+        assert "compile" in extend_baseline(old, new, ["compile"], seen)[0].levels
         return
-    with pytest.raises(BaselineError, match=rf"limit, bf16 x{ratio:.4f} \(limit 2\.00%\), so .* measure again"):
-        extend_baseline(old, new, ["compile"], LIMITS)
+    said = (
+        rf"as they were, bf16 x{(low + high) / 2:.4f} \(interval x{low:.4f} to x{high:.4f}, limit 2\.00%\), so .* again"
+    )
+    with pytest.raises(BaselineError, match=said):
+        extend_baseline(old, new, ["compile"], seen)
+
+
+@pytest.mark.parametrize(
+    ("seen", "said"),
+    [
+        ({**WITNESSES, "bf16": witness("bf16", rule="confirmation")}, "bf16 .* and fresh processes did not agree"),
+        ({"fp32": witness("fp32").model_copy(update={"numbers": {}})}, r"fp32 was not compared \(interval\)"),
+        ({}, "no level of this run is in the baseline, .* --record-baseline`"),
+    ],
+    ids=["not settled", "no numbers", "none"],
+)
+def test_who_does_not_know_is_no_witness(seen: dict[str, Verdict], said: str) -> None:
+    """A slow phase that passed, nothing to compare, nobody there."""
+    with pytest.raises(BaselineError, match=said):
+        extend_baseline(without(sample_baseline(), "compile"), sample_baseline(), ["compile"], seen)
 
 
 @pytest.fixture(scope="module")
@@ -179,8 +209,57 @@ def test_a_faster_reference_is_refused(tmp: Path) -> None:
     ran = run_suite(tmp, "--replay", tmp / "run", *ADDING)
     assert ran.status == 1
     assert not ran.of("failure")
-    assert "moved beyond their limit, bf16 x0.9000 (limit " in ran.text
+    assert "are not as they were, bf16 x0.9000 (interval x" in ran.text
     assert names(tmp) == ["0001_tiny.json"]
+
+
+def replace_baseline(tmp: Path, levels: dict[str, Any], **change: Any) -> None:
+    """The newest baseline of the GPU gets other levels."""
+    folder = tmp / "baselines" / GPU
+    old = read_baseline(max(folder.glob("*.json"))).model_copy(update={"levels": levels, **change})
+    write_baseline(folder, "tiny", old, stock_json(old), {})
+
+
+def held(tmp: Path) -> dict[str, Any]:
+    return dict(read_baseline(max((tmp / "baselines" / GPU).glob("*.json"))).levels)
+
+
+def test_a_slow_phase_that_was_not_confirmed_is_refused(tmp: Path) -> None:
+    """Ten fresh processes came after it, and the new level was measured in it."""
+    for process in range(5):
+        put(tmp / "run", sample("bf16", process, 1.3))
+        put(tmp / "run", sample(NEW, process, 1.3))
+    for process in range(10):
+        for level in ("fp32", "bf16"):
+            put(tmp / "run" / "confirm" / "bf16", sample(level, process))
+    ran = run_suite(tmp, "--replay", tmp / "run", *ADDING)
+    assert ran.status == 1 and not ran.of("failure"), ran.text
+    assert ran.properties["test_latency[bf16]"]["rule"] == "confirmation"
+    assert "are not as they were, bf16 x1.3000 (interval x" in ran.text
+    assert names(tmp) == ["0001_tiny.json"]
+
+
+def test_a_slower_reference_that_overlaps_the_slowest_process_is_refused(tmp: Path) -> None:
+    """The gate lets a level be as slow as the slowest process ever seen; a witness has to be as it was."""
+    levels = held(tmp)
+    *most, last = levels["bf16"].processes
+    slow = last.model_copy(update={"samples_s": [1.2 * seconds for seconds in last.samples_s]})
+    replace_baseline(tmp, {**levels, "bf16": levels["bf16"].model_copy(update={"processes": [*most, slow]})})
+    for process in range(5):
+        put(tmp / "run", sample("bf16", process, 1.15))
+    ran = run_suite(tmp, "--replay", tmp / "run", *ADDING)
+    assert ran.properties["test_latency[bf16]"]["verdict"] == "pass"
+    assert ran.status == 1 and "are not as they were, bf16 x1.1" in ran.text
+    assert names(tmp) == ["0001_tiny.json", "0002_tiny.json"]
+
+
+def test_without_a_reference_in_the_baseline_nothing_is_added(tmp: Path) -> None:
+    """Nobody could tell whether the machine is as it was; said before measuring."""
+    levels = held(tmp)
+    replace_baseline(tmp, {level: levels[level] for level in HELD if level not in REFERENCES})
+    ran = run_suite(tmp, "--replay", tmp / "run", *ADDING)
+    assert ran.status == 4, ran.text
+    assert "the baseline holds none of fp32, bf16, channels_last, float8, by which" in ran.text
 
 
 def test_a_reference_within_its_noise_is_a_witness(tmp: Path) -> None:
@@ -215,9 +294,9 @@ def test_too_few_processes_are_refused(tmp: Path) -> None:
     [
         ("cpu", ADDING, f"on 'cpu' a time is a ratio to 'bf16' of the same run, so {NEW} cannot be added"),
         (GPU, (*ADDING, "--reason=why"), f"adding {NEW} accepts nothing"),
-        (GPU, ("--update-baseline", f"--levels=bf16,{NEW}"), "adds --levels of which the newest baseline holds none"),
+        (GPU, ("--update-baseline", f"--levels=bf16,{NEW}"), f" --levels {NEW} --update-baseline`"),
         (GPU, ("--record-baseline", f"--levels={NEW}"), "a baseline holds the whole ladder"),
-        ("h100-700w", ADDING, "a baseline holds the whole ladder"),
+        ("h100-700w", ADDING, "there is no baseline of 'tiny', and --update-baseline changes what was recorded"),
     ],
     ids=["ratios", "reason", "one is held", "recording", "no baseline"],
 )

@@ -15,7 +15,10 @@ HARNESS = "perf_tests/harness"
 COPIED = (
     "fluxfast/levels.py",
     "perf_tests/__init__.py",
-    *(f"{HARNESS}/{name}.py" for name in ("__init__", "exact", "gate", "noise", "obstacles", "policy", "schema")),
+    *(
+        f"{HARNESS}/{name}.py"
+        for name in ("__init__", "cpu", "exact", "gate", "noise", "obstacles", "policy", "schema")
+    ),
     "tests/gate_samples.py",
     "tests/test_gate.py",
 )

@@ -242,12 +242,26 @@ def test_baselines_that_do_not_compare_are_not_mixed(field: str) -> None:
 
 
 def test_an_update_needs_every_level() -> None:
-    """A level missing from run, baseline or limits is not passed over."""
+    """A level missing from baseline or limits is not passed over, nor one of the run where times do not mix."""
     whole = sample_baseline()
     part = whole.model_copy(update={"levels": {"bf16": whole.levels["bf16"]}})
-    for old, new, limits in ((whole, part, LIMITS), (part, whole, LIMITS), (whole, whole, {"bf16": 0.1})):
+    for old, new, limits, over in (
+        (part, whole, LIMITS, None),
+        (whole, whole, {"bf16": 0.1}, None),
+        (whole, part, LIMITS, CPU),
+    ):
         with pytest.raises(BaselineError, match="fp32"):
-            update_baseline(old, new, limits, "why")
+            update_baseline(old, new, limits, "why", divisors=over)
+
+
+def test_what_cannot_be_measured_any_more_stays() -> None:
+    """A package that is gone takes no level out of an updated baseline; the line says so."""
+    old, new = sample_baseline(), sample_baseline(sample_run({"bf16": 0.9}))
+    new = new.model_copy(update={"levels": {level: own for level, own in new.levels.items() if level != "compile"}})
+    updated, lines = update_baseline(old, new, LIMITS, None)
+    assert list(updated.levels) == list(LEVELS)
+    assert updated.levels["compile"] == old.levels["compile"] and updated.levels["bf16"] != old.levels["bf16"]
+    assert lines[0] == "compile: kept as it was, since it was not measured"
 
 
 def test_an_updated_baseline_is_written_and_read(tmp_path: Path) -> None:

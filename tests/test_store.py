@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import io
 import os
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +104,33 @@ def test_a_file_in_the_wrong_place_is_an_error(folder: Path) -> None:
     path.rename(folder / "0001_schnell.json")
     with pytest.raises(BaselineError, match="content is of workload"):
         find_baseline(folder, "schnell")
+
+
+def test_a_writer_may_refuse_what_it_finds(folder: Path) -> None:
+    """It is asked once no one else can write, with the newest of its workload; then neither file nor image is left."""
+    first, baseline = write_sample(folder), sample_baseline(reference_png=picture_png(shade=3))
+    images = {str(baseline.reference_image): picture_png(shade=3)}
+    before = sorted(folder.rglob("*"))
+    seen = []
+
+    def refuse(newest: Path | None) -> None:
+        seen.append(newest)
+        with pytest.raises(BlockingIOError), folder_descriptor(folder) as descriptor:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        raise BaselineError("another one is newer")
+
+    with pytest.raises(BaselineError, match="another one is newer"):
+        write_baseline(folder, "tiny", baseline, stock_json(baseline), images, refuse)
+    assert seen == [first] and sorted(folder.rglob("*")) == before
+
+
+@contextlib.contextmanager
+def folder_descriptor(folder: Path) -> Iterator[int]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def test_numbers_end_at_9999(folder: Path) -> None:

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from fluxfast.levels import DEFAULTS
+from fluxfast.levels import DEFAULTS, LADDER, LEVELS
+from perf_tests.harness.cpu import is_cpu
 from perf_tests.harness.policy import Policy
 from perf_tests.harness.schema import Baseline, Counters, Measurement, Outcome, Result, Verdict
 
-RECORD = "record one on a quiet machine with `pytest perf_tests --record-baseline`"
+START = "pytest perf_tests"
+RECORD = f"record one on a quiet machine with `{START} --record-baseline`"
 ACCEPT = "accept it with `--update-baseline --reason`"
 """Only beside the rules of `plugin.ACCEPTABLE`."""
+
+
+def record_command(levels: Iterable[str], held: Collection[str], start: str = START) -> str:
+    """The command that records a baseline in which `levels` are.
+
+    Args:
+        held: levels of the baseline that judges, which a recording measures anyway; those beside the ladder have to be
+            named once `--levels` is given.
+        start: what the command begins with.
+    """
+    beside = [level for level in LEVELS if level not in {own.id for own in LADDER}]
+    if not any(level in beside and level not in held for level in levels):
+        return f"{start} --record-baseline"
+    named = ",".join(["ladder", *(level for level in beside if level in {*levels, *held})])
+    return f"{start} --levels {named} --record-baseline"
 
 
 def verdict(
@@ -120,23 +137,35 @@ def _disturbed(level: str, results: Sequence[Result], baseline: Baseline | None)
 
 def _uncomparable(level: str, results: Sequence[Result], baseline: Baseline | None) -> Verdict | None:
     if baseline is None:
-        message = f"there is no baseline for this machine, so level {level!r} cannot be judged: {RECORD}."
+        message = f"there is no baseline for this machine, so level {level!r} cannot be judged: {_recording(level)}."
         return verdict(Outcome.NO_BASELINE, level, "no_baseline", message, results)
     for result in results:
         differences = _differences(level, result, baseline)
         if differences:
             message = (
                 f"process {result.process} measured something else than the baseline of {baseline.slug!r}: "
-                f"{'; '.join(differences)}. Undo the change or, if it is meant, {RECORD}."
+                f"{'; '.join(differences)}. Undo the change or, if it is meant, {_recording(level, baseline)}."
             )
             return verdict(Outcome.INCOMPARABLE, level, "changed", message, results)
     if level not in baseline.levels:
         message = (
             f"the baseline of {baseline.slug!r} has no level {level!r}, only {', '.join(baseline.levels)}: "
-            f"if the level is new or renamed, {RECORD}."
+            f"if the level is new or renamed, {_adding(level, baseline)}."
         )
         return verdict(Outcome.NO_BASELINE, level, "no_baseline", message, results)
     return None
+
+
+def _adding(level: str, baseline: Baseline) -> str:
+    """How a baseline comes to hold a level beside those that it holds."""
+    if baseline.source == "recorded" and not is_cpu(baseline.slug):
+        return f"add it on a quiet machine with `{START} --levels {level} --update-baseline`"
+    return _recording(level, baseline)
+
+
+def _recording(level: str, baseline: Baseline | None = None) -> str:
+    held = baseline.levels if baseline and baseline.source == "recorded" else ()
+    return f"record one on a quiet machine with `{record_command([level], held)}`"
 
 
 def _differences(level: str, result: Result, baseline: Baseline) -> list[str]:

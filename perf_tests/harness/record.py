@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection
+import shlex
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from fluxfast.levels import LADDER
+from fluxfast.levels import LADDER, LEVELS
 from perf_tests.harness import fidelity, recording, store, updating
 from perf_tests.harness.files import MAX_PNG_BYTES, read_bytes
 from perf_tests.harness.schema import Baseline, Outcome
 from perf_tests.harness.session import EXACT_LEVEL, REFERENCE_LEVEL, Session
 
 
-def baseline_of(session: Session, stored: Any) -> tuple[Baseline, dict[str, bytes]]:
+def baseline_of(session: Session, stored: Any, levels: Sequence[str]) -> tuple[Baseline, dict[str, bytes]]:
     """The baseline that this run would be, and its reference image by name; none where random weights draw noise.
 
     Args:
+        levels: of the run, to go into it.
         stored: the image that later runs will find stored: uint8, (height, width, 3).
 
     Raises:
@@ -26,7 +28,7 @@ def baseline_of(session: Session, stored: Any) -> tuple[Baseline, dict[str, byte
     """
     if broken := session.unmeasured():
         raise store.BaselineError(f"level {broken[0]!r} was not measured; {recording.UNACCEPTABLE}")
-    results = {level: session.results[level] for level in recorded_levels(session)}
+    results = {level: session.results[level] for level in levels}
     png, scores = None, {}
     if not session.workload.has_random_weights:
         png = read_bytes(session.image_path(REFERENCE_LEVEL, 0), MAX_PNG_BYTES, store.ResultError)
@@ -53,10 +55,14 @@ def recorded_levels(session: Session) -> list[str]:
     A level beside the ladder brings its parent along, of which no test said a word. A part of the ladder keeps the
     references that its levels are judged by, unless their times were disturbed.
     """
-    ladder = {level.id for level in LADDER} - session.unavailable.keys()
-    if ladder <= set(session.levels):
+    if has_ladder(session):
         return list(session.levels)
     return [level for level in session.results if level in session.levels or not disturbed(session, level)]
+
+
+def has_ladder(session: Session) -> bool:
+    """Whether the run is of the whole ladder, as far as the machine can run it."""
+    return {level.id for level in LADDER} - session.unavailable.keys() <= set(session.levels)
 
 
 def disturbed(session: Session, level: str) -> str | None:
@@ -79,25 +85,29 @@ def store_run(
     """
     if not update:
         stored = None if session.workload.has_random_weights else session.image(REFERENCE_LEVEL, 0)
-        new, images = baseline_of(session, stored)
-        path = _write(session, new, images)
+        new, images = baseline_of(session, stored, recorded_levels(session))
+        options = ["--record-baseline"] if has_ladder(session) else ["--record-baseline", "--partial-baseline"]
+        path = _write(session, new, images, options)
         left = {level: disturbed(session, level) for level in session.results if level not in new.levels}
-        return [f"baseline written: {path}"] + [
+        lines = [f"baseline written: {path}"] + [
             f"{level}: not in it, since it was disturbed ({why}); add it with --levels {level} --update-baseline"
             for level, why in left.items()
             if why
         ]
-    if session.baseline is None:
-        raise store.BaselineError("there is no baseline to update; record one with --record-baseline")
-    new, _ = baseline_of(session, session.stored_reference())
+        held = () if session.baseline is None else session.baseline.levels
+        return lines + [
+            f"{level}: not in it any more: {session.unavailable.get(level, 'it is not a level of this run')}"
+            for level in held
+            if level not in new.levels and not left.get(level)
+        ]
+    assert session.baseline is not None  # `Suite` refused
+    options = ["--update-baseline", *([] if reason is None else ["--reason", reason])]
     if added:
-        # Slower is red and does not come here; what the gate cannot tell from noise has not moved.
-        limits = {
-            level: limit if session.latency(level).outcome is Outcome.IMPROVED else math.inf
-            for level, limit in _limits(session, new).items()
-        }
-        extended, lines = updating.extend_baseline(session.baseline, new, added, limits)
-        return [*lines, f"baseline written: {_write(session, extended, {})}"]
+        new, _ = baseline_of(session, session.stored_reference(), recorded_levels(session))
+        witnesses = {level: session.latency(level) for level in new.levels if level in session.baseline.levels}
+        extended, lines = updating.extend_baseline(session.baseline, new, added, witnesses)
+        return [*lines, f"baseline written: {_write(session, extended, {}, options, added)}"]
+    new, _ = baseline_of(session, session.stored_reference(), session.levels)
     updated, lines = updating.update_baseline(
         session.baseline,
         new,
@@ -112,7 +122,7 @@ def store_run(
     if updated == session.baseline:
         return [*lines, "baseline unchanged: nothing moved beyond a third of its limit, and this night is known"]
     # The reference image stays the old one, which lies there already.
-    path = _write(session, updated, {})
+    path = _write(session, updated, {}, options)
     return [*(lines or ["nothing moved beyond a third of its limit; this night is kept"]), f"baseline written: {path}"]
 
 
@@ -132,6 +142,34 @@ def _nights(session: Session) -> dict[str, float]:
     }
 
 
-def _write(session: Session, baseline: Baseline, images: dict[str, bytes]) -> Path:
+def _write(
+    session: Session,
+    baseline: Baseline,
+    images: dict[str, bytes],
+    options: Sequence[str],
+    added: Collection[str] = (),
+) -> Path:
+    """Write what this run makes of the baseline that judged it; `options` are what it was asked with."""
+
+    def refuse_other(newest: Path | None) -> None:
+        now = None if newest is None else store.read_baseline(newest)
+        if now == session.baseline:
+            return
+        held = set() if now is None else now.levels.keys() - session.unavailable.keys()
+        odd = held & {*added} if added else held - {*session.levels}
+        words = ["--baselines", str(session.baseline_folder.parent), *options]
+        if "--partial-baseline" in options or not (told := [level for level in LEVELS if level in odd]):
+            words = ["--replay", str(session.folder), "--levels", ",".join(session.levels), *words]
+            action = "judge this run by it with"
+        else:
+            words = ["--workload", session.workload.id, *words]
+            action = f"it holds {', '.join(told)}, so measure again with"
+        raise store.BaselineError(
+            f"{newest or session.baseline_folder / 'nothing'} is the newest baseline of {session.workload.id!r} now "
+            f"and was not when this run began: {action} `{shlex.join(['pytest', 'perf_tests', *words])}`"
+        )
+
     stock = recording.stock_json(baseline)
-    return store.write_baseline(session.baseline_folder, session.workload.id, baseline, stock, images)
+    return store.write_baseline(
+        session.baseline_folder, session.workload.id, baseline, stock, images, refuse=refuse_other
+    )

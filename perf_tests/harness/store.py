@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -87,7 +87,12 @@ def find_baseline(folder: Path, workload_id: str) -> Path | None:
 
 
 def write_baseline(
-    folder: Path, tag: str, baseline: Baseline, stock: Mapping[str, Any], images: Mapping[str, bytes]
+    folder: Path,
+    tag: str,
+    baseline: Baseline,
+    stock: Mapping[str, Any],
+    images: Mapping[str, bytes],
+    refuse: Callable[[Path | None], None] | None = None,
 ) -> Path:
     """Write `<folder>/NNNN_<tag>.json` under the next free number, and its images beside it.
 
@@ -100,6 +105,8 @@ def write_baseline(
         baseline: the block; its `reference_image` must be among `images` or already in the folder.
         stock: the other keys, from `recording.stock_json` or pytest-benchmark.
         images: path relative to the folder (`reference/<name>.png`) -> PNG bytes.
+        refuse: called with the newest baseline of the workload once no one else can write; raises BaselineError if
+            this one must not follow it.
 
     Returns:
         Path of the new file.
@@ -111,6 +118,8 @@ def write_baseline(
         document: dict[str, Any] = {**stock, "fluxfast": baseline.model_dump(mode="json")}
         raw = dump_json({**document, "fluxfast_digest": canonical_digest(document)})
         with locked(folder):
+            if refuse is not None:
+                refuse(find_baseline(folder, baseline.workload["id"]))
             for name, png in images.items():
                 _write_image(folder, name, png)
             number = max((number for number, _ in _numbered(folder)), default=0) + 1

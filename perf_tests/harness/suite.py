@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 
 from fluxfast.levels import DEFAULTS, LADDER, LEVELS, get_level
-from fluxfast.workloads import Workload, get_workload
+from fluxfast.workloads import get_workload
 from perf_tests.harness import faults, lease, runner, store
 from perf_tests.harness.cpu import is_cpu
 from perf_tests.harness.lanes import Gpu, Job, run_jobs
 from perf_tests.harness.machine import ask_machine, chosen_levels, first_gpus, git_sha, slug_of
 from perf_tests.harness.obstacles import obstacle
-from perf_tests.harness.policy import policy_for
 from perf_tests.harness.progress import CPU_DEADLINES, GPU_DEADLINES, OnProgress, ProgressPrinter
 from perf_tests.harness.quarantine import load_quarantine
+from perf_tests.harness.recordable import levels_to_record, refuse_to_record, why_lost
 from perf_tests.harness.recording import MIN_PROCESSES
 from perf_tests.harness.replay import tests_of
 from perf_tests.harness.schema import Outcome, Result, Verdict
@@ -64,18 +64,22 @@ class Suite:
             raise ValueError(f"--workload {option.workload}: the stored run {option.replay} is of {facts.workload!r}")
         workload = get_workload(facts.workload)
         runnable = facts.levels if option.replay else [level for level in LEVELS if level not in facts.unavailable]
-        chosen = chosen_levels(option.levels, facts.levels, runnable, facts.unavailable)
         folder = option.baselines / facts.slug
         path = store.find_baseline(folder, workload.id) if folder.is_dir() else None
         is_compared = bool(option.benchmark_compare)
         self._is_judging = is_compared or self.is_recording
         baseline = store.read_baseline(path) if path and self._is_judging else None
-        is_new = baseline is not None and baseline.levels.keys().isdisjoint(chosen)
-        self.added = chosen if is_new and option.update_baseline else []
+        # What someone published is no baseline of ours to go on from.
+        held = baseline.levels.keys() if baseline and baseline.source == "recorded" else set()
+        if option.levels is None and self.is_recording:
+            chosen = levels_to_record(facts.levels, runnable, held, is_update=option.update_baseline)
+        else:
+            chosen = chosen_levels(option.levels, facts.levels, runnable, facts.unavailable)
+        self.added = chosen if option.update_baseline and held and held.isdisjoint(chosen) else []
         # The references of what is added tell whether the machine is as it was, so they are judged like any level.
         self.expected = with_references(chosen, facts.unavailable) if self.added else chosen
         if self.is_recording:
-            self._refuse_to_record(option, facts, workload)
+            refuse_to_record(option, facts, path, held, added=self.added, expected=self.expected)
         self.injections = _injections(option.inject, self.expected)
         # Files or node ids say which tests are wanted; a folder says all.
         self._is_whole = any(FOLDER not in path.parents for path in asked_for(config, config.args))
@@ -120,10 +124,7 @@ class Suite:
         session, why = self.session, self.session.unavailable.get(level)
         if why is None or session.baseline is None or level not in session.baseline.levels or self.config.option.levels:
             return None
-        message = (
-            f"level {level!r} was measured for the baseline of {session.slug!r} and cannot run there now: {why}. "
-            "Install what it needs or, if this machine is to do without it, remove the baseline and record one."
-        )
+        message = why_lost(level, session.slug, why)
         return Verdict(outcome=Outcome.INCOMPARABLE, level=level, rule="unavailable", message=message)
 
     def not_green(self) -> str | None:
@@ -202,30 +203,6 @@ class Suite:
             unavailable=unavailable,
             processes=processes,
         )
-
-    def _refuse_to_record(self, option: Any, facts: RunFacts, workload: Workload) -> None:
-        # Of the machine and not of the run: a stored run may have been narrowed itself.
-        ladder = [level.id for level in LADDER if level.id not in facts.unavailable]
-        is_part = option.partial_baseline or self.added
-        left = [] if is_part else [level for level in ladder if level not in self.expected]
-        if option.inject or left:
-            why = "--inject" if option.inject else f"--levels without {', '.join(left)}"
-            raise ValueError(
-                f"a baseline holds the whole ladder, unbroken: leave {why} away, here and in the run that is replayed, "
-                "to record or update one; --update-baseline adds --levels of which the newest baseline holds none"
-            )
-        if "@" in workload.id:
-            raise ValueError(f"a baseline belongs to a workload by its name, and {workload.id!r} takes other weights")
-        if self.added and (divisor := policy_for(facts.slug).relative_to):
-            raise ValueError(
-                f"on {facts.slug!r} a time is a ratio to {divisor!r} of the same run, so {', '.join(self.added)} "
-                "cannot be added to another run's: record a new baseline with --record-baseline"
-            )
-        if self.added and option.reason:
-            raise ValueError(
-                f"--reason says why something slower is accepted, and adding {', '.join(self.added)} accepts nothing: "
-                "leave it away"
-            )
 
     @contextlib.contextmanager
     def _compiled_code(self) -> Iterator[Path]:

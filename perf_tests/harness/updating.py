@@ -12,12 +12,12 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from fluxfast.levels import LEVELS
-from perf_tests.harness.schema import AnnotatedStep, Baseline, LevelBaseline
+from perf_tests.harness.obstacles import record_command
+from perf_tests.harness.schema import AnnotatedStep, Baseline, LevelBaseline, Verdict
 from perf_tests.harness.store import BaselineError
 
 NIGHTS_KEPT = 30
 """Older nights tell of another driver and another season; thirty know a spread to an eighth of itself."""
-ANEW = "record a new baseline with `pytest perf_tests --record-baseline`"
 
 
 def update_baseline(
@@ -40,7 +40,8 @@ def update_baseline(
     reason a level may become faster or `leaner` only, and keeps its fidelity and step error.
 
     Args:
-        old, new: of the same machine, workload and method; `new` from `baseline_from_results`.
+        old, new: of the same machine, workload and method; `new` from `baseline_from_results`. What `new` lacks stays
+            as it is, but for times of which only ratios within a run count.
         limits: level id -> latency limit as the gate has it, the natural log of a ratio (0.02 is about +2 %).
         accepted: level ids of which anything was red and is let pass for `reason`: image, memory, counts or time.
         leaner: level ids whose peak memory improved; it is taken from `new`.
@@ -60,15 +61,21 @@ def update_baseline(
         BaselineError: not comparable, a level is missing, a loosening without reason, or times of an `unsettled` level
             that would have to be stored.
     """
-    _refuse_other(old, new)
-    if missing := (set(old.levels) | set(new.levels)) - (set(old.levels) & set(new.levels) & set(limits)):
-        raise BaselineError(f"levels {', '.join(sorted(missing))} are not in all of baseline, run and limits: {ANEW}")
     over = divisors or {}
-    ratios = {level: _unit(new, level, over.get(level)) / _unit(old, level, over.get(level)) for level in old.levels}
-    changed = {*accepted, *(level for level in old.levels if _identity(old, level) != _identity(new, level))}
+    _refuse_other(old, new, ())
+    missing = set(new.levels) - (set(old.levels) & set(limits))
+    if any(over.values()):
+        missing |= set(old.levels) - set(new.levels)
+    if missing:
+        raise BaselineError(
+            f"levels {', '.join(sorted(missing))} are not in all of baseline, run and limits: {_anew(old)}"
+        )
+    both = [level for level in old.levels if level in new.levels]
+    ratios = {level: _unit(new, level, over.get(level)) / _unit(old, level, over.get(level)) for level in both}
+    changed = {*accepted, *(level for level in both if _identity(old, level) != _identity(new, level))}
     moved = [
         level
-        for level in old.levels
+        for level in both
         if level in changed or (level not in unsettled and abs(math.log(ratios[level])) > limits[level] / 3)
     ]
     loosened = [f"{level} x{ratios[level]:.4f}" for level in moved if level in changed or ratios[level] > 1]
@@ -83,8 +90,11 @@ def update_baseline(
             f"levels {', '.join(mixed)} looked slower in this run and not in the fresh processes that should confirm "
             f"it, and {', '.join(moved)} cannot be stored without these times: measure again on a quiet machine"
         )
-    levels, lines = {}, [f"{level}: kept as it was, since the confirmation did not agree" for level in unsettled]
-    for level, was in old.levels.items():
+    lines = [f"{level}: kept as it was, since the confirmation did not agree" for level in unsettled]
+    lines += [f"{level}: kept as it was, since it was not measured" for level in old.levels if level not in both]
+    levels = dict(old.levels)
+    for level in both:
+        was = old.levels[level]
         leaned = {"peak_memory_bytes": new.levels[level].peak_memory_bytes} if level in leaner else {}
         kept = was.model_copy(update=leaned)
         if level in replaced:
@@ -108,37 +118,42 @@ def update_baseline(
 
 
 def extend_baseline(
-    old: Baseline, new: Baseline, added: Collection[str], limits: Mapping[str, float]
+    old: Baseline, new: Baseline, added: Collection[str], witnesses: Mapping[str, Verdict]
 ) -> tuple[Baseline, list[str]]:
     """`old` with the levels `added` taken from `new`; what it holds stays as it is.
 
     The levels that both hold, bf16, fp32 and parents, are the witnesses: where they take as long as they took, seconds
-    of the two runs stand in one file. Where the policy has a divisor they never do.
+    of the two runs stand in one file. Where the policy has a divisor they never do. A gate that is to cry no wolf
+    passes a witness that looked slower until fresh processes disagreed, or that overlaps with the slowest process of
+    old; neither shows that the machine was as it was.
 
     Args:
         old, new: of the same machine, workload and method; `new` from `baseline_from_results`.
         added: level ids that `old` lacks and `new` holds.
-        limits: as of `update_baseline`, of the levels that both hold; infinite where the gate saw no move.
+        witnesses: latency verdicts of `new` over `old`, of the levels that both hold.
 
     Returns:
         The baseline, its levels in the project's order, and one line an added level.
 
     Raises:
-        BaselineError: not comparable, another environment, or a witness that moved beyond its limit, either way.
+        BaselineError: not comparable, another environment, no witness, or one whose interval lies beyond its limit,
+            either way, or whose confirmation did not agree.
     """
-    _refuse_other(old, new)
+    anew = _anew(old, added)
+    _refuse_other(old, new, added)
     was, now = (dict(baseline.environment or ()) for baseline in (old, new))
     if changes := [f"{name} {was.get(name)} -> {now[name]}" for name in now if was.get(name) != now[name]]:
         raise BaselineError(
-            f"the environment is not the baseline's ({', '.join(changes)}), and a file says one for all levels: {ANEW}"
+            f"the environment is not the baseline's ({', '.join(changes)}), and a file says one for all levels: {anew}"
         )
-    ratios = {level: _median_s(new, level) / _median_s(old, level) for level in old.levels if level in new.levels}
-    moved = [level for level, ratio in ratios.items() if abs(math.log(ratio)) > limits[level]]
-    if moved:
-        told = ", ".join(f"{level} x{ratios[level]:.4f} (limit {limits[level]:.2%})" for level in moved)
+    if not witnesses:
         raise BaselineError(
-            f"the baseline's own levels moved beyond their limit, {told}, so that this run's seconds do not belong "
-            f"beside its: measure again on a quiet machine or, if the machine changed, {ANEW}"
+            f"no level of this run is in the baseline, to tell whether the machine is as it was: {anew}"
+        )
+    if moved := [f"{level} {told}" for level, verdict in witnesses.items() if (told := _moved(verdict))]:
+        raise BaselineError(
+            f"the baseline's own levels are not as they were, {', '.join(moved)}, so that this run's seconds do not "
+            f"belong beside its: measure again on a quiet machine or, if the machine changed, {anew}"
         )
     levels = {**old.levels, **{level: new.levels[level] for level in added}}
     known = [*LEVELS, *levels]  # a baseline may hold what the project no longer has
@@ -151,12 +166,27 @@ def extend_baseline(
     return old.model_copy(update={"levels": ordered}), lines
 
 
-def _refuse_other(old: Baseline, new: Baseline) -> None:
+def _moved(witness: Verdict) -> str | None:
+    """How a level says that the machine is another than it was, None if it does not."""
+    ratio, low, high, limit = (witness.numbers.get(name) for name in ("ratio", "low", "high", "limit"))
+    if ratio is None or low is None or high is None or limit is None:
+        return f"was not compared ({witness.rule})"
+    told = f"x{ratio:.4f} (interval x{low:.4f} to x{high:.4f}, limit {limit:.2%}"
+    if witness.rule == "confirmation":
+        return f"{told}, and fresh processes did not agree)"
+    return f"{told})" if low > 1 + limit or high < 1 / (1 + limit) else None
+
+
+def _anew(old: Baseline, added: Collection[str] = ()) -> str:
+    return f"record a new baseline with `{record_command(added, old.levels)}`"
+
+
+def _refuse_other(old: Baseline, new: Baseline, added: Collection[str]) -> None:
     for field in ("slug", "workload_digest", "method", "fidelity_method", "source"):
         if getattr(old, field) != getattr(new, field):
             raise BaselineError(
                 f"{field} is {getattr(new, field)!r}, the baseline's is {getattr(old, field)!r}: they do not compare; "
-                f"{ANEW}"
+                f"{_anew(old, added)}"
             )
 
 
