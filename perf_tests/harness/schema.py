@@ -218,7 +218,7 @@ class Baseline(Strict):
     method: str
     source: Literal["recorded", "published"]
     source_note: str = ""
-    """Of a published baseline: where the numbers come from."""
+    """Of a published baseline: where the numbers come from. Of a recorded one: what was changed since."""
     slug: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")]
     workload: dict[str, Any]
     workload_digest: str
