@@ -46,7 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--levels",
         help=f"comma-separated; '{WHOLE_LADDER}', the default, is every level of the ladder that this machine can run; "
-        "levels beside the ladder, as flux_fast, are measured by name",
+        "levels beside the ladder, as flux_fast, are measured by name, or to record or update what the baseline holds",
     )
     group.addoption(
         "--processes", type=int, help="fresh processes a level; default: 3 on a GPU, 1 on a CPU, 5 to record"
