@@ -57,8 +57,9 @@ def this_machine() -> Machine:
     if not torch.cuda.is_available():
         return Machine(device="cpu", capability=None, fa3_module=fa3_module, triton=triton)
     capability = torch.cuda.get_device_capability()
-    major, minor = str(torch.version.cuda).split(".")[:2]
-    cuda = int(major), int(minor)
+    version = torch.version.cuda  # None in a ROCm build
+    major, minor = version.split(".")[:2] if version else ("0", "0")
+    cuda = (int(major), int(minor)) if version else None
     return Machine(device="cuda", capability=capability, fa3_module=fa3_module, triton=triton, cuda=cuda)
 
 

@@ -42,7 +42,7 @@ def read_environment() -> Environment:
         cuda=torch.version.cuda,
         driver=facts.get("driver"),
         device_name=facts.get("name", "cpu"),
-        capability=facts["capability"] if device else cpu_capability(),
+        capability=facts.get("capability") if device else cpu_capability(),
         power_limit_w=facts.get("power_limit_w"),
         cpu_name=cpu_name(),
         cpu_threads=torch.get_num_threads(),

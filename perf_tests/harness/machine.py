@@ -53,13 +53,18 @@ def slug_of(asked: Mapping[str, Any], gpus: Sequence[int | str]) -> str:
                 "can run, or hide the GPU with an empty CUDA_VISIBLE_DEVICES to measure the processor"
             )
         return cpu_slug(asked["cpu_capability"])
-    slugs = {own: str(gpu.slug(own)) for own in gpus}
+    slugs = {own: gpu.slug(own) for own in gpus}
+    if None in slugs.values():
+        raise ValueError(
+            "torch finds a GPU and NVML does not, so nothing tells which machine this is: expected an NVIDIA driver "
+            "with libnvidia-ml.so.1; install it"
+        )
     if len(set(slugs.values())) > 1:
         told = ", ".join(f"{own} is {slug}" for own, slug in slugs.items())
         raise ValueError(
             f"--gpus {len(gpus)}: expected GPUs of one kind, and {told}: name such in CUDA_VISIBLE_DEVICES, or take one"
         )
-    return slugs[gpus[0]]
+    return str(slugs[gpus[0]])
 
 
 def _unused_gpu() -> str | None:

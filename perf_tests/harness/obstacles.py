@@ -150,15 +150,16 @@ def _uncomparable(level: str, results: Sequence[Result], baseline: Baseline | No
     if level not in baseline.levels:
         message = (
             f"the baseline of {baseline.slug!r} has no level {level!r}, only {', '.join(baseline.levels)}: "
-            f"if the level is new or renamed, {_adding(level, baseline)}."
+            f"if the level is new or renamed, {_adding(level, baseline, results)}."
         )
         return verdict(Outcome.NO_BASELINE, level, "no_baseline", message, results)
     return None
 
 
-def _adding(level: str, baseline: Baseline) -> str:
-    """How a baseline comes to hold a level beside those that it holds."""
-    if baseline.source == "recorded" and not is_cpu(baseline.slug):
+def _adding(level: str, baseline: Baseline, results: Sequence[Result]) -> str:
+    """How a baseline comes to hold a level beside those that it holds; a file says one environment for all of them."""
+    is_as_it_was = all(result.environment in (None, baseline.environment) for result in results)
+    if baseline.source == "recorded" and not is_cpu(baseline.slug) and is_as_it_was:
         return f"add it on a quiet machine with `{START} --levels {level} --update-baseline`"
     return _recording(level, baseline)
 

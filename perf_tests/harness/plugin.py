@@ -62,7 +62,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--fresh-compiles",
         action="store_true",
-        help="every process compiles anew and keeps nothing in --cache, so that limits hold what compiling varies",
+        help="every process compiles anew and leaves nothing in --cache, so that limits hold what compiling varies",
     )
     group.addoption("--baselines", type=Path, default=ROOT / "baselines", help="folder of baselines")
     group.addoption("--quarantine", type=Path, default=usage.FOLDER / "quarantine.toml", help="excused tests")

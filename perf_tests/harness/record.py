@@ -156,9 +156,15 @@ def _write(
         if now == session.baseline:
             return
         held = set() if now is None else now.levels.keys() - session.unavailable.keys()
-        odd = held & {*added} if added else held - {*session.levels}
+        told = [level for level in LEVELS if level in held and level not in session.levels]
         words = ["--baselines", str(session.baseline_folder.parent), *options]
-        if "--partial-baseline" in options or not (told := [level for level in LEVELS if level in odd]):
+        if added and (rest := [level for level in added if level not in held]):
+            words = ["--replay", str(session.folder), "--levels", ",".join(rest), *words]
+            action = "add to it with"
+        elif added:
+            words = ["--workload", session.workload.id, *words]
+            action = f"it holds {', '.join(added)} by now; to measure what it holds again, run"
+        elif "--partial-baseline" in options or not told:
             words = ["--replay", str(session.folder), "--levels", ",".join(session.levels), *words]
             action = "judge this run by it with"
         else:

@@ -10,8 +10,10 @@ from typing import Any
 from fluxfast.levels import LADDER, LEVELS
 from perf_tests.harness.obstacles import record_command
 from perf_tests.harness.policy import policy_for
+from perf_tests.harness.schema import Baseline, Environment
 from perf_tests.harness.session import with_references
 from perf_tests.harness.stored_run import RunFacts
+from perf_tests.harness.updating import other_environment
 from perf_tests.harness.usage import COMMITTED
 
 
@@ -52,9 +54,6 @@ def refuse_to_record(
     if option.partial_baseline:
         return
     divisor = policy_for(facts.slug).relative_to
-    lost = [level for level in held if level in facts.unavailable]
-    if lost and (option.levels is None or (option.update_baseline and divisor)):
-        raise ValueError(why_lost(lost[0], facts.slug, facts.unavailable[lost[0]]))
     chosen = added or expected
     runnable = [level for level in LEVELS if level not in facts.unavailable]
     ladder = [level.id for level in LADDER if level.id in runnable]
@@ -63,6 +62,9 @@ def refuse_to_record(
     new = [level for level in chosen if level not in held]
     needed = known if option.update_baseline else [level for level in runnable if level in {*ladder, *known}]
     left = [level for level in needed if level not in chosen]
+    lost = [level for level in held if level in facts.unavailable]
+    if lost and (option.levels is None or (left and not added) or (option.update_baseline and divisor)):
+        raise ValueError(why_lost(lost[0], facts.slug, facts.unavailable[lost[0]]))
     if option.record_baseline:
         if left:
             raise ValueError(
@@ -109,6 +111,27 @@ def _refuse_to_add(option: Any, known: Sequence[str], added: Sequence[str], expe
             f"the baseline holds none of {', '.join(expected)}, by which a run that adds {names} tells "
             f"whether the machine is as it was: record all with {anew}"
         )
+
+
+def refuse_other_measurement(
+    path: Path | None, baseline: Baseline, facts: RunFacts, environment: Environment | None
+) -> None:
+    """Before what is measured could not stand in the file of the others.
+
+    Args:
+        environment: of this machine now, if levels are to be added; None if that is known not to matter.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    told = other_environment(baseline, environment) if environment else None
+    if facts.workload_digest != baseline.workload_digest:
+        told = (
+            f"workload {facts.workload!r} has digest {facts.workload_digest}, and had {baseline.workload_digest} when "
+            "it was recorded"
+        )
+    if told:
+        raise ValueError(f"{path}: {told}; undo that, or record a new baseline of all levels with --record-baseline")
 
 
 def why_lost(level: str, slug: str, why: str) -> str:

@@ -14,7 +14,7 @@ from fluxfast.workloads import Workload
 from perf_tests.harness import store
 from perf_tests.harness.files import read_model
 from perf_tests.harness.progress import RESULT_FILE
-from perf_tests.harness.schema import Result, Strict
+from perf_tests.harness.schema import ErrorKind, Result, Strict
 
 RUN_FILE = "run.json"
 RERUN = "rerun"
@@ -127,9 +127,13 @@ def rerun_of(result: Result, folder: Path) -> Result | None:
 def is_replaced(result: Result, rerun: Result | None) -> bool:
     """Whether `rerun` stands for the process; of what `with_reruns` chose, whether that is of the rerun.
 
-    A rerun that failed, as by Ctrl-C, takes no measurement away: a disturbed one is void, and no level is red for it.
+    A rerun that Ctrl-C or a neighbour's memory ended takes no measurement away: a disturbed one is void, and no level
+    is red for it. Any other failure is the code's, and counts.
     """
-    return rerun is not None and (rerun.measurement is not None or result.measurement is None)
+    if rerun is None:
+        return False
+    is_of_the_machine = rerun.failure is not None and rerun.failure.kind in (ErrorKind.INTERRUPTED, ErrorKind.OOM)
+    return result.measurement is None or not is_of_the_machine
 
 
 def _result_paths(folder: Path, level: str) -> list[Path]:

@@ -17,11 +17,11 @@ from fluxfast.workloads import get_workload
 from perf_tests.harness import faults, lease, runner, store
 from perf_tests.harness.cpu import is_cpu
 from perf_tests.harness.lanes import Gpu, Job, run_jobs
-from perf_tests.harness.machine import ask_machine, chosen_levels, first_gpus, git_sha, slug_of
+from perf_tests.harness.machine import ask_environment, ask_machine, chosen_levels, first_gpus, git_sha, slug_of
 from perf_tests.harness.obstacles import obstacle
 from perf_tests.harness.progress import CPU_DEADLINES, GPU_DEADLINES, OnProgress, ProgressPrinter
 from perf_tests.harness.quarantine import load_quarantine
-from perf_tests.harness.recordable import levels_to_record, refuse_to_record, why_lost
+from perf_tests.harness.recordable import levels_to_record, refuse_other_measurement, refuse_to_record, why_lost
 from perf_tests.harness.recording import MIN_PROCESSES
 from perf_tests.harness.replay import tests_of
 from perf_tests.harness.schema import Outcome, Result, Verdict
@@ -80,6 +80,9 @@ class Suite:
         self.expected = with_references(chosen, facts.unavailable) if self.added else chosen
         if self.is_recording:
             refuse_to_record(option, facts, path, held, added=self.added, expected=self.expected)
+        if option.update_baseline and baseline:
+            now = ask_environment() if self.added and not option.replay else None
+            refuse_other_measurement(path, baseline, facts, now)
         self.injections = _injections(option.inject, self.expected)
         # Files or node ids say which tests are wanted; a folder says all.
         self._is_whole = any(FOLDER not in path.parents for path in asked_for(config, config.args))
@@ -206,11 +209,12 @@ class Suite:
 
     @contextlib.contextmanager
     def _compiled_code(self) -> Iterator[Path]:
-        """The folder of a process's compiled code; with `--fresh-compiles` its own, removed after it."""
+        """The folder of a process's compiled code; with `--fresh-compiles` one of its own in it, removed after it."""
         if not self.config.option.fresh_compiles:
             yield self.config.option.cache
             return
-        with tempfile.TemporaryDirectory(prefix="fluxfast-compile-") as own:
+        self.config.option.cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="fresh-", dir=self.config.option.cache) as own:
             yield Path(own)
 
     def _measure(self, jobs: Sequence[Job], folder: Path) -> dict[Job, Result]:

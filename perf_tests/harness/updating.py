@@ -9,11 +9,10 @@ import datetime
 import math
 import statistics
 from collections.abc import Collection, Mapping
-from typing import Any
 
-from fluxfast.levels import LEVELS
+from fluxfast.levels import DEFAULTS, LEVELS
 from perf_tests.harness.obstacles import record_command
-from perf_tests.harness.schema import AnnotatedStep, Baseline, LevelBaseline, Verdict
+from perf_tests.harness.schema import AnnotatedStep, Baseline, Environment, LevelBaseline, Verdict
 from perf_tests.harness.store import BaselineError
 
 NIGHTS_KEPT = 30
@@ -72,7 +71,7 @@ def update_baseline(
         )
     both = [level for level in old.levels if level in new.levels]
     ratios = {level: _unit(new, level, over.get(level)) / _unit(old, level, over.get(level)) for level in both}
-    changed = {*accepted, *(level for level in both if _identity(old, level) != _identity(new, level))}
+    changed = {*accepted, *(level for level in both if not _is_built_alike(old.levels[level], new.levels[level]))}
     moved = [
         level
         for level in both
@@ -141,11 +140,8 @@ def extend_baseline(
     """
     anew = _anew(old, added)
     _refuse_other(old, new, added)
-    was, now = (dict(baseline.environment or ()) for baseline in (old, new))
-    if changes := [f"{name} {was.get(name)} -> {now[name]}" for name in now if was.get(name) != now[name]]:
-        raise BaselineError(
-            f"the environment is not the baseline's ({', '.join(changes)}), and a file says one for all levels: {anew}"
-        )
+    if told := other_environment(old, new.environment):
+        raise BaselineError(f"{told}: {anew}")
     if not witnesses:
         raise BaselineError(
             f"no level of this run is in the baseline, to tell whether the machine is as it was: {anew}"
@@ -164,6 +160,15 @@ def extend_baseline(
         if level in added
     ]
     return old.model_copy(update={"levels": ordered}), lines
+
+
+def other_environment(old: Baseline, environment: Environment | None) -> str | None:
+    """Why a level measured in `environment` cannot stand in the file of `old`; None if it can."""
+    was, now = dict(old.environment or ()), dict(environment or ())
+    changes = [f"{name} {was.get(name)} -> {now[name]}" for name in now if was.get(name) != now[name]]
+    if not changes:
+        return None
+    return f"the environment is not the baseline's ({', '.join(changes)}), and a file says one for all levels"
 
 
 def _moved(witness: Verdict) -> str | None:
@@ -205,9 +210,10 @@ def _unit(baseline: Baseline, level: str, over: str | None) -> float:
     return _median_s(baseline, level) / (1.0 if over is None else _median_s(baseline, over))
 
 
-def _identity(baseline: Baseline, level: str) -> tuple[Any, ...]:
-    own = baseline.levels[level]
-    return own.fields, own.unavailable, own.proofs
+def _is_built_alike(old: LevelBaseline, new: LevelBaseline) -> bool:
+    """As the gate has it: a field that came later was off in `old`, and facts that came later prove more."""
+    before, after = ({(fact.field, fact.what, fact.expected) for fact in level.proofs} for level in (old, new))
+    return DEFAULTS | old.fields == DEFAULTS | new.fields and old.unavailable == new.unavailable and before <= after
 
 
 def _merge(old: LevelBaseline, new: LevelBaseline, with_reason: bool) -> LevelBaseline:
