@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from baseline_samples import ENVIRONMENT
 from suite_samples import UNAVAILABLE, put, sample
 
 from fluxfast.levels import LEVELS
@@ -36,6 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--breaks", choices=BREAKS, help="what the first worker of a confirmation or the second one meets")
     parser.addoption("--slow", help="a level that takes twice its time")
     parser.addoption("--hot", help="LEVEL:PROCESS that is throttled, but not on its rerun")
+    parser.addoption("--torch", help="version of torch that a worker would say")
     parser.addoption("--cards", help="slugs of this machine's GPUs, comma-separated")
 
 
@@ -63,6 +65,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     suite.runner = types.SimpleNamespace(run_level=run_level, new_run_folder=runner.new_run_folder)
     cards = option.cards.split(",") if option.cards else []
     suite.ask_machine = lambda workload: {**MACHINE, "device": "cuda" if cards else "cpu"}
+    suite.ask_environment = lambda: ENVIRONMENT.model_copy(update={"torch": option.torch or ENVIRONMENT.torch})
     suite.first_gpus = lambda count: list(range(count))
     gpu.slug = lambda own=0: cards[own] if cards else None
     lease.default_folder = lambda: option.cache / "leases"

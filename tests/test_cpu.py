@@ -74,6 +74,13 @@ def test_a_gpu_that_only_nvml_finds_is_not_a_cpu(monkeypatch: pytest.MonkeyPatch
         assert slug_of(CPU, ()) == "cpu-avx512-bf16"
 
 
+def test_a_gpu_that_nvml_does_not_find_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There would be no name to file its numbers under."""
+    monkeypatch.setattr(gpu, "slug", lambda device=0: None)
+    with pytest.raises(ValueError, match="torch finds a GPU and NVML does not"):
+        slug_of({"device": "cuda"}, [0])
+
+
 def test_the_machine_is_asked_in_the_order_of_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the slug would be of one card, and the levels of the fastest."""
     asked: dict[str, str] = {}

@@ -394,6 +394,9 @@ def test_structure_counts_exactly():
     more = Proof(field="attention", what="fp8 calls", observed=1, expected=1)
     for proofs in ([samples.PROOF], [samples.PROOF, more]):
         assert gate.judge_structure("aoti", with_measurement(proofs=proofs), baseline()).outcome is Outcome.PASS
+    changed = Proof(field="dtype", what="weights", observed=7, expected=7)
+    said = gate.judge_structure("aoti", with_measurement(proofs=[more, changed]), baseline()).message
+    assert "counted instead: [('dtype', 'weights', 7)]" in said
     for proofs in ([], [more], [Proof(field="dtype", what="bfloat16 weights", observed=8, expected=8)]):
         verdict = gate.judge_structure("aoti", with_measurement(proofs=proofs), baseline())
         assert (verdict.outcome, verdict.rule) == (Outcome.REGRESSED, "facts")

@@ -14,9 +14,11 @@ from fluxfast.levels import LADDER
 from fluxfast.workloads import TINY
 from perf_tests.harness.obstacles import record_command
 from perf_tests.harness.record import store_run
+from perf_tests.harness.recordable import refuse_other_measurement
 from perf_tests.harness.recording import stock_json
 from perf_tests.harness.session import Session
 from perf_tests.harness.store import BaselineError, find_baseline, read_baseline, write_baseline
+from perf_tests.harness.stored_run import read_facts
 
 GPU, CPU = "h200-700w", "cpu"
 BESIDE, OTHER = "flux_fast", "float8_rowwise"
@@ -243,6 +245,51 @@ def test_two_additions_side_by_side_lose_none(tmp_path: Path) -> None:
     ran = run_suite(tmp_path, *advised(str(raised.value)))
     assert ran.status == 0, ran.text
     assert set(held(tmp_path)) == {*LEVELS, BESIDE, OTHER}
+
+
+def test_an_addition_of_which_a_part_came_in_adds_the_rest(tmp_path: Path) -> None:
+    """By the command that it names; one of which all came in says so."""
+    record(tmp_path, LEVELS)
+    run = write_run(tmp_path / "run", 5, (*LEVELS, BESIDE, OTHER), slug=GPU)
+    added = [BESIDE, OTHER]
+    first, both, again = (begun(tmp_path, run, levels) for levels in ([BESIDE], added, added))
+    store_run(first, update=True, reason=None, added=[BESIDE])
+    with pytest.raises(BaselineError) as raised:
+        store_run(both, update=True, reason=None, added=added)
+    ran = run_suite(tmp_path, *advised(str(raised.value)))
+    assert ran.status == 0, ran.text
+    assert set(held(tmp_path)) == {*LEVELS, BESIDE, OTHER}
+    with pytest.raises(BaselineError, match=f"it holds {BESIDE}, {OTHER} by now; to measure what it holds again"):
+        store_run(again, update=True, reason=None, added=added)
+
+
+def test_a_part_over_a_lost_level_names_what_is_lost(tmp_path: Path) -> None:
+    """A command for the whole would be refused for it."""
+    record(tmp_path, LEVELS)
+    lost = {"float8": "float8: needs torchao", **UNAVAILABLE}
+    run = write_run(tmp_path / "run", 5, ("fp32", "bf16", "compile"), slug=GPU, unavailable=lost)
+    for option in ("--record-baseline", "--update-baseline"):
+        ran = run_suite(tmp_path, "--replay", run, "--levels=bf16,compile", option)
+        assert ran.status == 4 and "cannot run there now: float8: needs torchao" in ran.text, ran.text
+
+
+def test_another_measurement_is_refused_before_it_is_made(tmp_path: Path) -> None:
+    """Its environment, where one file says one for all levels; its workload, always."""
+    record(tmp_path, LEVELS)
+    path = newest(tmp_path)
+    baseline = read_baseline(path)
+    now = baseline.environment
+    assert now is not None
+    facts = read_facts(write_run(tmp_path / "run", 5, LEVELS, slug=GPU))
+    refuse_other_measurement(path, baseline, facts, now)
+    with pytest.raises(ValueError, match=r"\(torch .* -> 9\.9\), and a file says one for all levels; undo that, or"):
+        refuse_other_measurement(path, baseline, facts, now.model_copy(update={"torch": "9.9"}))
+    with pytest.raises(ValueError, match="workload 'tiny' has digest 0000, and had "):
+        refuse_other_measurement(path, baseline, facts.model_copy(update={"workload_digest": "0000"}), None)
+    machine = ("-p", "fake_machine", f"--cards={GPU}", f"--cache={tmp_path / 'cache'}")
+    ran = run_suite(tmp_path, *machine, "--torch=9.9", f"--levels={BESIDE}", "--update-baseline")
+    assert ran.status == 4 and "-> 9.9), and a file says one" in ran.text, ran.text
+    assert not (tmp_path / "results").exists()
 
 
 def test_a_recording_beside_an_update_loses_nothing(tmp_path: Path) -> None:

@@ -175,6 +175,25 @@ def test_a_level_that_is_built_otherwise_needs_a_reason() -> None:
     assert lines[0].endswith("attention sdpa -> fa3_fp8")
 
 
+def test_what_came_after_the_baseline_is_not_built_otherwise() -> None:
+    """A field that is off and a fact that holds need no reason; a fact that is gone does."""
+    run, old = sample_run(), sample_baseline()
+    more = Proof(field="attention", what="tails", observed=0, expected=0)
+    for place, result in enumerate(run["compile"]):
+        assert result.measurement is not None
+        proofs = [*result.measurement.proofs, more]
+        measurement = result.measurement.model_copy(update={"proofs": proofs})
+        run["compile"][place] = result.model_copy(update={"measurement": measurement})
+    own = old.levels["compile"]
+    fields = {name: value for name, value in own.fields.items() if name != "gemm_search"}
+    level = own.model_copy(update={"fields": fields})
+    older = old.model_copy(update={"levels": {**old.levels, "compile": level}})
+    updated, lines = update_baseline(older, sample_baseline(run), LIMITS, None)
+    assert updated == older and lines == []
+    with pytest.raises(BaselineError, match=r"built otherwise, .* compile x1\.0000"):
+        update_baseline(sample_baseline(run), older, LIMITS, None)
+
+
 def test_on_a_cpu_ratios_count_and_runs_do_not_mix() -> None:
     """A machine twice as slow changes nothing; if one level moved against bf16, all are of the new run."""
     old = sample_baseline()

@@ -192,6 +192,16 @@ def test_rerun_that_failed_takes_no_measurement_away(tmp_path: Path, kind: Error
         assert run.image_path("compile", 1).parent == tmp_path / "run/compile/1"
 
 
+def test_rerun_that_the_code_failed_counts(tmp_path: Path) -> None:
+    """A disturbance excuses no step that had no effect; replayed too."""
+    again = failed("compile", ErrorKind.STEP_NOT_APPLIED, 1)
+    own = session(tmp_path, Machine(changed("compile", 1, 3.0, HOT), again=again))
+    assert own.results
+    for run in (own, replayed(own)):
+        assert run.structure("compile").rule == "step_not_applied"
+        assert run.place("compile", 1) == tmp_path / "run/rerun/compile/1"
+
+
 @pytest.mark.parametrize("again", [None, failed("compile", process=1)])
 def test_job_that_is_left_out_is_measured_once_more(tmp_path: Path, again: Result | None) -> None:
     """Its failure says nothing of its level, that of its rerun does; replayed too."""
