@@ -7,6 +7,7 @@ In `fa3_fp8` the cast stands outside the op, where Inductor fuses it with RoPE; 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 from collections.abc import Callable
@@ -29,6 +30,7 @@ LEAST_GAIN = 0.25
 """Waves that a second launch has to save: it takes as long as a fifth of one to start and to add up its parts."""
 
 
+@dataclasses.dataclass
 class LaunchCount:
     """How often an FA3 op ran in Python: every call in eager and compiled code, one a capture in a CUDA graph.
 
@@ -38,10 +40,13 @@ class LaunchCount:
         split: those among these that gave the tail a launch of its own.
     """
 
-    def __init__(self) -> None:
-        self.launches = 0
-        self.looked = 0
-        self.split = 0
+    launches: int = 0
+    looked: int = 0
+    split: int = 0
+
+    def since(self, before: LaunchCount) -> LaunchCount:
+        """What was added to `before`, a copy of earlier."""
+        return LaunchCount(self.launches - before.launches, self.looked - before.looked, self.split - before.split)
 
 
 COUNT = LaunchCount()

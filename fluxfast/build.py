@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from fluxfast import aoti, convolution, decoder, fused, proof, steps, workspace
-from fluxfast.attention import COUNT, has_tail
+from fluxfast.attention import COUNT, LaunchCount, has_tail
 from fluxfast.checkpoints import Pipeline, load, pipeline_class
 from fluxfast.compilation import (
     Compiler,
@@ -81,24 +81,12 @@ class Built:
     modulation: StagedModulation | None = None
     rotary: StagedRotary | None = None
     has_tail: bool = False
-    _launches_before: int = 0
-    _looked_before: int = 0
-    _split_before: int = 0
+    _fa3_before: LaunchCount = dataclasses.field(default_factory=LaunchCount)
 
     @property
-    def fa3_launches(self) -> int:
+    def fa3(self) -> LaunchCount:
         """Calls of FA3's ops since the pipeline was built."""
-        return COUNT.launches - self._launches_before
-
-    @property
-    def fa3_looked(self) -> int:
-        """Those among them of the op that looks for a tail."""
-        return COUNT.looked - self._looked_before
-
-    @property
-    def fa3_split(self) -> int:
-        """Those among these that found one."""
-        return COUNT.split - self._split_before
+        return COUNT.since(self._fa3_before)
 
     def forwards(self, calls: int, num_steps: int) -> dict[str, int]:
         """How often loop and models ran in Python during `calls` pipeline calls; a graph's replay does not count."""
@@ -233,7 +221,7 @@ def build(
         built.modulation = StagedModulation(pipeline)
     if applied.fused_qk_rope and applied.has_fused_blocks:
         built.rotary = StagedRotary(pipeline)
-    built._launches_before, built._looked_before, built._split_before = COUNT.launches, COUNT.looked, COUNT.split
+    built._fa3_before = dataclasses.replace(COUNT)
     return built
 
 

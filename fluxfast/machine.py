@@ -36,7 +36,7 @@ class Machine:
     capability: tuple[int, int] | None
     fa3_module: str | None
     triton: bool
-    cuda: tuple[int, int] | None = None
+    cuda: tuple[int, ...] | None = None
 
     @property
     def found(self) -> str:
@@ -57,9 +57,8 @@ def this_machine() -> Machine:
     if not torch.cuda.is_available():
         return Machine(device="cpu", capability=None, fa3_module=fa3_module, triton=triton)
     capability = torch.cuda.get_device_capability()
-    version = torch.version.cuda  # None in a ROCm build
-    major, minor = version.split(".")[:2] if version else ("0", "0")
-    cuda = (int(major), int(minor)) if version else None
+    # None in a ROCm build.
+    cuda = tuple(map(int, torch.version.cuda.split(".")[:2])) if torch.version.cuda else None
     return Machine(device="cuda", capability=capability, fa3_module=fa3_module, triton=triton, cuda=cuda)
 
 

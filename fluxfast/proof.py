@@ -267,13 +267,13 @@ def run_facts(built: Built, calls: int, steps: int) -> list[Fact]:
         Fact("coordinate_descent", "graphs or packages compiled with coordinate descent",
              _with(COORDINATE_DESCENT, configs), _all_if(compiled and level.coordinate_descent, classes)),
         Fact("attention", "launches of the FA3 op",
-             built.fa3_launches, _all_if(level.attention != "sdpa", forwards["transformer"] * blocks)),
+             built.fa3.launches, _all_if(level.attention != "sdpa", forwards["transformer"] * blocks)),
         Fact("split_attention_tail", "calls of the FA3 op that looks for a tail",
-             built.fa3_looked, _all_if(level.split_attention_tail, forwards["transformer"] * blocks)),
+             built.fa3.looked, _all_if(level.split_attention_tail, forwards["transformer"] * blocks)),
     ]  # fmt: skip
     if level.split_attention_tail:
         splits = _all_if(built.has_tail, forwards["transformer"] * blocks)
-        facts.append(Fact("split_attention_tail", "tails with a launch of their own", built.fa3_split, splits))
+        facts.append(Fact("split_attention_tail", "tails with a launch of their own", built.fa3.split, splits))
     facts += fused_block_facts(built, calls, forwards["loop"], forwards["transformer"])
     facts += text_encoder_facts(built, forwards)
     fused_norms = forwards["decoder"] * len(norms(built.pipeline.vae.decoder))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from perf_tests.harness import noise
-from perf_tests.harness.obstacles import ACCEPT, RECORD, measured, obstacle, verdict
+from perf_tests.harness.obstacles import ACCEPT, RECORD, facts_of, measured, obstacle, verdict
 from perf_tests.harness.policy import (
     ALIKE,
     MOST_BF16_ERROR,
@@ -19,7 +19,7 @@ from perf_tests.harness.policy import (
     fidelity_floor,
     roundoff_factor,
 )
-from perf_tests.harness.schema import Baseline, LevelBaseline, Outcome, Proof, Result, Verdict
+from perf_tests.harness.schema import Baseline, LevelBaseline, Outcome, Result, Verdict
 
 
 def judge_structure(level: str, results: Sequence[Result], baseline: Baseline | None) -> Verdict:
@@ -43,9 +43,9 @@ def judge_structure(level: str, results: Sequence[Result], baseline: Baseline | 
     if found:
         return found
     assert baseline is not None
-    expected = _facts(baseline.levels[level].proofs)
+    expected = facts_of(baseline.levels[level].proofs)
     for measurement in measured(results):
-        observed = _facts(measurement.proofs)
+        observed = facts_of(measurement.proofs)
         if missing := expected - observed:
             instead = {fact for fact in observed - expected if fact[0] in {field for field, _, _ in missing}}
             message = (
@@ -251,10 +251,6 @@ def _clamped(value: float) -> float:
 def _finite(value: float | None) -> float | None:
     """What a verdict can hold as a number."""
     return value if value is not None and math.isfinite(value) else None
-
-
-def _facts(proofs: Sequence[Proof]) -> set[tuple[str, str, int]]:
-    return {(proof.field, proof.what, proof.expected) for proof in proofs}
 
 
 def _sign(metric: str) -> float:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from fluxfast.levels import LEVELS, get_level
 from perf_tests.harness import gpu
 from perf_tests.harness.cpu import cpu_slug
-from perf_tests.harness.runner import ROOT
+from perf_tests.harness.runner import NVML_ORDER, ROOT
 from perf_tests.harness.schema import Environment
 
 WHOLE_LADDER = "ladder"
@@ -135,8 +135,7 @@ def chosen_levels(
 
 def _last_line_of(*module: str) -> str:
     command = [sys.executable, "-m", *module]
-    # The order of NVML, by which the slug is found; CUDA's own begins with the fastest GPU.
-    variables = {**os.environ, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    variables = {**os.environ, **NVML_ORDER}
     asked = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
     if asked.returncode != 0:
         last = (asked.stderr.strip().splitlines() or ["it said nothing"])[-1]

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from fluxfast.levels import DEFAULTS, LADDER, LEVELS
 from perf_tests.harness.cpu import is_cpu
 from perf_tests.harness.policy import Policy
-from perf_tests.harness.schema import Baseline, Counters, Measurement, Outcome, Result, Verdict
+from perf_tests.harness.schema import Baseline, Counters, Measurement, Outcome, Proof, Result, Verdict
 
 START = "pytest perf_tests"
 RECORD = f"record one on a quiet machine with `{START} --record-baseline`"
@@ -154,6 +154,11 @@ def _uncomparable(level: str, results: Sequence[Result], baseline: Baseline | No
         )
         return verdict(Outcome.NO_BASELINE, level, "no_baseline", message, results)
     return None
+
+
+def facts_of(proofs: Sequence[Proof]) -> set[tuple[str, str, int]]:
+    """What makes a fact the same in two runs: field, what is counted, how often it is expected."""
+    return {(proof.field, proof.what, proof.expected) for proof in proofs}
 
 
 def _adding(level: str, baseline: Baseline, results: Sequence[Result]) -> str:

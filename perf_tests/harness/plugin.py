@@ -239,10 +239,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         reporter.write_line(f"\n{reason}", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     elif exitstatus == 0 and own.voids:
-        reporter.write_line(
-            "\ninconclusive: what was disturbed stayed so; see the skipped tests",
-            yellow=True,
-        )
+        reporter.write_line("\ninconclusive: what was disturbed stayed so; see the skipped tests", yellow=True)
         session.exitstatus = INCONCLUSIVE
     if own.is_recording:
         _record(own, session, reporter)

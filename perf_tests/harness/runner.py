@@ -30,6 +30,8 @@ from perf_tests.harness.schema import ErrorKind, Failure, Result
 ROOT: Final = Path(__file__).resolve().parents[2]
 WORKER_COMMAND: Final[tuple[str, ...]] = (sys.executable, "-m", "perf_tests.harness.worker")
 LOG_FILE: Final = "log.txt"
+NVML_ORDER: Final = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+"""Of every process that names a GPU: NVML, by which the slug is found, counts by the bus, CUDA the fastest first."""
 LOG_TAIL_LINES: Final = 50
 LOG_TAIL_BYTES: Final = 64 * 1024
 POLL_S: Final = 0.1
@@ -162,8 +164,7 @@ def _variables(cache: Path | None, gpu: int | str | None) -> dict[str, str]:
     """What the worker's environment has beyond ours."""
     variables = {
         "PYTHONFAULTHANDLER": "1",
-        # NVML counts in the order of the bus, CUDA by default the fastest first.
-        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        **NVML_ORDER,
         "PYTHONUNBUFFERED": "1",
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS reads it when its first handle is made
         "HF_HUB_OFFLINE": "1",  # a timing must not depend on a network

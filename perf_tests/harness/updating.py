@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Collection, Mapping
 
 from fluxfast.levels import DEFAULTS, LEVELS
-from perf_tests.harness.obstacles import record_command
+from perf_tests.harness.obstacles import facts_of, record_command
 from perf_tests.harness.schema import AnnotatedStep, Baseline, Environment, LevelBaseline, Verdict
 from perf_tests.harness.store import BaselineError
 
@@ -212,8 +212,8 @@ def _unit(baseline: Baseline, level: str, over: str | None) -> float:
 
 def _is_built_alike(old: LevelBaseline, new: LevelBaseline) -> bool:
     """As the gate has it: a field that came later was off in `old`, and facts that came later prove more."""
-    before, after = ({(fact.field, fact.what, fact.expected) for fact in level.proofs} for level in (old, new))
-    return DEFAULTS | old.fields == DEFAULTS | new.fields and old.unavailable == new.unavailable and before <= after
+    is_counted = facts_of(old.proofs) <= facts_of(new.proofs)
+    return DEFAULTS | old.fields == DEFAULTS | new.fields and old.unavailable == new.unavailable and is_counted
 
 
 def _merge(old: LevelBaseline, new: LevelBaseline, with_reason: bool) -> LevelBaseline:
