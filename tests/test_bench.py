@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bench_samples import FakeWorkers, bench, on_this_machine, read_rows, staged
@@ -13,10 +15,12 @@ from suite_samples import LEVELS, changed, failed, put, run_suite
 
 import fluxfast.__main__
 import perf_tests.__main__
+from fluxfast.workloads import get_workload
 from perf_tests.bench import cli
 from perf_tests.bench.interval import ROUNDS
-from perf_tests.harness.progress import TRACE_FILE
-from perf_tests.harness.schema import Counters, Environment, ErrorKind
+from perf_tests.bench.workers import Workers
+from perf_tests.harness.progress import CPU_DEADLINES, STAGES, TRACE_FILE
+from perf_tests.harness.schema import Counters, Environment, ErrorKind, Result
 
 
 @pytest.fixture(autouse=True)
@@ -148,6 +152,38 @@ def test_rerun_that_failed_is_named_and_runs_again(tmp_path: Path) -> None:
     workers = FakeWorkers()
     assert bench(workers, "--resume", folder) == 0 and workers.ran == [("compile", 0)]
     assert read_rows(folder)["compile"]["disturbed"] == ""
+
+
+@pytest.mark.parametrize(
+    ("gpu", "is_traced", "is_side_by_side"), [("GPU-8a", False, True), ("GPU-8a", True, False), (None, False, False)]
+)
+def test_next_worker_begins_while_one_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpu: str | None, is_traced: bool, is_side_by_side: bool
+) -> None:
+    """On a GPU, where a worker's last stage is only writing; not where it draws a trace, or shares the processor."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    begun, ended = [], []
+    is_next_begun = threading.Event()
+
+    def run_level(level: str, workload: str, process: int, folder: Path, **options: Any) -> Result:
+        begun.append(process)
+        if process == 1:
+            ended_before.extend(ended)
+            is_next_begun.set()
+        for stage in STAGES:
+            options["on_progress"](level, process, stage, "", 0.0)
+        if process == 0 and is_side_by_side:
+            assert is_next_begun.wait(10)
+        ended.append(process)
+        return staged(level, process)
+
+    ended_before: list[int] = []
+    workers = Workers(
+        workload=get_workload("tiny"), deadlines=CPU_DEADLINES, gpu=gpu, cache=tmp_path, is_traced=is_traced,
+        run_level=run_level,
+    )  # fmt: skip
+    assert set(workers([("bf16", 0), ("bf16", 1)], tmp_path)) == {("bf16", 0), ("bf16", 1)}
+    assert begun == [0, 1] and ended_before == ([] if is_side_by_side else [0])
 
 
 @pytest.mark.parametrize("is_tracing", [True, False])

@@ -11,8 +11,8 @@ from pathlib import Path
 from fluxfast.workloads import Workload
 from perf_tests.bench.progress import BarPrinter
 from perf_tests.harness import lease, runner, store
-from perf_tests.harness.lanes import Job
-from perf_tests.harness.progress import RESULT_FILE, Deadlines
+from perf_tests.harness.lanes import Gpu, Job, run_jobs
+from perf_tests.harness.progress import RESULT_FILE, Deadlines, OnProgress
 from perf_tests.harness.schema import Environment, Result
 from perf_tests.harness.session import with_references
 from perf_tests.harness.stored_run import RERUN, RunFacts
@@ -40,7 +40,7 @@ class Workers:
     run_level: Callable[..., Result] = runner.run_level
 
     def __call__(self, jobs: Sequence[Job], folder: Path) -> dict[Job, Result]:
-        """Job -> result, kept or new.
+        """Job -> result, kept or new; without those that `run_jobs` leaves out.
 
         Raises:
             GpuBusy: if another suite holds the GPU.
@@ -53,20 +53,25 @@ class Workers:
         for (level, _), result in results.items():
             known_s.setdefault(level, []).append(took_s(result))
         printer = BarPrinter(self.deadlines, missing, known_s)
+
+        def run_job(level: str, process: int, own: Gpu, on_progress: OnProgress) -> Result:
+            set_aside(folder / level / str(process))
+            return self.run_level(
+                level,
+                self.workload.id,
+                process,
+                folder,
+                deadlines=self.deadlines,
+                cache=self.cache,
+                is_traced=self.is_traced and process == TRACED_PROCESS,
+                gpu=own,
+                on_progress=on_progress,
+            )
+
         with lease.gpu_lease(self.gpu), contextlib.closing(printer):
-            for level, process in missing:
-                set_aside(folder / level / str(process))
-                results[level, process] = self.run_level(
-                    level,
-                    self.workload.id,
-                    process,
-                    folder,
-                    deadlines=self.deadlines,
-                    cache=self.cache,
-                    is_traced=self.is_traced and process == TRACED_PROCESS,
-                    on_progress=printer,
-                )
-        return results
+            # A trace is drawn in "finish", on the GPU: the next worker would be in it.
+            is_overlapping = self.gpu is not None and not self.is_traced
+            return results | run_jobs(missing, [None], run_job, printer, is_overlapping=is_overlapping)
 
 
 def kept(folder: Path, level: str, process: int, digest: str) -> Result | None:
