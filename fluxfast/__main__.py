@@ -125,7 +125,7 @@ def draw_image(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--output {arguments.output}: the folder {arguments.output.parent} does not exist; make it")
     changes = {name: value for name in ("prompt", "seed") if (value := getattr(arguments, name)) is not None}
     workload = dataclasses.replace(workload, **changes)
-    built = build(workload, level, on_stage=lambda stage: print(f"{stage} ...", file=sys.stderr))
+    built = build(workload, level, on_stage=lambda *stage: print(f"{' '.join(stage).strip()} ...", file=sys.stderr))
     image = generate(built, workload).images[0]
     built.prove(calls=1, num_steps=workload.num_inference_steps)
     image.save(arguments.output)

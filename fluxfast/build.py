@@ -48,6 +48,8 @@ from fluxfast.machine import effective, this_machine, why_not
 from fluxfast.staging import StagedModulation, StagedRotary
 from fluxfast.workloads import Workload
 
+OnStage = Callable[[str, str], None]
+"""Called with a stage, "load" or "apply", and a detail of it, empty at its beginning."""
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 TEXT_ONLY = {
     "whole_loop_graph": "the loop of whole_loop_graph draws from text alone",
@@ -150,7 +152,7 @@ def build(
     *,
     cache_dir: Path | None = None,
     unapplied: str | None = None,
-    on_stage: Callable[[str], None] = lambda stage: None,
+    on_stage: OnStage = lambda stage, detail: None,
 ) -> Built:
     """Load the workload's checkpoint and apply `level` to it.
 
@@ -159,7 +161,7 @@ def build(
         level: as on the ladder; fields that this machine cannot run are taken out and named in the result.
         cache_dir: private folder for AOTInductor packages; None means a new temporary one.
         unapplied: a field to leave out although the level has it, for tests of the proofs.
-        on_stage: called with "load" and "apply" when they begin.
+        on_stage: called with "load" and "apply" when they begin, and with a detail where one of them goes on for long.
 
     Raises:
         LevelUnavailable: if this machine cannot run the very field that the level adds.
@@ -177,7 +179,7 @@ def build(
             )
     applied = dataclasses.replace(target, **({unapplied: DEFAULTS[unapplied]} if unapplied else {}))
 
-    on_stage("load")
+    on_stage("load", "")
     if machine.device == "cpu" and not convolution.has_bfloat16():
         convolution.replace_slow_bfloat16()
     if applied.no_gemm_workspace:
@@ -185,7 +187,7 @@ def build(
     pipeline = load(workload.checkpoint, getattr(torch, applied.dtype), machine.device, kind=pipeline_class(workload))
     if applied.whole_loop_graph:
         pipeline = LoopPipeline.of(pipeline)
-    on_stage("apply")
+    on_stage("apply", "")
     facts = apply_static_fields(pipeline, applied, target)
     built = Built(
         pipeline=pipeline,
@@ -202,7 +204,8 @@ def build(
         if workload.compile_scope == "blocks" and not applied.has_fused_blocks:
             unify_single_block_inputs(pipeline.transformer)
         if applied.packaging == "aoti":
-            package(built, workload, cache_dir or Path(tempfile.mkdtemp(prefix="fluxfast-")))
+            folder = cache_dir or Path(tempfile.mkdtemp(prefix="fluxfast-"))
+            package(built, workload, folder, lambda detail: on_stage("apply", detail))
         else:
             compile_transformer(pipeline.transformer, built.compiler, workload.compile_scope)
             compile_forward(pipeline.vae.decoder, built.compiler)
@@ -257,7 +260,7 @@ def apply_static_fields(pipeline: Pipeline, applied: Level, target: Level) -> li
     return facts
 
 
-def package(built: Built, workload: Workload, cache_dir: Path) -> None:
+def package(built: Built, workload: Workload, cache_dir: Path, on_detail: Callable[[str], None]) -> None:
     """Step 6 ahead of time: export, compile and attach one package a region."""
     pipeline = built.pipeline
     if workload.compile_scope == "full":
@@ -267,12 +270,15 @@ def package(built: Built, workload: Workload, cache_dir: Path) -> None:
     regions["decoder"] = [pipeline.vae.decoder]
     # The last instance of a class is exported: the first single block carries the input hook.
     exported = {name: instances[-1] for name, instances in regions.items()}
+    on_detail("examples of arguments")
     examples = aoti.capture_examples(exported, lambda: generate(built, workload, num_inference_steps=1))
     with torch.no_grad():
         for name, instances in regions.items():
+            on_detail(f"package {name}")
             made = aoti.make_package(
                 name, exported[name], examples[name], built.compiler.options, built.level, cache_dir / "aoti"
             )
+            on_detail(f"package {name}, {'reused' if made.reused else 'compiled'}, {len(instances)} times")
             for instance in instances:
                 made.attach(instance)
             built.packages.append(made)

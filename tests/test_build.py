@@ -88,8 +88,16 @@ def test_level_builds_generates_and_proves(micro: Workload, request: pytest.Fixt
 
 
 def test_aoti_level_builds_generates_and_proves(micro: Workload, tmp_path) -> None:
-    """The last level runs from three packages, and nothing is compiled just in time."""
-    facts = run_and_prove(build(micro, get_level("aoti"), cache_dir=tmp_path), micro)
+    """The last level runs from three packages, and nothing is compiled just in time; its minutes are told apart."""
+    said: list[tuple[str, str]] = []
+    built = build(micro, get_level("aoti"), cache_dir=tmp_path, on_stage=lambda *stage: said.append(stage))
+    assert said[:3] == [("load", ""), ("apply", ""), ("apply", "examples of arguments")]
+    assert [detail for stage, detail in said if "package" in detail and stage == "apply"] == [
+        f"package {name}{told}"
+        for name, count in (("double", BLOCKS // 2), ("single", BLOCKS // 2), ("decoder", 1))
+        for told in ("", f", compiled, {count} times")
+    ]
+    facts = run_and_prove(built, micro)
     assert facts["AOTInductor packages loaded"] == 3
     assert facts["calls of packages"] == STEPS * BLOCKS + 1
     assert facts["compiled graphs, recompilations included"] == 0

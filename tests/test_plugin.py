@@ -557,6 +557,29 @@ def test_workers_share_the_gpus(tmp_path: Path, count: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "is_filled"),
+    [
+        (["--gpus=2", "--record-baseline"], True),
+        (["--gpus=1", "--record-baseline"], False),
+        (["--gpus=2", "--record-baseline", "--fresh-compiles"], False),
+        (["--gpus=2", "--processes=5"], False),
+    ],
+)
+def test_a_recording_on_several_gpus_compiles_first(tmp_path: Path, options: list[str], is_filled: bool) -> None:
+    """Every level that compiles, before any worker whose time counts; what is measured once more finds it compiled."""
+    machine = ("-p", "fake_machine", f"--cache={tmp_path / 'cache'}", "--cards=h200-700w,h200-700w", "--hot=bf16:1")
+    ran = run_suite(tmp_path, *machine, *options, f"--baselines={tmp_path / 'baselines'}")
+    assert ran.status == 0, ran.text
+    (folder,) = (path.parent for path in (tmp_path / "results").glob("*/run.json"))
+    first = list(folder.glob("compiled_first/*/*/result.json"))
+    compiled = {level for level in LEVELS if level not in ("fp32", "bf16")}
+    assert sorted(path.parts[-3:-1] for path in first) == sorted((level, "0") for level in compiled if is_filled)
+    counted = [path.stat().st_mtime_ns for path in folder.glob("*/*/result.json")]
+    assert len(counted) == 5 * len(LEVELS) and all(path.stat().st_mtime_ns < min(counted) for path in first)
+    assert (folder / "rerun/bf16/1/result.json").exists() and not (folder / "rerun/compiled_first").exists()
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ["--benchmark-compare", "perf_tests"],

@@ -85,11 +85,11 @@ def run(arguments: argparse.Namespace, out: Path) -> Result:
     started = time.perf_counter()
     moments: dict[str, float] = {}
 
-    def on_stage(stage: str) -> None:
+    def on_stage(stage: str, detail: str) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # weights are made and copied asynchronously: count them as load
-        moments[stage] = time.perf_counter()
-        report_stage(out, "load" if stage == "load" else "apply")
+        moments.setdefault(stage, time.perf_counter())
+        report_stage(out, "load" if stage == "load" else "apply", detail)
 
     built = build(
         workload,
