@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pathlib
 import subprocess
@@ -14,7 +15,15 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from fluxfast.levels import get_level
 from fluxfast.workloads import get_workload
 from perf_tests.harness import exit_status, faults
-from perf_tests.harness.progress import RESULT_FILE, STAGES, TRACE_FILE, leave, report_stage, write_result
+from perf_tests.harness.progress import (
+    RESULT_FILE,
+    STAGES,
+    TRACE_FILE,
+    await_turn,
+    leave,
+    report_stage,
+    write_result,
+)
 from perf_tests.harness.schema import Measurement, Proof, Result
 
 
@@ -62,10 +71,19 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path)
     parser.add_argument("--cache", type=pathlib.Path)
     parser.add_argument("--trace", action="store_true")
+    parser.add_argument("--takes-turns", action="store_true")
     arguments = parser.parse_args()
     out, behave = arguments.out, arguments.behave
     (out / "pid").write_text(str(os.getpid()))
+    if arguments.takes_turns:
+        report_stage(out, "load", "importing")
+        if behave == "import":
+            act(arguments, behave, out)
+        time.sleep(0.3)
+        await_turn(out, "load")
     for stage in STAGES:
+        if arguments.takes_turns and stage == "measure":
+            (out / "waiting").write_text(json.dumps(await_turn(out, "measure")))
         report_stage(out, stage, f"{stage} 1/1")
         if arguments.hang_in == stage:
             while behave == "circle":

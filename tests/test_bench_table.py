@@ -243,25 +243,6 @@ def test_time_left_comes_from_finished_workers(capsys: pytest.CaptureFixture[str
     assert over.startswith("########.... last worker, slower than those before [3/3]")
 
 
-def test_worker_that_only_writes_leaves_the_line_to_the_next(capsys: pytest.CaptureFixture[str]) -> None:
-    """It counts as finished when the next one begins; what it says after that is not shown and moves no clock."""
-    now = [0.0]
-    printer = BarPrinter(CPU_DEADLINES, [("fp32", 0), ("bf16", 0), ("bf16", 1)], {}, clock=lambda: now[0])
-    printer("fp32", 0, "finish", "", 0.0)
-    now[0] = 40.0
-    printer("bf16", 0, "load", "importing torch", 0.0)
-    now[0] = 45.0
-    printer("fp32", 0, "finish", "", 5.0)
-    now[0] = 50.0
-    printer("bf16", 0, "load", "", 0.0)
-    printer("bf16", 0, "apply", "", 0.0)
-    *_, last = lines = capsys.readouterr().err.splitlines()
-    assert [line.partition("] ")[2].split(" of")[0] for line in lines] == [
-        "fp32 #0 finish 0 s", "bf16 #0 load 0 s", "bf16 #0 apply 0 s",
-    ]  # fmt: skip
-    assert "about 70 s left" in last
-
-
 def test_time_left_knows_an_earlier_part(capsys: pytest.CaptureFixture[str]) -> None:
     """A resumed run estimates from the start, from what is kept."""
     BarPrinter(CPU_DEADLINES, [("bf16", 1)], {"bf16": [120.0]}, clock=lambda: 0.0)("bf16", 1, "load", "", 0.0)

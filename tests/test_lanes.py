@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 
 import pytest
 from ctrl_c import interrupted_after
-from suite_samples import failed, sample
+from suite_samples import sample
 
-from perf_tests.harness import progress, runner, worker
-from perf_tests.harness.lanes import IMPORTING, Gpu, Job, RunStopped, run_jobs
-from perf_tests.harness.progress import Deadlines, OnProgress
+from perf_tests.harness import progress, runner
+from perf_tests.harness.lanes import Gpu, Job, RunStopped, run_jobs
+from perf_tests.harness.progress import Deadlines, OnProgress, Turn
 from perf_tests.harness.schema import ErrorKind, Result
 
 FAKE = (sys.executable, str(pathlib.Path(__file__).with_name("fake_worker.py")), "--behave")
@@ -31,11 +31,12 @@ def run(
     gpus: Sequence[Gpu],
     behave: Callable[[Job], str] = lambda job: "slow",
     *,
-    is_overlapping: bool = True,
+    is_ahead: bool = True,
+    on_progress: OnProgress = lambda *_: None,
 ) -> dict[Job, Result]:
     """The jobs in stand-in workers that do as `behave` says of each."""
 
-    def run_job(level: str, process: int, gpu: Gpu, on_progress: OnProgress) -> Result:
+    def run_job(level: str, process: int, gpu: Gpu, on_progress: OnProgress, turn: Turn | None) -> Result:
         started_s = time.monotonic()
         result = runner.run_level(
             level,
@@ -45,12 +46,13 @@ def run(
             deadlines=DEADLINES,
             gpu=gpu,
             on_progress=on_progress,
+            turn=turn,
             worker_command=(*FAKE, behave((level, process))),
         )
         (folder / level / str(process) / "ran").write_text(json.dumps([started_s, time.monotonic()]))
         return result
 
-    return run_jobs(jobs, gpus, run_job, lambda *_: None, is_overlapping=is_overlapping)
+    return run_jobs(jobs, gpus, run_job, on_progress, is_ahead=is_ahead)
 
 
 def gpu_of(out: pathlib.Path) -> str:
@@ -60,44 +62,86 @@ def gpu_of(out: pathlib.Path) -> str:
     return found
 
 
-def times_s(folder: pathlib.Path, gpu: str) -> list[tuple[float, float, float]]:
-    """Of each worker of a GPU, in the order of their starts: start, end of `measure`, end; on this machine's clock."""
-    found = []
-    for path in folder.rglob(progress.PROGRESS_FILE):
-        if gpu_of(path.parent) == gpu:
-            at = {line["stage"]: line["t"] for line in map(json.loads, path.read_text().splitlines())}
-            started, ended = json.loads((path.parent / "ran").read_text())
-            found.append((started, at["finish"], ended))
-    return sorted(found)
+@dataclasses.dataclass(frozen=True)
+class Times:
+    """When a worker started, had imported, was let in, measured, had measured and ended; on this machine's clock."""
+
+    start: float
+    imported: float
+    load: float
+    measure: float
+    finish: float
+    end: float
 
 
-@pytest.mark.parametrize("is_overlapping", [True, False])
-def test_one_worker_a_gpu_is_before_the_end_of_measuring(tmp_path: pathlib.Path, is_overlapping: bool) -> None:
-    """Each job once, on both GPUs; a GPU's next one begins while the last one ends, where it may, and not before."""
-    results = run(tmp_path, JOBS, [3, "GPU-8a"], is_overlapping=is_overlapping)
+def times_of(out: pathlib.Path) -> Times:
+    lines = [json.loads(line) for line in (out / progress.PROGRESS_FILE).read_text().splitlines()]
+    at = {line["stage"]: line["t"] for line in lines if "stage" in line}
+    imported = next((line["t"] for line in lines if line.get("waits") == "load"), at["load"])
+    started, ended = json.loads((out / "ran").read_text())
+    return Times(started, imported, at["load"], at["measure"], at["finish"], ended)
+
+
+def times_on(folder: pathlib.Path, gpu: str) -> list[Times]:
+    """Of each worker of a GPU, in the order in which they were let in."""
+    outs = [path.parent for path in folder.rglob(progress.PROGRESS_FILE) if gpu_of(path.parent) == gpu]
+    return sorted(map(times_of, outs), key=lambda own: own.load)
+
+
+@pytest.mark.parametrize("is_ahead", [True, False])
+def test_one_worker_has_a_gpu(tmp_path: pathlib.Path, is_ahead: bool) -> None:
+    """Each job once, on both GPUs; a GPU's next one imports ahead, where it may, but not while one measures."""
+    results = run(tmp_path, JOBS, [3, "GPU-8a"], is_ahead=is_ahead)
     assert {job: (own.level, own.process) for job, own in results.items()} == {job: job for job in JOBS}
     assert all(own.failure is None for own in results.values())
-    of = {gpu: times_s(tmp_path, gpu) for gpu in ("3", "GPU-8a")}
+    of = {gpu: times_on(tmp_path, gpu) for gpu in ("3", "GPU-8a")}
     assert min(map(len, of.values())) > 1 and sum(map(len, of.values())) == len(JOBS)
     for own in of.values():
-        for (_, measured, ended), (start, _, _) in itertools.pairwise(own):
-            assert measured < start
-            assert (start < ended) == is_overlapping
+        for before, after in itertools.pairwise(own):
+            assert before.end - 0.2 < after.load, "the runner looks for the end ten times a second"
+            assert (after.imported < before.end) == is_ahead
+        for one, other in itertools.permutations(own, 2):
+            assert other.imported < one.measure or one.finish < other.start
     first, other = (own[0] for own in of.values())
-    assert first[0] < other[1] and other[0] < first[1], "side by side"
+    assert first.load < other.finish and other.load < first.finish, "side by side"
+
+
+def test_who_measures_knows_who_waits(tmp_path: pathlib.Path) -> None:
+    """NVML may show the context of a worker that waits; it is no stranger. The last one has nobody beside it."""
+    run(tmp_path, JOBS[:3], [0])
+    told = [json.loads((tmp_path / level / str(process) / "waiting").read_text()) for level, process in JOBS[:3]]
+    pids = [int((tmp_path / level / str(process) / "pid").read_text()) for level, process in JOBS[:3]]
+    assert told == [[pids[1]], [pids[2]], []]
+
+
+def test_no_import_begins_while_one_measures(tmp_path: pathlib.Path) -> None:
+    """Also where the one that imported ahead is gone and a place is free."""
+    jobs = [("bf16", 0), ("bf16", 1), ("bf16", 2)]
+    results = run(tmp_path, jobs, [0], lambda job: "import" if job == jobs[1] else "slow")
+    assert [results[job].failure is None for job in jobs] == [True, False, True]
+    one, other = (times_of(tmp_path / level / str(process)) for level, process in (jobs[0], jobs[2]))
+    assert other.imported < one.measure or one.finish - 0.2 < other.start
+
+
+def test_progress_is_of_the_worker_whose_turn_it_is(tmp_path: pathlib.Path) -> None:
+    """One after the other, as if nobody imported ahead."""
+    said: list[Job] = []
+    run(tmp_path, JOBS, [0], on_progress=lambda level, process, *_: said.append((level, process)))
+    assert [job for job, _ in itertools.groupby(said)] == JOBS
 
 
 def test_jobs_are_taken_in_order() -> None:
     """One lane's jobs are those of the schedule, first to last."""
     started: list[Job] = []
 
-    def run_job(level: str, process: int, gpu: Gpu, on_progress: OnProgress) -> str:
+    def run_job(level: str, process: int, gpu: Gpu, on_progress: OnProgress, turn: Turn | None) -> Result:
+        assert turn is not None
+        while turn("load", 1) is None:
+            time.sleep(0.01)
         started.append((level, process))
-        for stage in progress.STAGES:
-            on_progress(level, process, stage, "", 0.0)
-        return level
+        return sample(level, process)
 
-    run_jobs(JOBS, [None], run_job, lambda *_: None, is_overlapping=True)
+    run_jobs(JOBS, [None], run_job, lambda *_: None, is_ahead=True)
     assert started == JOBS
 
 
@@ -107,7 +151,7 @@ def test_an_error_ends_the_other_lanes(tmp_path: pathlib.Path) -> None:
     jobs = [("bf16", 0), ("bf16", 1), ("compile", 0), ("bf16", 2)]
     began = time.monotonic()
     with pytest.raises(OSError, match="compile"):
-        run(tmp_path, jobs, [0, 1], lambda job: "hang" if job == ("bf16", 0) else "slow")
+        run(tmp_path, jobs, [0, 1], lambda job: "hang" if job == ("bf16", 0) else "slow", is_ahead=False)
     assert time.monotonic() - began < 15
     failure = Result.model_validate_json((tmp_path / "bf16/0/result.json").read_bytes()).failure
     assert failure is not None and failure.kind is ErrorKind.INTERRUPTED and "RunStopped" in failure.message
@@ -123,70 +167,20 @@ def test_a_failed_worker_ends_nothing(tmp_path: pathlib.Path) -> None:
     assert failures[0] is not None and failures[0].kind is ErrorKind.OOM and failures[1:] == [None, None]
 
 
-A, B, C = ("bf16", 0), ("bf16", 1), ("bf16", 2)
-
-
-@pytest.mark.parametrize(
-    ("kind", "lingers_until", "left_out"),
-    [
-        (ErrorKind.OOM, "the end", {B, C}),
-        (ErrorKind.OOM, "the next imports", set()),
-        (ErrorKind.OOM, "the next loads", {B}),
-        (ErrorKind.CRASH, "the end", set()),
-    ],
-)
-def test_out_of_memory_beside_a_former_worker(kind: ErrorKind, lingers_until: str, left_out: set[Job]) -> None:
-    """Who loaded while another worker of its GPU had not ended is left out: that one may have held the memory."""
-    is_ending = threading.Event()
-
-    def run_job(level: str, process: int, gpu: Gpu, on_progress: OnProgress) -> Result:
-        job = (level, process)
-        if job == A:
-            on_progress(*job, "finish", "", 0.0)
-            assert is_ending.wait(20)
-            return sample(*job)
-        # The runner tells of a worker that has not said anything yet, too.
-        for what, detail in (("", ""), ("the next imports", IMPORTING), ("the next loads", "")):
-            on_progress(*job, "load", detail, 0.0)
-            if what == lingers_until:
-                is_ending.set()
-                time.sleep(0.5)
-                on_progress(*job, "load", detail, 0.0)
-        if job == C:
-            is_ending.set()
-        return failed(level, kind, process)
-
-    results = run_jobs([A, B, C], [0], run_job, lambda *_: None, is_overlapping=True)
-    assert set(results) == {A, B, C} - left_out
-
-
-def test_out_of_memory_alone_counts() -> None:
-    """Whoever starts after the former worker's end has nobody to blame."""
-
-    def run_job(level: str, process: int, gpu: Gpu, on_progress: OnProgress) -> Result:
-        on_progress(level, process, "finish", "", 0.0)
-        return failed(level, process=process)
-
-    assert set(run_jobs([A, B], [0], run_job, lambda *_: None, is_overlapping=False)) == {A, B}
-
-
-def test_worker_says_that_it_is_importing() -> None:
-    """Else no worker would be known to have loaded alone, and every oom would be measured again."""
-    assert f'report_stage(out, "load", "{IMPORTING}")' in inspect.getsource(worker.main)
-
-
 def test_ctrl_c_ends_all_lanes(tmp_path: pathlib.Path) -> None:
-    """Each worker is gone and recorded; none starts after it."""
+    """Each worker is gone and recorded, those that wait too; none starts after it."""
 
-    def both_run() -> None:
+    def all_run() -> None:
         end = time.monotonic() + 20
-        while len(list(tmp_path.glob("*/*/grandchild"))) < 2 and time.monotonic() < end:
+        wanted = {"grandchild": 2, "pid": 4}
+        while any(len(list(tmp_path.glob(f"*/*/{name}"))) < count for name, count in wanted.items()):
+            assert time.monotonic() < end
             time.sleep(0.02)
 
-    with interrupted_after(both_run):
+    with interrupted_after(all_run):
         run(tmp_path, JOBS, [0, 1], lambda job: "hang")
     found = {path.parent: Result.model_validate_json(path.read_bytes()) for path in tmp_path.rglob("result.json")}
-    assert len(found) == 2
+    assert len(found) == 4
     for out, result in found.items():
         assert result.failure is not None and result.failure.kind is ErrorKind.INTERRUPTED
         assert not is_alive(out / "pid")
@@ -196,7 +190,7 @@ def test_the_first_error_is_raised() -> None:
     """Not that of a worker that it ended, whichever lane comes first."""
     is_failed = threading.Event()
 
-    def run_job(level: str, process: int, gpu: Gpu, on_progress: OnProgress) -> Result:
+    def run_job(level: str, process: int, gpu: Gpu, on_progress: OnProgress, turn: Turn | None) -> Result:
         if gpu == 1:
             is_failed.set()
             raise ValueError("first")
@@ -210,7 +204,7 @@ def test_the_first_error_is_raised() -> None:
         raise AssertionError("nobody stopped it")
 
     with pytest.raises(ValueError, match="first"):
-        run_jobs(JOBS, [0, 1], run_job, lambda *_: None, is_overlapping=False)
+        run_jobs(JOBS, [0, 1], run_job, lambda *_: None, is_ahead=False)
 
 
 def is_alive(path: pathlib.Path) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import itertools
+import json
 import os
 import pathlib
 import shlex
@@ -15,7 +18,7 @@ import pytest
 from ctrl_c import interrupted_after
 
 from perf_tests.harness import progress, runner
-from perf_tests.harness.progress import Deadlines, ProgressPrinter
+from perf_tests.harness.progress import CPU_DEADLINES, Deadlines, ProgressPrinter, Stage
 from perf_tests.harness.schema import ErrorKind, Failure, Result
 
 FAKE = (sys.executable, str(pathlib.Path(__file__).with_name("fake_worker.py")))
@@ -131,11 +134,52 @@ worker.run = run
 worker.main()
 """
     command = (sys.executable, "-c", broken)
-    result = runner.run_level("compile", "tiny", 0, tmp_path, worker_command=command, deadlines=DEADLINES)
+    result = runner.run_level("compile", "tiny", 0, tmp_path, worker_command=command, deadlines=CPU_DEADLINES)
     failure = failure_of(tmp_path, result)
     assert failure.kind is kind
     assert ("Traceback" in failure.log_tail) == (kind is ErrorKind.EXCEPTION)
     assert kind is ErrorKind.NON_FINITE or "ZeroDivisionError: division by zero" in failure.message
+
+
+def test_deadlines_stand_still_while_a_worker_waits(tmp_path: pathlib.Path) -> None:
+    """For its turn, which others decide; not while it takes it."""
+    asked: list[tuple[Stage, int]] = []
+    let_in_at = time.monotonic() + 3.0
+
+    def turn(stage: Stage, pid: int) -> list[int] | None:
+        asked.append((stage, pid))
+        return [7, 8] if time.monotonic() > let_in_at else None
+
+    deadlines = dataclasses.replace(DEADLINES, load_s=1.5)
+    assert run(tmp_path, turn=turn, deadlines=deadlines).failure is None
+    assert [stage for stage, _ in itertools.groupby(asked, lambda ask: ask[0])] == ["load", "measure"]
+    assert {pid for _, pid in asked} == {int((tmp_path / "compile/0/pid").read_text())}
+    assert json.loads((tmp_path / "compile/0/waiting").read_text()) == [7, 8]
+    hanging = run(tmp_path / "hanging", "circle", hang_in="load", turn=turn, deadlines=deadlines)
+    assert failure_of(tmp_path / "hanging", hanging).kind is ErrorKind.HANG
+
+
+def test_command_of_a_worker_that_takes_turns_runs_alone(tmp_path: pathlib.Path) -> None:
+    """Whoever repeats a failure by hand has nobody who would let the worker go on."""
+    failure = failure_of(tmp_path, run(tmp_path, "oom", turn=lambda stage, pid: []))
+    assert failure.kind is ErrorKind.OOM and "--takes-turns" not in failure.command
+
+
+def test_the_real_worker_takes_turns(tmp_path: pathlib.Path) -> None:
+    """It has imported, and neither loaded before its turn nor measured before the other one."""
+    asked: list[Stage] = []
+
+    def turn(stage: Stage, pid: int) -> list[int] | None:
+        asked.append(stage)
+        return [] if asked.count(stage) > 5 else None
+
+    result = runner.run_level("bf16", "tiny", 0, tmp_path, deadlines=CPU_DEADLINES, turn=turn)
+    assert result.failure is None, result.failure
+    lines = (tmp_path / "bf16/0" / progress.PROGRESS_FILE).read_text().splitlines()
+    said = [line.get("stage") or f"waits to {line['waits']}" for line in map(json.loads, lines)]
+    assert [one for one, _ in itertools.groupby(said)] == [
+        "load", "waits to load", "load", "apply", "warmup", "waits to measure", "measure", "finish",
+    ]  # fmt: skip
 
 
 def test_log_tail(tmp_path: pathlib.Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -35,22 +34,17 @@ class BarPrinter(ProgressPrinter):
         self._jobs = list(jobs)
         self._took_s: defaultdict[str, list[float]] = defaultdict(list, {k: list(v) for k, v in known_s.items()})
         self._clock = clock
-        self._turn = threading.Lock()
-        self._begun: set[tuple[str, int]] = set()
         self._current: tuple[str, int] | None = None
         self._since_s = 0.0
 
     def __call__(self, level: str, process: int, stage: Stage, detail: str, elapsed_s: float) -> None:
-        """As `ProgressPrinter`; a new worker means that the one before has been measured, and only writes."""
-        with self._turn:
-            if (level, process) not in self._begun:
-                now_s = self._clock()
-                if self._current is not None:
-                    self._took_s[self._current[0]].append(now_s - self._since_s)
-                self._begun.add((level, process))
-                self._current, self._since_s = (level, process), now_s
-            if (level, process) == self._current:
-                super().__call__(level, process, stage, detail, elapsed_s)
+        """As `ProgressPrinter`; a new worker means that the one before has finished."""
+        if (level, process) != self._current:
+            now_s = self._clock()
+            if self._current is not None:
+                self._took_s[self._current[0]].append(now_s - self._since_s)
+            self._current, self._since_s = (level, process), now_s
+        super().__call__(level, process, stage, detail, elapsed_s)
 
     def _line(self, level: str, process: int, stage: Stage, detail: str, elapsed_s: float) -> str:
         finished = self._jobs.index((level, process))

@@ -12,7 +12,7 @@ from fluxfast.workloads import Workload
 from perf_tests.bench.progress import BarPrinter
 from perf_tests.harness import lease, runner, store
 from perf_tests.harness.lanes import Gpu, Job, run_jobs
-from perf_tests.harness.progress import RESULT_FILE, Deadlines, OnProgress
+from perf_tests.harness.progress import RESULT_FILE, Deadlines, OnProgress, Turn
 from perf_tests.harness.schema import Environment, Result
 from perf_tests.harness.session import with_references
 from perf_tests.harness.stored_run import RERUN, RunFacts
@@ -40,7 +40,7 @@ class Workers:
     run_level: Callable[..., Result] = runner.run_level
 
     def __call__(self, jobs: Sequence[Job], folder: Path) -> dict[Job, Result]:
-        """Job -> result, kept or new; without those that `run_jobs` leaves out.
+        """Job -> result, kept or new.
 
         Raises:
             GpuBusy: if another suite holds the GPU.
@@ -54,7 +54,7 @@ class Workers:
             known_s.setdefault(level, []).append(took_s(result))
         printer = BarPrinter(self.deadlines, missing, known_s)
 
-        def run_job(level: str, process: int, own: Gpu, on_progress: OnProgress) -> Result:
+        def run_job(level: str, process: int, own: Gpu, on_progress: OnProgress, turn: Turn | None) -> Result:
             set_aside(folder / level / str(process))
             return self.run_level(
                 level,
@@ -66,12 +66,11 @@ class Workers:
                 is_traced=self.is_traced and process == TRACED_PROCESS,
                 gpu=own,
                 on_progress=on_progress,
+                turn=turn,
             )
 
         with lease.gpu_lease(self.gpu), contextlib.closing(printer):
-            # A trace is drawn in "finish", on the GPU: the next worker would be in it.
-            is_overlapping = self.gpu is not None and not self.is_traced
-            return results | run_jobs(missing, [None], run_job, printer, is_overlapping=is_overlapping)
+            return results | run_jobs(missing, [None], run_job, printer, is_ahead=self.gpu is not None)
 
 
 def kept(folder: Path, level: str, process: int, digest: str) -> Result | None:

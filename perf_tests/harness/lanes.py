@@ -1,22 +1,25 @@
-"""Runs a schedule's workers on several GPUs side by side, one timed worker a GPU. No torch."""
+"""Runs a schedule's workers on several GPUs side by side, one a GPU, the next one's imports ahead. No torch.
+
+A worker spends a third of its time importing. So each GPU has two: one that loads, measures and ends, and one that
+imports while the first loads and compiles, and then waits. While a worker measures, none of its GPU imports.
+"""
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
-from perf_tests.harness.progress import OnProgress, Stage
-from perf_tests.harness.schema import ErrorKind, Result
+from perf_tests.harness.progress import OnProgress, Stage, Turn
+from perf_tests.harness.schema import Result
 
 Job = tuple[str, int]
 """Level and process index."""
-IMPORTING = "importing torch"
-"""Detail of a worker that has not begun to load."""
 Gpu = int | str | None
 """NVML's name; None leaves the choice to the environment."""
-RunJob = Callable[[str, int, Gpu, OnProgress], Result]
+RunJob = Callable[[str, int, Gpu, OnProgress, Turn | None], Result]
+STOP_POLL_S = 0.1
 
 
 class RunStopped(Exception):
@@ -24,74 +27,116 @@ class RunStopped(Exception):
 
 
 def run_jobs(
-    jobs: Sequence[Job], gpus: Sequence[Gpu], run_job: RunJob, on_progress: OnProgress, *, is_overlapping: bool
+    jobs: Sequence[Job], gpus: Sequence[Gpu], run_job: RunJob, on_progress: OnProgress, *, is_ahead: bool
 ) -> dict[Job, Result]:
     """Run every job once, each on the GPU that is free first.
 
-    Left out of what is returned are jobs that ran out of memory beside a former worker of their lane, which may have
-    held it, as one that hangs at its exit does: they say nothing of their levels.
-
     Args:
-        jobs: in the order in which they are started.
+        jobs: in the order in which they are started, and in which each GPU runs its own.
         gpus: one a lane.
         run_job: `runner.run_level` of one job; calls what it is given about once a second and lets it raise.
-        on_progress: called from several threads.
-        is_overlapping: start a lane's next worker when the one before is in stage "finish", not when it has ended.
+        on_progress: called from several threads, of the worker that has the GPU or gets it next.
+        is_ahead: let a lane's next worker import while the one before runs.
 
     Raises:
-        KeyboardInterrupt: and whatever `run_job` raises, the first if several do, when no worker is left. Those of the
-            other lanes are ended by `RunStopped`, and no further one is started.
+        KeyboardInterrupt: and whatever `run_job` raises, the first if several do, when no worker is left. The others
+            are ended by `RunStopped`, and no further one is started.
     """
-    waiting = iter(jobs)
+    untaken = iter(jobs)
     results: dict[Job, Result] = {}
     errors: list[BaseException] = []
     lock = threading.Lock()
     is_stopped = threading.Event()
 
-    def work(gpu: Gpu, free: threading.Semaphore, running: set[Job]) -> None:
-        while True:
-            with contextlib.ExitStack() as turn:
-                turn.enter_context(free)
-                with lock:
-                    job = None if is_stopped.is_set() else next(waiting, None)
-                if job is None:
-                    return
-                running.add(job)
-                is_alone = len(running) == 1
+    def work(lane: _Lane) -> None:
+        while (job := lane.next_job(untaken, lock, is_stopped)) is not None:
 
-                def follow(level: str, process: int, stage: Stage, detail: str, elapsed_s: float) -> None:
-                    nonlocal is_alone
-                    if is_stopped.is_set():
-                        raise RunStopped(f"level {level!r}, process {process}: the run was stopped")
+            def follow(level: str, process: int, stage: Stage, detail: str, elapsed_s: float, job: Job = job) -> None:
+                if is_stopped.is_set():
+                    raise RunStopped(f"level {level!r}, process {process}: the run was stopped")
+                if stage == "finish":
+                    lane.measured()
+                if lane.is_first(job):
                     on_progress(level, process, stage, detail, elapsed_s)
-                    # The next worker imports torch for many seconds; this one has stopped its clocks and read its
-                    # counters, and only writes. A trace would be drawn in "finish", but no suite asks for one. Should
-                    # this one linger, the next one's counters find a foreign process, and it is measured again; if it
-                    # has no memory left, it is left out.
-                    if stage == "finish":
-                        turn.close()
-                    # Who is gone by now holds nothing while this one loads.
-                    is_alone = is_alone or (detail == IMPORTING and len(running) == 1)
 
-                try:
-                    result = run_job(*job, gpu, follow)
-                    if is_alone or result.failure is None or result.failure.kind is not ErrorKind.OOM:
-                        results[job] = result
-                except BaseException as error:
-                    with lock:
-                        errors.append(error)
-                    is_stopped.set()  # before the lane is free
-                    raise
-                finally:
-                    running.discard(job)
+            def turn(stage: Stage, pid: int, job: Job = job) -> Sequence[int] | None:
+                return lane.turn(job, stage, pid)
 
-    threads_each = 2 if is_overlapping else 1
+            try:
+                results[job] = run_job(*job, lane.gpu, follow, turn if is_ahead else None)
+            except BaseException as error:
+                with lock:
+                    errors.append(error)
+                is_stopped.set()  # before the lane is free
+                raise
+            finally:
+                lane.ended(job)
+
+    threads_each = 2 if is_ahead else 1
     with ThreadPoolExecutor(threads_each * len(gpus)) as pool:
         try:
-            lanes = [(gpu, threading.Semaphore(), set[Job]()) for gpu in gpus]
-            wait([pool.submit(work, *lane) for lane in lanes for _ in range(threads_each)], return_when=FIRST_EXCEPTION)
+            lanes = [_Lane(gpu) for gpu in gpus]
+            wait([pool.submit(work, lane) for lane in lanes for _ in range(threads_each)], return_when=FIRST_EXCEPTION)
         finally:
             is_stopped.set()
     if errors:
         raise errors[0]
     return results
+
+
+@dataclasses.dataclass
+class _Lane:
+    """One GPU and its workers: the first has it, or gets it when it has imported."""
+
+    gpu: Gpu
+    _jobs: list[Job] = dataclasses.field(default_factory=list)
+    _waiting: dict[Job, int] = dataclasses.field(default_factory=dict)
+    """Those that have imported and wait for the first to end, and their pids."""
+    _is_measuring: bool = False
+    _changed: threading.Condition = dataclasses.field(default_factory=threading.Condition)
+
+    def next_job(self, untaken: Iterator[Job], lock: threading.Lock, is_stopped: threading.Event) -> Job | None:
+        """Take a job, when no import would disturb a measurement; None if there is none or the run is stopped."""
+        with self._changed:
+            while self._is_measuring and not is_stopped.is_set():
+                self._changed.wait(STOP_POLL_S)
+            with lock:
+                job = None if is_stopped.is_set() else next(untaken, None)
+            if job is not None:
+                self._jobs.append(job)
+            return job
+
+    def turn(self, job: Job, stage: Stage, pid: int) -> Sequence[int] | None:
+        """A `progress.Turn` of one of the lane's workers."""
+        with self._changed:
+            if stage == "load":
+                if self._jobs[0] == job:
+                    self._waiting.pop(job, None)
+                    return []
+                self._waiting[job] = pid
+                return None
+            others = self._jobs[1:]
+            if not all(other in self._waiting for other in others):
+                return None
+            self._is_measuring = True
+            return [self._waiting[other] for other in others]
+
+    def is_first(self, job: Job) -> bool:
+        """Whether `job` has the GPU or gets it next."""
+        with self._changed:
+            return self._jobs[0] == job
+
+    def measured(self) -> None:
+        """Of the worker that has the GPU: imports disturb it no longer."""
+        with self._changed:
+            self._is_measuring = False
+            self._changed.notify_all()
+
+    def ended(self, job: Job) -> None:
+        """The worker is gone, however it ended."""
+        with self._changed:
+            if self._jobs[0] == job:
+                self._is_measuring = False
+            self._jobs.remove(job)
+            self._waiting.pop(job, None)
+            self._changed.notify_all()

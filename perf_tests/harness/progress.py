@@ -4,6 +4,8 @@ The worker's side, files in the folder it is given as `--out`:
 
 * `progress.jsonl`: `report_stage` appends a line when a stage begins and, as often as it likes outside timed regions,
   for its detail. A stage's deadline runs from its first line; more lines of the same stage do not extend it.
+* `await_turn`, if it was started to take turns: it has imported and waits before the first use of the GPU, and again
+  before it measures, until the parent lets it go on. Its deadlines stand still meanwhile.
 * `trace.json.gz`: only if it was asked for, a profile of one call that is not timed.
 * `result.json`: `write_result`, once, as the last act before exit status 0.
 * On a failure it knows: `leave(out, exit_status.OOM, sentence)`, and no `result.json`. The runner writes that.
@@ -20,7 +22,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, TextIO, get_args
 
@@ -33,7 +35,11 @@ PROGRESS_FILE: Final = "progress.jsonl"
 RESULT_FILE: Final = "result.json"
 TRACE_FILE: Final = "trace.json.gz"
 CI_LINE_EVERY_S: Final = 15.0
+TURN_POLL_S: Final = 0.01
 
+Turn = Callable[[Stage, int], Sequence[int] | None]
+"""Called with "load" or "measure" and the pid of a worker that asks to begin it: None if it has to wait, else the pids
+of workers that wait for the same GPU themselves."""
 OnProgress = Callable[[str, int, Stage, str, float], None]
 """Called with level, process index, stage, detail and the seconds spent in this stage so far."""
 
@@ -70,6 +76,27 @@ def report_stage(out: Path, stage: Stage, detail: str = "") -> None:
     _append(out, {"stage": stage, "t": time.monotonic(), "detail": detail})
 
 
+def await_turn(out: Path, stage: Stage) -> list[int]:
+    """Worker: wait until the parent lets us begin `stage`.
+
+    Returns:
+        Workers that wait for the GPU meanwhile, by pid. They compute nothing, whatever NVML says they hold.
+    """
+    _append(out, {"waits": stage, "t": time.monotonic()})
+    while not _turn_file(out, stage).exists():
+        time.sleep(TURN_POLL_S)
+    return [int(pid) for pid in json.loads(_turn_file(out, stage).read_text(encoding="utf-8"))]
+
+
+def give_turn(out: Path, stage: Stage, waiting: Sequence[int]) -> None:
+    """Parent: let the worker in `out` begin `stage`; `waiting` is what it is told."""
+    write_over(_turn_file(out, stage), json.dumps(list(waiting)).encode())
+
+
+def _turn_file(out: Path, stage: Stage) -> Path:
+    return out / f"turn_{stage}.json"
+
+
 def leave(out: Path, status: int, sentence: str) -> NoReturn:
     """Worker: give up with one of `exit_status` and one sentence for the user, which becomes the failure's message."""
     _append(out, {"error": sentence, "t": time.monotonic()})
@@ -96,6 +123,8 @@ class StageReader:
         self.since = started
         self.error: str | None = None
         """The sentence of `leave`."""
+        self.awaits: Stage | None = None
+        """What the worker asks to begin; None while it waits for nothing."""
         self._path = out / PROGRESS_FILE
         self._offset = 0
 
@@ -116,6 +145,10 @@ class StageReader:
     def _take(self, entry: dict[str, Any], now: float) -> None:
         if "error" in entry:
             self.error = str(entry["error"])
+            return
+        if "waits" in entry:
+            self.awaits = STAGES[STAGES.index(entry["waits"])]
+            self.detail = f"waits to {self.awaits}"
             return
         index = STAGES.index(entry["stage"])
         # Only a later stage restarts the clock: a worker that goes round in circles must meet its deadline.

@@ -24,7 +24,15 @@ from fluxfast.levels import get_level
 from fluxfast.workloads import get_workload
 from perf_tests.harness import exit_status, faults
 from perf_tests.harness.process_group import dump_stacks, process_group
-from perf_tests.harness.progress import RESULT_FILE, Deadlines, OnProgress, StageReader, write_result
+from perf_tests.harness.progress import (
+    RESULT_FILE,
+    Deadlines,
+    OnProgress,
+    StageReader,
+    Turn,
+    give_turn,
+    write_result,
+)
 from perf_tests.harness.schema import ErrorKind, Failure, Result
 
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -71,6 +79,7 @@ def run_level(
     is_traced: bool = False,
     gpu: int | str | None = None,
     on_progress: OnProgress | None = None,
+    turn: Turn | None = None,
     worker_command: Sequence[str] = WORKER_COMMAND,
 ) -> Result:
     """Build and measure `level` once, in one fresh process.
@@ -83,6 +92,7 @@ def run_level(
         is_traced: whether the worker profiles one more call, after all that is timed, into `TRACE_FILE`.
         gpu: the one that the worker sees, as NVML knows it; None leaves it those that we see.
         on_progress: called about once a second and at each change of stage.
+        turn: asked, again and again, when the worker has imported and when it would measure; None lets it go on.
 
     Returns:
         What the worker measured or, whatever became of it, a result with a `failure`; `result.json` holds the same.
@@ -112,6 +122,7 @@ def run_level(
             *(("--trace",) if is_traced else ()),
         ),
         variables=_variables(cache, gpu),
+        turn=turn,
     )
     try:
         result = _judge(job, _supervise(job, on_progress))
@@ -138,10 +149,12 @@ class _Job:
     arguments: tuple[str, ...]
     options: tuple[str, ...]
     variables: Mapping[str, str]
+    turn: Turn | None
 
     @property
     def argv(self) -> list[str]:
-        return [*self.arguments, "--out", str(self.out), *self.options]
+        turns = () if self.turn is None else ("--takes-turns",)  # not in `reproduction`: nobody would let it go on
+        return [*self.arguments, "--out", str(self.out), *self.options, *turns]
 
     @property
     def reproduction(self) -> str:
@@ -202,6 +215,11 @@ def _watch(job: _Job, worker: subprocess.Popen[bytes], said: StageReader, on_pro
             told_s = now
         if not is_running:
             return False
+        if said.awaits is not None and job.turn is not None:
+            said.since = now
+            if (waiting := job.turn(said.awaits, worker.pid)) is not None:
+                give_turn(job.out, said.awaits, waiting)
+                said.awaits = None
         if now - said.since > job.deadlines.of(said.stage):
             return True
         time.sleep(POLL_S)

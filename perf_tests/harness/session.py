@@ -41,10 +41,7 @@ CONFIRM = "confirm"
 SUFFIXES = ("", "_stored")
 
 Measure = Callable[[Sequence[Job], Path], Mapping[Job, Result]]
-"""(jobs in the order to run, folder) -> job -> result; `folder/<level>/<process>` holds the same.
-
-A job that is missing has a failure there that says nothing of its level (`lanes.run_jobs`): it is measured once more.
-"""
+"""(jobs in the order to run, folder) -> job -> result; `folder/<level>/<process>` holds the same."""
 
 
 @dataclasses.dataclass
@@ -106,13 +103,10 @@ class Session:
     ) -> dict[str, list[Result]]:
         """Level -> one result a process; of its rerun, if it was disturbed."""
         jobs = runner.schedule(levels, processes)
-        found = dict(measure(jobs, folder))
+        found = measure(jobs, folder)
         # A level in which a process failed has no time to judge, disturbed or not.
         failed = {level for (level, _), result in found.items() if result.failure}
-        disturbed = {job for job, own in found.items() if job[0] not in failed and why_disturbed(own, self.baseline)}
-        again = [job for job in jobs if job not in found or job in disturbed]
-        for level, process in set(again) - found.keys():
-            found[level, process] = store.read_result(folder / level / str(process) / RESULT_FILE)
+        again = [job for job in jobs if job[0] not in failed and why_disturbed(found[job], self.baseline)]
         results = {level: [found[level, process] for process in range(processes)] for level in levels}
         if again:
             measure(again, folder / RERUN)

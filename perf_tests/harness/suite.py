@@ -19,7 +19,7 @@ from perf_tests.harness.cpu import is_cpu
 from perf_tests.harness.lanes import Gpu, Job, run_jobs
 from perf_tests.harness.machine import ask_environment, ask_machine, chosen_levels, first_gpus, git_sha, slug_of
 from perf_tests.harness.obstacles import obstacle
-from perf_tests.harness.progress import CPU_DEADLINES, GPU_DEADLINES, OnProgress, ProgressPrinter
+from perf_tests.harness.progress import CPU_DEADLINES, GPU_DEADLINES, OnProgress, ProgressPrinter, Turn
 from perf_tests.harness.quarantine import load_quarantine
 from perf_tests.harness.recordable import levels_to_record, refuse_other_measurement, refuse_to_record, why_lost
 from perf_tests.harness.recording import MIN_PROCESSES
@@ -252,7 +252,7 @@ class Suite:
         return [(level, 0) for level in levels]
 
     def _run(self, jobs: Sequence[Job], folder: Path, lanes: Sequence[Gpu]) -> dict[Job, Result]:
-        def run_job(level: str, process: int, own: Gpu, on_progress: OnProgress) -> Result:
+        def run_job(level: str, process: int, own: Gpu, on_progress: OnProgress, turn: Turn | None) -> Result:
             with self._compiled_code() as cache:
                 return runner.run_level(
                     level,
@@ -264,11 +264,12 @@ class Suite:
                     inject=self.injections.get(level),
                     gpu=own,
                     on_progress=on_progress,
+                    turn=turn,
                 )
 
         with contextlib.closing(ProgressPrinter(self._deadlines, len(jobs))) as printer:
-            # Without a GPU, an ending worker would share the processor with the next one.
-            return run_jobs(jobs, lanes, run_job, printer, is_overlapping=bool(self._gpus))
+            # Without a GPU, imports would take the processor from what compiles.
+            return run_jobs(jobs, lanes, run_job, printer, is_ahead=bool(self._gpus))
 
 
 def _told(jobs: Sequence[Job], folder: Path) -> str:

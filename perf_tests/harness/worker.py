@@ -12,6 +12,7 @@ import hashlib
 import os
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from fluxfast.levels import get_level
 from fluxfast.workloads import Workload, get_workload
 from perf_tests.harness import exit_status, faults, gpu, sanity
 from perf_tests.harness.environment import device_uuid, read_environment
-from perf_tests.harness.progress import TRACE_FILE, leave, report_stage, write_result
+from perf_tests.harness.progress import TRACE_FILE, await_turn, leave, report_stage, write_result
 from perf_tests.harness.schema import Measurement, Proof, Result
 
 if TYPE_CHECKING:
@@ -41,16 +42,21 @@ def main() -> None:
     parser.add_argument("--inject")
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--trace", action="store_true")
+    parser.add_argument("--takes-turns", action="store_true", help="import, then wait to be let on; see `progress`")
     arguments = parser.parse_args()
     out: Path = arguments.out
     report_stage(out, "load", "importing torch")
     try:
         import torch
 
+        import fluxfast.build  # noqa: F401  everything that takes long, before the turn
         from fluxfast.errors import CheckpointError, LevelUnavailable, PackageError, StepNotApplied
     except ImportError as error:
         traceback.print_exc()
         leave(out, exit_status.IMPORT, f"a package cannot be imported: {error}")
+    if arguments.takes_turns:
+        await_turn(out, "load")
+        report_stage(out, "load")
     try:
         write_result(out, run(arguments, out))
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -101,10 +107,22 @@ def run(arguments: argparse.Namespace, out: Path) -> Result:
     applied = time.perf_counter()
     _strike(fault)
     device = device_uuid()
-    before = gpu.read_counters(device, [os.getpid()]) if device else None
-    measurement = measure(built, workload, fault, out, moments["apply"] - started, applied - moments["apply"])
-    # Before "finish", when the suite may start the next worker on this GPU.
-    counters = gpu.difference(before, gpu.read_counters(device, [os.getpid()])) if before and device else None
+    own, snapshots = [os.getpid()], []
+
+    def read_counters() -> None:
+        if device:
+            snapshots.append(gpu.read_counters(device, own))
+
+    def on_measure() -> None:
+        if arguments.takes_turns:
+            own.extend(await_turn(out, "measure"))
+        read_counters()
+
+    measurement = measure(
+        built, workload, fault, out, moments["apply"] - started, applied - moments["apply"], on_measure
+    )
+    read_counters()
+    counters = gpu.difference(*snapshots) if snapshots else None
     report_stage(out, "finish")
     sanity.require_possible_steps(workload, built.level.fields(), torch.cuda.is_available(), measurement.stages_s)
     result = Result(
@@ -126,9 +144,15 @@ def run(arguments: argparse.Namespace, out: Path) -> Result:
 
 
 def measure(
-    built: Built, workload: Workload, fault: faults.Fault | None, out: Path, load_s: float, apply_s: float
+    built: Built,
+    workload: Workload,
+    fault: faults.Fault | None,
+    out: Path,
+    load_s: float,
+    apply_s: float,
+    on_measure: Callable[[], None],
 ) -> Measurement:
-    """Warm up, time, prove, and keep the image and the first step of the last timed call."""
+    """Warm up, call `on_measure`, time, prove, and keep the image and the first step of the last timed call."""
     import numpy as np
 
     from fluxfast.build import generate
@@ -154,6 +178,7 @@ def measure(
         generate(built, drawn)
     stages.clock.wait()
     warmup_s = time.perf_counter() - warmup_started
+    on_measure()
     rounds = []
     for index in range(workload.rounds):
         report_stage(out, "measure", f"round {index + 1}/{workload.rounds}")
