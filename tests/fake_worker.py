@@ -8,6 +8,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -80,6 +81,8 @@ def main() -> None:
         if behave == "import":
             act(arguments, behave, out)
         time.sleep(0.3)
+        if behave == "impatient":
+            threading.Timer(1.0, os._exit, [1]).start()
         await_turn(out, "load")
     for stage in STAGES:
         if arguments.takes_turns and stage == "measure":
@@ -135,10 +138,10 @@ def act(arguments: argparse.Namespace, behave: str | None, out: pathlib.Path) ->
             faults.hang_forever()
         case "grandchild":
             start_grandchild(out)
-        case "environment" | "slow":
+        case "environment" | "slow" | "very slow":
             (out / "environment").write_text("\n".join(f"{name}={value}" for name, value in os.environ.items()))
             assert sys.stdin.read() == ""
-            time.sleep(0.5 if behave == "slow" else 0.0)
+            time.sleep({"environment": 0.0, "slow": 0.5, "very slow": 3.0}[behave])
 
 
 if __name__ == "__main__":

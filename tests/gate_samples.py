@@ -108,8 +108,8 @@ def baseline(
     **change: Any,
 ) -> Baseline:
     return Baseline(
-        method=METHOD, source="recorded", slug=slug, workload={}, workload_digest=DIGEST, environment=environment(),
-        levels={id: level_baseline(id, (logs or {}).get(id, BASE)) for id in levels},
+        method=METHOD, source="recorded", slug=slug, workload={"id": "tiny"}, workload_digest=DIGEST,
+        environment=environment(), levels={id: level_baseline(id, (logs or {}).get(id, BASE)) for id in levels},
     ).model_copy(update=change)  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from perf_tests.harness.recording import stock_json
 from perf_tests.harness.schema import Baseline, Proof
 from perf_tests.harness.store import read_baseline, write_baseline
 
-ADVICE = re.compile(r"`(?:pytest perf_tests )?(--(?:update|record)-baseline)( --reason)?`")
+ADVICE = re.compile(r"`(?:pytest perf_tests --workload tiny )?(--(?:update|record)-baseline)( --reason)?`")
 PROCESSES = 5
 LATENCY, MEMORY, STRUCTURE = (f"perf_tests/test_{name}.py" for name in ("latency", "memory", "structure"))
 

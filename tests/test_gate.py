@@ -231,7 +231,7 @@ def test_cpu_latency_without_its_divisor_is_incomparable():
     """Left out, failed or disturbed bf16: the level says why it has no ratio."""
     left_out = latency("aoti", run(levels=["fp32", "aoti"]), policy=CPU)
     assert (left_out.outcome, left_out.rule) == (Outcome.INCOMPARABLE, "divisor")
-    assert "`pytest perf_tests --levels bf16,aoti`" in left_out.message
+    assert "`pytest perf_tests --workload tiny --levels bf16,aoti`" in left_out.message
     never_in = latency("aoti", run(), baseline("cpu", levels=["fp32", "aoti"]), CPU)
     assert never_in.rule == "divisor" and "not in the baseline. Record one" in never_in.message
     tonight = run()
@@ -347,13 +347,13 @@ def test_no_baseline_is_not_ok_and_names_the_command():
         latency("aoti", tonight, without),
         gate.judge_structure("aoti", tonight["aoti"], without),
         gate.judge_memory("aoti", tonight["aoti"], without, GPU),
-        gate.judge_fidelity("aoti", {"ssim": 0.9}, {}, None, GPU),
+        gate.judge_fidelity("aoti", {"ssim": 0.9}, {}, None, GPU, tonight["aoti"]),
         gate.judge_fidelity("aoti", {"ssim": 0.9}, {}, without, GPU),
         gate.judge_step_error("aoti", tonight["aoti"], 0.02, 0.01, None, GPU),
     ):
         assert verdict.outcome is Outcome.NO_BASELINE and not verdict.ok
         command = "--record-baseline" if "there is no " in verdict.message else "--levels aoti --update-baseline"
-        assert "'aoti'" in verdict.message and f"`pytest perf_tests {command}`" in verdict.message
+        assert "'aoti'" in verdict.message and f"`pytest perf_tests --workload tiny {command}`" in verdict.message
 
 
 def test_an_injected_result_is_judged_as_any_other_and_named():

@@ -268,6 +268,9 @@ def test_in_a_container_one_unknown_process_is_this_one() -> None:
     assert read_counters(nvml=fake).foreign_pids == ()
     fake.pids = [2**22 + 1, 2**22 + 2]
     assert read_counters(nvml=fake).foreign_pids == (2**22 + 2,)
+    fake.pids = [2**22 + 1, 2**22 + 2, 2**22 + 3]
+    beside = read_counters(own_pids=[os.getpid(), os.getppid()], nvml=fake).foreign_pids
+    assert beside == (2**22 + 3,), "one more waits, and may hold a context too"
     fake.pids = [2**22 + 1, os.getpid()]
     assert read_counters(nvml=fake).foreign_pids == (2**22 + 1,)
 

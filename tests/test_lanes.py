@@ -79,7 +79,7 @@ def times_of(out: pathlib.Path) -> Times:
     at = {line["stage"]: line["t"] for line in lines if "stage" in line}
     imported = next((line["t"] for line in lines if line.get("waits") == "load"), at["load"])
     started, ended = json.loads((out / "ran").read_text())
-    return Times(started, imported, at["load"], at["measure"], at["finish"], ended)
+    return Times(started, imported, at["load"], at.get("measure", ended), at.get("finish", ended), ended)
 
 
 def times_on(folder: pathlib.Path, gpu: str) -> list[Times]:
@@ -99,7 +99,8 @@ def test_one_worker_has_a_gpu(tmp_path: pathlib.Path, is_ahead: bool) -> None:
     for own in of.values():
         for before, after in itertools.pairwise(own):
             assert before.end - 0.2 < after.load, "the runner looks for the end ten times a second"
-            assert (after.imported < before.end) == is_ahead
+        ahead = [after.imported < before.end for before, after in itertools.pairwise(own)]
+        assert ahead[0] == is_ahead and any(ahead) == is_ahead, "the last jobs are left for whichever is free"
         for one, other in itertools.permutations(own, 2):
             assert other.imported < one.measure or one.finish < other.start
     first, other = (own[0] for own in of.values())
@@ -114,13 +115,35 @@ def test_who_measures_knows_who_waits(tmp_path: pathlib.Path) -> None:
     assert told == [[pids[1]], [pids[2]], []]
 
 
-def test_no_import_begins_while_one_measures(tmp_path: pathlib.Path) -> None:
-    """Also where the one that imported ahead is gone and a place is free."""
+@pytest.mark.parametrize("behave", ["import", "impatient"])
+def test_no_import_begins_while_one_measures(tmp_path: pathlib.Path, behave: str) -> None:
+    """Also where the one that imported ahead is gone, before it waits or while it does, and a place is free."""
     jobs = [("bf16", 0), ("bf16", 1), ("bf16", 2)]
-    results = run(tmp_path, jobs, [0], lambda job: "import" if job == jobs[1] else "slow")
+    results = run(tmp_path, jobs, [0], lambda job: behave if job == jobs[1] else "very slow")
     assert [results[job].failure is None for job in jobs] == [True, False, True]
-    one, other = (times_of(tmp_path / level / str(process)) for level, process in (jobs[0], jobs[2]))
+    one, gone, other = (times_of(tmp_path / level / str(process)) for level, process in jobs)
     assert other.imported < one.measure or one.finish - 0.2 < other.start
+    assert behave == "import" or one.measure < gone.end < one.finish, "it was gone while the first one measured"
+
+
+@pytest.mark.parametrize(("count", "gpus"), [(2, 2), (4, 4), (3, 2)])
+def test_no_gpu_is_idle_for_want_of_a_job_that_waits(count: int, gpus: int) -> None:
+    """A job is only begun ahead where the other GPUs have some too."""
+    on: dict[Job, Gpu] = {}
+
+    def run_job(level: str, process: int, gpu: Gpu, on_progress: OnProgress, turn: Turn | None) -> Result:
+        assert turn is not None
+        while turn("load", 1) is None:
+            time.sleep(0.01)
+        on[level, process] = gpu
+        end = time.monotonic() + 10
+        while len(set(on.values())) < gpus and time.monotonic() < end:
+            time.sleep(0.01)
+        return sample(level, process)
+
+    jobs = [("bf16", process) for process in range(count)]
+    assert len(run_jobs(jobs, list(range(gpus)), run_job, lambda *_: None, is_ahead=True)) == count
+    assert set(on.values()) == set(range(gpus))
 
 
 def test_progress_is_of_the_worker_whose_turn_it_is(tmp_path: pathlib.Path) -> None:

@@ -287,7 +287,7 @@ def test_no_baseline(tmp_path: Path) -> None:
     ran = run_suite(tmp_path, "--replay", run, "--benchmark-compare")
     assert ran.status == 1
     assert len(ran.of("failure")) == 5 * len(LEVELS)
-    assert "pytest perf_tests --record-baseline" in ran.messages["test_latency[compile]"]
+    assert "pytest perf_tests --workload tiny --record-baseline" in ran.messages["test_latency[compile]"]
     for test in ("structure", "latency", "image", "step_error", "memory"):
         said = f"None of workload 'tiny' is in {tmp_path / 'baselines' / 'cpu'}."
         assert said in ran.messages[f"test_{test}[compile]"]

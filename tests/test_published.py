@@ -62,7 +62,9 @@ def test_run_on_that_machine(tmp_path: Path) -> None:
             assert ran.properties[f"test_{test}[{level}]"]["verdict"] == outcome, ran.messages[f"test_{test}[{level}]"]
         for test in ("image", "memory"):
             assert ran.properties[f"test_{test}[{level}]"]["verdict"] == "no_baseline"
-            assert "pytest perf_tests --record-baseline" in ran.messages[f"test_{test}[{level}]"]
+            assert (
+                f"pytest perf_tests --workload {WORKLOAD.id} --record-baseline" in ran.messages[f"test_{test}[{level}]"]
+            )
     assert "holds no memory of level 'compile'" in ran.messages["test_memory[compile]"]
     assert "has no level 'aoti'" in ran.messages["test_latency[aoti]"]
 

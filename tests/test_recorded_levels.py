@@ -24,6 +24,7 @@ GPU, CPU = "h200-700w", "cpu"
 BESIDE, OTHER = "flux_fast", "float8_rowwise"
 HELD = ("bf16", "compile", "channels_last", "aoti", BESIDE)
 """As the committed H100 baseline: not the whole ladder, and more than it."""
+START = "pytest perf_tests --workload tiny"
 COMMAND = re.compile(r"`(pytest perf_tests [^`]*)`")
 
 
@@ -112,10 +113,10 @@ def test_a_recording_drops_no_level(tmp_path: Path, slug: str, options: tuple[st
 
 def test_the_command_names_what_is_beside_the_ladder() -> None:
     """Only where it has to: without --levels the newest baseline's are measured anyway."""
-    assert record_command(["aoti"], HELD) == "pytest perf_tests --record-baseline"
-    assert record_command([BESIDE], HELD) == "pytest perf_tests --record-baseline"
+    assert record_command(["aoti"], HELD, START) == f"{START} --record-baseline"
+    assert record_command([BESIDE], HELD, START) == f"{START} --record-baseline"
     named = f"--levels ladder,{BESIDE},{OTHER} --record-baseline"
-    assert record_command([OTHER], HELD) == f"pytest perf_tests {named}"
+    assert record_command([OTHER], HELD, START) == f"{START} {named}"
     assert record_command([OTHER, BESIDE], (), "pytest x") == f"pytest x {named}"
 
 
@@ -206,7 +207,7 @@ def test_a_missing_level_is_added_by_the_command_of_its_message(tmp_path: Path, 
     assert ran.of("failure") == {name for name in ran.outcomes if f"[{OTHER}]" in name}
     asked = advised(" ".join(ran.messages.values()))
     named = f"{OTHER} --update-baseline" if slug == GPU else f"ladder,{BESIDE},{OTHER} --record-baseline"
-    assert asked == ["--levels", *named.split()]
+    assert asked == ["--workload", "tiny", "--levels", *named.split()]
     ran = run_suite(tmp_path, "--replay", run, *asked)
     assert ran.status == 0, ran.text
     assert set(held(tmp_path, slug)) == {*LEVELS, BESIDE, OTHER}
@@ -217,8 +218,9 @@ def test_a_machine_without_a_baseline_gets_one_with_the_level(tmp_path: Path) ->
     """The ladder belongs to it."""
     run = write_run(tmp_path / "run", 5, (*LEVELS, BESIDE), slug=GPU)
     ran = run_suite(tmp_path, "--replay", run, "--benchmark-compare", paths=("perf_tests/test_memory.py",))
-    assert advised(ran.messages[f"test_memory[{BESIDE}]"]) == ["--levels", f"ladder,{BESIDE}", "--record-baseline"]
-    assert advised(ran.messages["test_memory[aoti]"]) == ["--record-baseline"]
+    asked = {level: advised(ran.messages[f"test_memory[{level}]"]) for level in (BESIDE, "aoti")}
+    assert asked[BESIDE] == ["--workload", "tiny", "--levels", f"ladder,{BESIDE}", "--record-baseline"]
+    assert asked["aoti"] == ["--workload", "tiny", "--record-baseline"]
 
 
 def begun(tmp: Path, run: Path, levels: Sequence[str], slug: str = GPU) -> Session:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from perf_tests.harness import noise
-from perf_tests.harness.obstacles import ACCEPT, RECORD, facts_of, measured, obstacle, verdict
+from perf_tests.harness.obstacles import ACCEPT, facts_of, measured, obstacle, record_advice, verdict
 from perf_tests.harness.policy import (
     ALIKE,
     MOST_BF16_ERROR,
@@ -98,14 +98,15 @@ def judge_fidelity(
         return found
     stored = baseline.levels.get(level) if baseline else None
     if baseline is None or stored is None or not stored.fidelity:
-        message = f"there is no fidelity of level {level!r} for {policy.slug!r} to compare with: {RECORD}."
+        advice = _recording(results, baseline)
+        message = f"there is no fidelity of level {level!r} for {policy.slug!r} to compare with: {advice}."
         return verdict(Outcome.NO_BASELINE, level, "no_baseline", message, results)
     if method != baseline.fidelity_method:
         theirs = baseline.fidelity_method
         changed = sorted(name for name in method.keys() | theirs.keys() if method.get(name) != theirs.get(name))
         message = (
             f"{', '.join(changed)} of an image came about otherwise in the baseline of {baseline.slug!r}, so the "
-            f"numbers do not compare. Undo the change of method or, if it is meant, {RECORD}."
+            f"numbers do not compare. Undo the change of method or, if it is meant, {_recording(results, baseline)}."
         )
         return verdict(Outcome.INCOMPARABLE, level, "method", message, results)
     numbers: dict[str, float | None] = {}
@@ -121,7 +122,9 @@ def judge_fidelity(
             message = f"{metric} {what}: look for NaN in the output of {level!r}, or a missing reference image."
             return verdict(Outcome.REGRESSED, level, "not_finite", message, results, numbers)
         if not stored.fidelity.get(metric):
-            message = f"the baseline of {policy.slug!r} has no {metric} of level {level!r}: {RECORD}."
+            message = (
+                f"the baseline of {policy.slug!r} has no {metric} of level {level!r}: {_recording(results, baseline)}."
+            )
             return verdict(Outcome.NO_BASELINE, level, "no_baseline", message, results, numbers)
         known = [_clamped(one) for one in stored.fidelity[metric]]
         limit = _image_limit(metric, known, baseline, policy)
@@ -210,7 +213,8 @@ def judge_memory(level: str, results: Sequence[Result], baseline: Baseline | Non
     assert baseline is not None
     expected = baseline.levels[level]
     if expected.transformer_weight_bytes is None or not expected.peak_memory_bytes:
-        message = f"the {baseline.source} baseline of {baseline.slug!r} holds no memory of level {level!r}: {RECORD}."
+        holds = f"the {baseline.source} baseline of {baseline.slug!r} holds no memory of level {level!r}"
+        message = f"{holds}: {_recording(results, baseline)}."
         return verdict(Outcome.NO_BASELINE, level, "no_baseline", message, results)
     low, high = min(expected.peak_memory_bytes), max(expected.peak_memory_bytes)
     tolerance = max(high - low, policy.memory_floor * high)
@@ -263,6 +267,10 @@ def _image_limit(metric: str, known: Sequence[float], baseline: Baseline, policy
     floor = max(fidelity_floor(metric), _rounding(metric, baseline.levels.get(policy.rounding_level or "")))
     runs = np.array([_clamped(one) for one in known])
     return float(runs.mean()) + _sign(metric) * _prediction_margin(runs, floor, policy)
+
+
+def _recording(results: Sequence[Result], baseline: Baseline | None) -> str:
+    return record_advice(str(baseline.workload["id"]) if baseline else results[0].workload)
 
 
 def _blame_bf16(values: Mapping[str, float], baseline: Baseline, policy: Policy) -> str:

@@ -274,13 +274,13 @@ def _event_ns(lib: Any, handle: Any) -> tuple[int | None, int | None, int | None
 def _foreign(pids: Collection[int], own_pids: Collection[int]) -> tuple[int, ...]:
     """Those of `pids` that are not ours.
 
-    In a container NVML may give the host's pids, under which we do not know ourselves. Then one process that does not
-    exist here is taken to be this one, which holds a context while it measures; a second one is foreign.
+    In a container NVML may give the host's pids, under which we know neither ourselves nor those that wait beside us.
+    Then as many processes that do not exist here as we named are taken to be those; one more is foreign.
     """
     foreign = sorted(pid for pid in pids if not _is_own(pid, own_pids))
     if len(foreign) == len(pids):
         hidden = [pid for pid in foreign if not _exists(pid)]
-        foreign = [pid for pid in foreign if pid not in hidden[:1]]
+        foreign = [pid for pid in foreign if pid not in hidden[: len({os.getpid(), *own_pids})]]
     return tuple(foreign)
 
 

@@ -1,14 +1,16 @@
 """Runs a schedule's workers on several GPUs side by side, one a GPU, the next one's imports ahead. No torch.
 
 A worker spends a third of its time importing. So each GPU has two: one that loads, measures and ends, and one that
-imports while the first loads and compiles, and then waits. While a worker measures, none of its GPU imports.
+imports while the first loads and compiles, and then waits. While a worker measures, none of its GPU imports. A job that
+is begun ahead is its GPU's, so none is while there are not enough for the other GPUs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 from perf_tests.harness.progress import OnProgress, Stage, Turn
@@ -32,7 +34,7 @@ def run_jobs(
     """Run every job once, each on the GPU that is free first.
 
     Args:
-        jobs: in the order in which they are started, and in which each GPU runs its own.
+        jobs: in the order in which they are begun, and in which each GPU runs its own.
         gpus: one a lane.
         run_job: `runner.run_level` of one job; calls what it is given about once a second and lets it raise.
         on_progress: called from several threads, of the worker that has the GPU or gets it next.
@@ -42,14 +44,14 @@ def run_jobs(
         KeyboardInterrupt: and whatever `run_job` raises, the first if several do, when no worker is left. The others
             are ended by `RunStopped`, and no further one is started.
     """
-    untaken = iter(jobs)
+    untaken = deque(jobs)
     results: dict[Job, Result] = {}
     errors: list[BaseException] = []
     lock = threading.Lock()
     is_stopped = threading.Event()
 
     def work(lane: _Lane) -> None:
-        while (job := lane.next_job(untaken, lock, is_stopped)) is not None:
+        while (job := lane.next_job(untaken, len(gpus), lock, is_stopped)) is not None:
 
             def follow(level: str, process: int, stage: Stage, detail: str, elapsed_s: float, job: Job = job) -> None:
                 if is_stopped.is_set():
@@ -93,18 +95,23 @@ class _Lane:
     _waiting: dict[Job, int] = dataclasses.field(default_factory=dict)
     """Those that have imported and wait for the first to end, and their pids."""
     _is_measuring: bool = False
+    """Or about to."""
     _changed: threading.Condition = dataclasses.field(default_factory=threading.Condition)
 
-    def next_job(self, untaken: Iterator[Job], lock: threading.Lock, is_stopped: threading.Event) -> Job | None:
-        """Take a job, when no import would disturb a measurement; None if there is none or the run is stopped."""
+    def next_job(
+        self, untaken: deque[Job], lanes: int, lock: threading.Lock, is_stopped: threading.Event
+    ) -> Job | None:
+        """Take a job, when no import would disturb a measurement; None if none is left or the run is stopped."""
         with self._changed:
-            while self._is_measuring and not is_stopped.is_set():
+            while not is_stopped.is_set():
+                with lock:
+                    if not untaken:
+                        return None
+                    if not self._is_measuring and (not self._jobs or len(untaken) >= lanes):
+                        self._jobs.append(untaken.popleft())
+                        return self._jobs[-1]
                 self._changed.wait(STOP_POLL_S)
-            with lock:
-                job = None if is_stopped.is_set() else next(untaken, None)
-            if job is not None:
-                self._jobs.append(job)
-            return job
+            return None
 
     def turn(self, job: Job, stage: Stage, pid: int) -> Sequence[int] | None:
         """A `progress.Turn` of one of the lane's workers."""
@@ -115,10 +122,10 @@ class _Lane:
                     return []
                 self._waiting[job] = pid
                 return None
+            self._is_measuring = True  # from now on: should one who imports fail, no other may begin
             others = self._jobs[1:]
             if not all(other in self._waiting for other in others):
                 return None
-            self._is_measuring = True
             return [self._waiting[other] for other in others]
 
     def is_first(self, job: Job) -> bool:
@@ -133,7 +140,7 @@ class _Lane:
             self._changed.notify_all()
 
     def ended(self, job: Job) -> None:
-        """The worker is gone, however it ended."""
+        """The worker is gone, however it ended, or sits in a driver call that SIGKILL does not end."""
         with self._changed:
             if self._jobs[0] == job:
                 self._is_measuring = False

@@ -9,13 +9,21 @@ from perf_tests.harness.cpu import is_cpu
 from perf_tests.harness.policy import Policy
 from perf_tests.harness.schema import Baseline, Counters, Measurement, Outcome, Proof, Result, Verdict
 
-START = "pytest perf_tests"
-RECORD = f"record one on a quiet machine with `{START} --record-baseline`"
 ACCEPT = "accept it with `--update-baseline --reason`"
 """Only beside the rules of `plugin.ACCEPTABLE`."""
 
 
-def record_command(levels: Iterable[str], held: Collection[str], start: str = START) -> str:
+def command(workload: str) -> str:
+    """How a command that measures `workload` begins: what is measured by default depends on the machine."""
+    return f"pytest perf_tests --workload {workload}"
+
+
+def record_advice(workload: str, levels: Iterable[str] = (), held: Collection[str] = ()) -> str:
+    """The clause that tells how to record; for the rest as `record_command`."""
+    return f"record one on a quiet machine with `{record_command(levels, held, command(workload))}`"
+
+
+def record_command(levels: Iterable[str], held: Collection[str], start: str) -> str:
     """The command that records a baseline in which `levels` are.
 
     Args:
@@ -68,9 +76,10 @@ def no_divisor(level: str, run: Mapping[str, Sequence[Result]], baseline: Baseli
     if policy.relative_to is None:
         return None
     if divisor is None or not run.get(divisor) or divisor not in baseline.levels:
-        missing, action = "the baseline", RECORD.capitalize()
+        workload = run[level][0].workload
+        missing, action = "the baseline", record_advice(workload).capitalize()
         if divisor in baseline.levels:
-            missing, action = "it", f"Run both together: `pytest perf_tests --levels {divisor},{level}`"
+            missing, action = "it", f"Run both together: `{command(workload)} --levels {divisor},{level}`"
         message = (
             f"on {policy.slug!r} latency is a ratio to {divisor!r} of this run, which is not in {missing}. {action}."
         )
@@ -137,14 +146,16 @@ def _disturbed(level: str, results: Sequence[Result], baseline: Baseline | None)
 
 def _uncomparable(level: str, results: Sequence[Result], baseline: Baseline | None) -> Verdict | None:
     if baseline is None:
-        message = f"there is no baseline for this machine, so level {level!r} cannot be judged: {_recording(level)}."
+        advice = record_advice(results[0].workload, [level])
+        message = f"there is no baseline for this machine, so level {level!r} cannot be judged: {advice}."
         return verdict(Outcome.NO_BASELINE, level, "no_baseline", message, results)
     for result in results:
         differences = _differences(level, result, baseline)
         if differences:
             message = (
                 f"process {result.process} measured something else than the baseline of {baseline.slug!r}: "
-                f"{'; '.join(differences)}. Undo the change or, if it is meant, {_recording(level, baseline)}."
+                f"{'; '.join(differences)}. Undo the change or, if it is meant, "
+                f"{_recording(level, baseline, result.workload)}."
             )
             return verdict(Outcome.INCOMPARABLE, level, "changed", message, results)
     if level not in baseline.levels:
@@ -165,13 +176,13 @@ def _adding(level: str, baseline: Baseline, results: Sequence[Result]) -> str:
     """How a baseline comes to hold a level beside those that it holds; a file says one environment for all of them."""
     is_as_it_was = all(result.environment in (None, baseline.environment) for result in results)
     if baseline.source == "recorded" and not is_cpu(baseline.slug) and is_as_it_was:
-        return f"add it on a quiet machine with `{START} --levels {level} --update-baseline`"
-    return _recording(level, baseline)
+        start = command(results[0].workload)
+        return f"add it on a quiet machine with `{start} --levels {level} --update-baseline`"
+    return _recording(level, baseline, results[0].workload)
 
 
-def _recording(level: str, baseline: Baseline | None = None) -> str:
-    held = baseline.levels if baseline and baseline.source == "recorded" else ()
-    return f"record one on a quiet machine with `{record_command([level], held)}`"
+def _recording(level: str, baseline: Baseline, workload: str) -> str:
+    return record_advice(workload, [level], baseline.levels if baseline.source == "recorded" else ())
 
 
 def _differences(level: str, result: Result, baseline: Baseline) -> list[str]:

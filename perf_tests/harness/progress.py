@@ -4,8 +4,8 @@ The worker's side, files in the folder it is given as `--out`:
 
 * `progress.jsonl`: `report_stage` appends a line when a stage begins and, as often as it likes outside timed regions,
   for its detail. A stage's deadline runs from its first line; more lines of the same stage do not extend it.
-* `await_turn`, if it was started to take turns: it has imported and waits before the first use of the GPU, and again
-  before it measures, until the parent lets it go on. Its deadlines stand still meanwhile.
+* `await_turn`, if it was started to take turns: it has imported and waits before it loads, and again before the last
+  call that is not timed, until the parent lets it go on. Its deadlines stand still meanwhile.
 * `trace.json.gz`: only if it was asked for, a profile of one call that is not timed.
 * `result.json`: `write_result`, once, as the last act before exit status 0.
 * On a failure it knows: `leave(out, exit_status.OOM, sentence)`, and no `result.json`. The runner writes that.
@@ -35,7 +35,7 @@ PROGRESS_FILE: Final = "progress.jsonl"
 RESULT_FILE: Final = "result.json"
 TRACE_FILE: Final = "trace.json.gz"
 CI_LINE_EVERY_S: Final = 15.0
-TURN_POLL_S: Final = 0.01
+TURN_POLL_S: Final = 0.1
 
 Turn = Callable[[Stage, int], Sequence[int] | None]
 """Called with "load" or "measure" and the pid of a worker that asks to begin it: None if it has to wait, else the pids
@@ -125,6 +125,7 @@ class StageReader:
         """The sentence of `leave`."""
         self.awaits: Stage | None = None
         """What the worker asks to begin; None while it waits for nothing."""
+        self._asked: set[Stage] = set()
         self._path = out / PROGRESS_FILE
         self._offset = 0
 
@@ -147,8 +148,11 @@ class StageReader:
             self.error = str(entry["error"])
             return
         if "waits" in entry:
-            self.awaits = STAGES[STAGES.index(entry["waits"])]
-            self.detail = f"waits to {self.awaits}"
+            stage = STAGES[STAGES.index(entry["waits"])]
+            # Once each: a worker that goes round in circles must meet its deadline.
+            if stage not in self._asked:
+                self._asked.add(stage)
+                self.awaits, self.detail = stage, f"waits to {stage}"
             return
         index = STAGES.index(entry["stage"])
         # Only a later stage restarts the clock: a worker that goes round in circles must meet its deadline.

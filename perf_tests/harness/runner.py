@@ -205,7 +205,7 @@ def _supervise(job: _Job, on_progress: OnProgress | None) -> _Ended:
 
 def _watch(job: _Job, worker: subprocess.Popen[bytes], said: StageReader, on_progress: OnProgress | None) -> bool:
     """Wait for the worker's end; True if it overstayed a stage's deadline."""
-    told_s = -1.0
+    told_s, waits_since = -1.0, None
     while True:
         is_running = worker.poll() is None
         now = time.monotonic()
@@ -216,10 +216,11 @@ def _watch(job: _Job, worker: subprocess.Popen[bytes], said: StageReader, on_pro
         if not is_running:
             return False
         if said.awaits is not None and job.turn is not None:
-            said.since = now
+            said.since += now - (now if waits_since is None else waits_since)
+            waits_since = now
             if (waiting := job.turn(said.awaits, worker.pid)) is not None:
                 give_turn(job.out, said.awaits, waiting)
-                said.awaits = None
+                said.awaits = waits_since = None
         if now - said.since > job.deadlines.of(said.stage):
             return True
         time.sleep(POLL_S)

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Collection, Mapping
 
 from fluxfast.levels import DEFAULTS, LEVELS
-from perf_tests.harness.obstacles import facts_of, record_command
+from perf_tests.harness.obstacles import command, facts_of, record_command
 from perf_tests.harness.schema import AnnotatedStep, Baseline, Environment, LevelBaseline, Verdict
 from perf_tests.harness.store import BaselineError
 
@@ -183,7 +183,8 @@ def _moved(witness: Verdict) -> str | None:
 
 
 def _anew(old: Baseline, added: Collection[str] = ()) -> str:
-    return f"record a new baseline with `{record_command(added, old.levels)}`"
+    start = command(str(old.workload["id"]))
+    return f"record a new baseline with `{record_command(added, old.levels, start)}`"
 
 
 def _refuse_other(old: Baseline, new: Baseline, added: Collection[str]) -> None:

@@ -109,19 +109,24 @@ def run(arguments: argparse.Namespace, out: Path) -> Result:
     device = device_uuid()
     own, snapshots = [os.getpid()], []
 
+    def take_turn() -> None:
+        if arguments.takes_turns:
+            own.extend(await_turn(out, "measure"))
+
     def read_counters() -> None:
         if device:
             snapshots.append(gpu.read_counters(device, own))
 
-    def on_measure() -> None:
-        if arguments.takes_turns:
-            own.extend(await_turn(out, "measure"))
-        read_counters()
-
     measurement = measure(
-        built, workload, fault, out, moments["apply"] - started, applied - moments["apply"], on_measure
+        built,
+        workload,
+        fault,
+        out,
+        load_s=moments["apply"] - started,
+        apply_s=applied - moments["apply"],
+        take_turn=take_turn,
+        read_counters=read_counters,
     )
-    read_counters()
     counters = gpu.difference(*snapshots) if snapshots else None
     report_stage(out, "finish")
     sanity.require_possible_steps(workload, built.level.fields(), torch.cuda.is_available(), measurement.stages_s)
@@ -148,11 +153,18 @@ def measure(
     workload: Workload,
     fault: faults.Fault | None,
     out: Path,
+    *,
     load_s: float,
     apply_s: float,
-    on_measure: Callable[[], None],
+    take_turn: Callable[[], None],
+    read_counters: Callable[[], None],
 ) -> Measurement:
-    """Warm up, call `on_measure`, time, prove, and keep the image and the first step of the last timed call."""
+    """Warm up, time, prove, and keep the image and the first step of the last timed call.
+
+    Args:
+        take_turn: waits until nobody imports; the last warm-up call comes after it, or an idle GPU would be timed.
+        read_counters: called right before and right after what is timed.
+    """
     import numpy as np
 
     from fluxfast.build import generate
@@ -174,16 +186,22 @@ def measure(
     stages = StageClock(built.pipeline, Clock(built.device), spoil)
     warmup_started = time.perf_counter()
     for index in range(workload.warmup_rounds):
+        if index == workload.warmup_rounds - 1:
+            stages.clock.wait()
+            waits_since = time.perf_counter()
+            take_turn()
+            warmup_started += time.perf_counter() - waits_since
         report_stage(out, "warmup", f"round {index + 1}/{workload.warmup_rounds}")
         generate(built, drawn)
     stages.clock.wait()
     warmup_s = time.perf_counter() - warmup_started
-    on_measure()
+    read_counters()
     rounds = []
     for index in range(workload.rounds):
         report_stage(out, "measure", f"round {index + 1}/{workload.rounds}")
         output, timed = stages.round(lambda: generate(built, drawn), delay)
         rounds.append(timed)
+    read_counters()
     proofs = built.prove(workload.warmup_rounds + workload.rounds, workload.num_inference_steps)
     assert stages.decoded is not None and stages.first_step_output is not None
     faults.require_finite(stages.decoded.float().cpu().numpy(), f"level {built.level.id!r}: the decoded image")
