@@ -13,7 +13,9 @@ import pytest
 import yaml
 from suite_samples import LEVELS, put, sample, write_run
 
+from fluxfast.workloads import get_workload
 from perf_tests.bisect.cli import parser
+from perf_tests.harness import replay
 from perf_tests.history.store import points, rebuild
 
 WORKFLOW = Path(__file__).parents[1] / ".github" / "workflows" / "nightly.yml"
@@ -22,6 +24,11 @@ WORKFLOW = Path(__file__).parents[1] / ".github" / "workflows" / "nightly.yml"
 def steps(job: str) -> dict[str, dict[str, Any]]:
     """Of a job, by name."""
     return {step["name"]: step for step in yaml.safe_load(WORKFLOW.read_text())["jobs"][job]["steps"] if "name" in step}
+
+
+def rows() -> list[dict[str, str]]:
+    """Of what a night measures."""
+    return yaml.safe_load(WORKFLOW.read_text())["jobs"]["measure"]["strategy"]["matrix"]["include"]
 
 
 def run(folder: Path, job: str, step: str, programs: dict[str, str], **variables: str) -> CompletedProcess[str]:
@@ -38,15 +45,16 @@ def run(folder: Path, job: str, step: str, programs: dict[str, str], **variables
 
 
 def test_a_missing_row_has_its_issue_and_costs_the_other_none(tmp_path: Path) -> None:
-    """The job is red; both rows are told, the missing one without a file."""
+    """The job is red; all rows are told, the missing one without a file."""
     programs = {"gh": '[ "$5" != night-nightly ]', "python3": 'echo "$@"'}
     step = "Open what is newly red, close what is green again"
     ended = run(tmp_path, "issues", step, programs, POOL="h200-700w", RUN_URL="https://run")
     assert ended.returncode == 1
     assert ended.stdout.splitlines() == [
         f"-m perf_tests issues night-{row}/junit.xml --pool h200-700w/{row} --url https://run"
-        for row in ("nightly", "stable")
+        for row in ("nightly", "nightly-tiny", "stable", "stable-tiny")
     ]
+    assert [row["row"] for row in rows()] == ["nightly", "nightly-tiny", "stable", "stable-tiny"]
 
 
 def fake_python(folder: Path, body: str) -> None:
@@ -74,7 +82,19 @@ def test_nightlies_are_installed_before_the_measuring(tmp_path: Path) -> None:
     told = {**variables(tmp_path), "GPU_POOL": "h200-700w", "LEVELS": "bf16"}
     words = run(tmp_path, "measure", "Measure and judge", {}, **told).stdout.split()
     assert words[:5] == ["-m", "pytest", "perf_tests", "--require-machine", "h200-700w"]
-    assert words[-3:] == ["--levels", "bf16", "--benchmark-compare"]
+    assert words[-3:] == ["--levels", "bf16", "--benchmark-compare"] and "--workload" not in words
+    words = run(tmp_path, "measure", "Measure and judge", {}, **told, WORKLOAD="tiny").stdout.split()
+    assert words[-5:] == ["--workload", "tiny", "--levels", "bf16", "--benchmark-compare"]
+
+
+def test_images_are_judged_every_night() -> None:
+    """By a row of each environment whose workload's images are more than noise."""
+    judged = {
+        row["environment"]
+        for row in rows()
+        if "test_image" in replay.tests_of(get_workload(row.get("workload", "schnell")))
+    }
+    assert judged == {row["environment"] for row in rows()}
 
 
 def test_steps_end_before_their_job() -> None:
@@ -125,19 +145,18 @@ def test_the_history_is_rebuilt_from_what_is_kept(tmp_path: Path) -> None:
     assert {point.level for point in points(tmp_path / "again.sqlite")} == set(LEVELS)
 
 
-@pytest.mark.parametrize("red", [True, False])
-def test_nothing_is_built_without_a_question(tmp_path: Path, red: bool) -> None:
-    """Green after a line; the question is read with what every Python has."""
+@pytest.mark.parametrize("red", ["nightly", "nightly-tiny", ""])
+def test_nothing_is_built_without_a_question(tmp_path: Path, red: str) -> None:
+    """Green after a line; the question is the first row's that has one, and read with what every Python has."""
     summary, output = tmp_path / "summary", tmp_path / "output"
     told = {"GITHUB_STEP_SUMMARY": str(summary), "GITHUB_OUTPUT": str(output)}
-    programs = {
-        "gh": "exit 1",
-        "python3": f'[ "$*" = "-m perf_tests.bisect.printed night/junit.xml" ] && {str(red).lower()}',
-    }
+    programs = {"gh": "exit 1", "python3": f'[ "$*" = "-m perf_tests.bisect.printed {red}/junit.xml" ]'}
     ended = run(tmp_path, "bisect", "Look for a question", programs, **told)
     assert ended.returncode == 0
-    assert output.exists() == red and summary.exists() != red
-    assert steps("bisect")["Find the first bad version"]["if"] == "${{ steps.question.outputs.is_there == 'true' }}"
+    assert summary.exists() != output.exists()
+    assert not red or output.read_text() == f"row={red}\n"
+    found = steps("bisect")["Find the first bad version"]
+    assert found["if"] == "${{ steps.question.outputs.row }}" and '--junit "$ROW/junit.xml"' in found["run"]
 
 
 def test_tokens_are_where_they_are_needed() -> None:
@@ -167,11 +186,12 @@ def test_bisect_goes_on_in_the_folder_of_its_night(tmp_path: Path) -> None:
     for night in ("6", "7"):
         (state / "bisect" / night / "environments").mkdir(parents=True)
     told = {"STATE": str(state), "GITHUB_STEP_SUMMARY": str(summary), "NIGHTLY_INDEX_URL": "https://nightly"}
+    told["ROW"] = "nightly-tiny"
     ended = run(tmp_path, "bisect", "Find the first bad version", {"python3": VENV}, **told)
     assert (ended.returncode, ended.stderr) == (1, "")
     assert [folder.name for folder in (state / "bisect").iterdir()] == ["7"]
     words = summary.read_text().split()
-    assert words[:5] == ["-m", "perf_tests", "bisect", "--junit", "night/junit.xml"]
+    assert words[:5] == ["-m", "perf_tests", "bisect", "--junit", "nightly-tiny/junit.xml"]
     question = ["--axis", "torch", "--good", "1", "--bad", "2", "--test", "t"]
     asked = parser().parse_args([*question, *words[5:]])
     assert (asked.state, asked.index_url) == (state / "bisect" / "7", "https://nightly")
@@ -179,6 +199,6 @@ def test_bisect_goes_on_in_the_folder_of_its_night(tmp_path: Path) -> None:
 
 
 def test_rows_share_no_history() -> None:
-    """Two rows a night in one trend would be one noisy level."""
+    """Two environments in one trend would be one noisy level; workloads have trends of their own in one file."""
     used = re.findall(r"--history (\S+)", "".join(step.get("run", "") for step in steps("measure").values()))
     assert len(used) == 2 and set(used) == {'"$STATE/history-$ENVIRONMENT.sqlite"'}
