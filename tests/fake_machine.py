@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import time
 import types
 from pathlib import Path
@@ -44,13 +45,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Before the suite's own `pytest_configure`, which asks the machine."""
-    started: list[str] = []
+    started = itertools.count(1)
     option = config.option
 
     def run_level(level: str, workload: str, process: int, folder: Path, *, cache: Path, **more: Any) -> Result:
-        started.append(level)
+        number = next(started)
         cache.mkdir(exist_ok=True)
-        if option.breaks and ("confirm" in folder.parts if option.slow else len(started) == 2):
+        if option.breaks and ("confirm" in folder.parts if option.slow else number == 2):
             raise BREAKS[option.breaks]
         result = sample(level, process, 2.0 if level == option.slow else 1.0)
         if option.hot == f"{level}:{process}" and folder.name != RERUN:

@@ -38,12 +38,12 @@ def test_a_disturbed_process_is_measured_again(tmp_path: Path) -> None:
 
 
 def test_what_ends_one_gpu_ends_the_run(tmp_path: Path) -> None:
-    """One sentence of the lane that could not go on; the other starts no worker again."""
+    """One sentence of the worker that could not go on; the three others on two GPUs end, and none is started again."""
     ran = run_live(tmp_path, "--breaks=disk", "--cards=h200-700w,h200-700w", "--gpus=2")
     assert ran.status == INTERRUPTED, ran.text
     assert "measuring ended with: [Errno 28] No space left" in ran.text and "Traceback" not in ran.text
     assert len(ran.outcomes) == len(ran.of("failure")) == 1
-    assert len(list((tmp_path / "results").glob("*/*/*/result.json"))) == 1
+    assert len(list((tmp_path / "results").glob("*/*/*/result.json"))) <= 3
 
 
 @pytest.mark.parametrize(

@@ -202,24 +202,6 @@ def test_rerun_that_the_code_failed_counts(tmp_path: Path) -> None:
         assert run.place("compile", 1) == tmp_path / "run/rerun/compile/1"
 
 
-@pytest.mark.parametrize("again", [None, failed("compile", process=1)])
-def test_job_that_is_left_out_is_measured_once_more(tmp_path: Path, again: Result | None) -> None:
-    """Its failure says nothing of its level, that of its rerun does; replayed too."""
-    machine = Machine(failed("compile", process=1), changed("compile", 0, result=HOT), again=again)
-
-    def measure(jobs: Sequence[Job], folder: Path) -> dict[Job, Result]:
-        return {job: result for job, result in machine(jobs, folder).items() if not result.failure}
-
-    own = session(tmp_path, machine)
-    own.measure = measure
-    assert [result.process for result in own.results["compile"]] == [0, 1]
-    for run in (own, replayed(own)):
-        assert run.structure("compile").ok == (again is None)
-        assert run.results["compile"][0].counters == Counters()
-        assert run.place("compile", 1) == tmp_path / "run/rerun/compile/1"
-    assert [call[0] for call in machine.calls[1:]] == [[("compile", 0), ("compile", 1)]]
-
-
 def test_run_of_a_changed_workload_can_be_read(tmp_path: Path) -> None:
     """Report and history show old runs; what judges, draws or goes on with one refuses it."""
     run = write_run(tmp_path / "run", workload_digest="0" * 16)
