@@ -88,6 +88,40 @@ def confirmation(slower: Mapping[str, float] | None = None, levels: Sequence[str
     return run(slower, CONFIRMATION, levels)
 
 
+LOOP_SHARE = 0.8
+REST = (0.11, -0.09, 0.03, -0.05, 0.07, -0.11, 0.09, -0.03, 0.05, -0.07)
+"""Log ratios of the rest of a call in the processes of a level: text encoding on the host is restless."""
+
+
+def with_loops(
+    run: Mapping[str, Sequence[Result]], slower: Mapping[str, float] | None = None
+) -> dict[str, list[Result]]:
+    """The same run with its times as those of loops, `slower` by so much, and restless calls around them."""
+    found = {}
+    for level, results in run.items():
+        found[level] = []
+        for own, rest in zip(results, turned(REST, level), strict=False):
+            assert own.measurement is not None
+            loop_s = own.measurement.samples_s[0] * LOOP_SHARE * math.exp((slower or {}).get(level, 0.0))
+            call_s = loop_s + SPEED_S[level] * (1 - LOOP_SHARE) * math.exp(rest)
+            steps = {"step_0": [loop_s / 4] * 3, "step_1": [3 * loop_s / 4] * 3, "decode": [0.1] * 3}
+            found[level].append(own.model_copy(update={"measurement": measurement(call_s, stages_s=steps)}))
+    return found
+
+
+def baseline_with_loops(levels: Sequence[str] = IDS, **change: Any) -> Baseline:
+    """A baseline of restless calls around quiet loops; only `levels` have loops in it."""
+    base = baseline(**change)
+    found = with_loops(run(logs=BASE))
+    for level in IDS:
+        measured = [own.measurement for own in found[level] if own.measurement]
+        processes = [
+            ProcessSamples(samples_s=m.samples_s, loop_s=m.loop_s if level in levels else []) for m in measured
+        ]
+        base = with_level(base, level, processes=processes)
+    return base
+
+
 def level_baseline(level: str, logs: Sequence[float] = BASE, **change: Any) -> LevelBaseline:
     seconds = [SPEED_S[level] * math.exp(log) for log in turned(logs, level)]
     return LevelBaseline(

@@ -94,6 +94,82 @@ def test_the_ladder_alone_does_not_fire_without_the_rest_of_the_ladder():
     assert latency("fa3_fp8", tonight).outcome is Outcome.PASS
 
 
+SLOWER_LOOP = {"float8": 0.025}
+
+
+def of_loops(level, slower, base=None, again=None, policy=GPU):
+    """The verdict on restless calls whose loops are slower by so much; confirmed by `again`, if given."""
+    tonight = samples.with_loops(run(), slower)
+    confirming = None if again is None else samples.with_loops(confirmation(), again)
+    return gate.judge_latency(level, tonight, base or samples.baseline_with_loops(), policy, confirming)
+
+
+def test_a_slower_loop_is_found_in_a_restless_call():
+    """Text encoding hides 2 % of a call; the loop alone shows them, and is confirmed like the call."""
+    unseen = of_loops("float8", SLOWER_LOOP, samples.baseline_with_loops(levels=()))
+    assert unseen.ok and "loop" not in unseen.message and "loop_ratio" not in unseen.numbers
+    first = of_loops("float8", SLOWER_LOOP)
+    assert (first.outcome, first.rule) == (Outcome.REGRESSED, "unconfirmed")
+    found = of_loops("float8", SLOWER_LOOP, again=SLOWER_LOOP)
+    assert (found.outcome, found.rule) == (Outcome.REGRESSED, "interval")
+    assert found.message.startswith("The denoising loop of 'float8' took") and "'float8' took" in found.message
+    assert "stopped paying is quantization" in found.message
+    assert found.numbers["loop_ratio"] == pytest.approx(math.exp(0.025), rel=1e-3)
+    assert found.numbers["ratio"] < found.numbers["loop_ratio"]
+    assert found.numbers["smallest_visible"] > 2 * found.numbers["loop_smallest_visible"]
+    cleared = of_loops("float8", SLOWER_LOOP, again={})
+    assert (cleared.outcome, cleared.rule) == (Outcome.PASS, "confirmation")
+    others = [of_loops(level, SLOWER_LOOP) for level in IDS if level != "float8"]
+    assert all(verdict.rule == "interval" and verdict.outcome is Outcome.PASS for verdict in others)
+
+
+def test_a_faster_loop_makes_the_baseline_stale():
+    """Also where the call as a whole does not show it."""
+    verdict = of_loops("float8", {"float8": -0.025})
+    assert verdict.outcome is Outcome.IMPROVED and verdict.message.startswith("The denoising loop")
+    assert of_loops("float8", {"float8": -0.025}, samples.baseline_with_loops(levels=())).outcome is Outcome.PASS
+
+
+def test_a_slower_rest_of_the_call_is_the_calls():
+    """The loop clears nothing but itself."""
+    slower = {"float8": 0.2}
+    tonight = run(slower)
+    for own in tonight["float8"]:
+        own.measurement.stages_s["denoise"] = [SPEED_S["float8"] * samples.LOOP_SHARE] * 3
+    verdict = gate.judge_latency("float8", tonight, samples.baseline_with_loops(), GPU)
+    assert verdict.rule == "unconfirmed" and verdict.message.startswith("'float8' took")
+
+
+def test_loops_have_no_ladder_of_their_own():
+    """A loop that pays less on a faster machine is the call's to show, or two ladders would cry wolf."""
+    faster = dict.fromkeys(set(IDS) - {"float8"}, -0.04)
+    assert of_loops("float8", faster).outcome is Outcome.PASS
+
+
+def test_loops_share_the_error_of_the_gate():
+    """Two looks at half the error each; with one, all of it is the call's."""
+    with_loops = of_loops("float8", {})
+    alone = of_loops("float8", {}, samples.baseline_with_loops(levels=()))
+    width = [math.log(verdict.numbers["high"] / verdict.numbers["low"]) for verdict in (with_loops, alone)]
+    assert width[0] > 1.05 * width[1]
+
+
+def test_loops_are_judged_where_seconds_are_compared():
+    """Not on a CPU, where a ratio to bf16 is as restless as the rest, nor over what someone published."""
+    policy = dataclasses.replace(CPU, slug="cpu")
+    base = samples.baseline_with_loops(slug="cpu")
+    assert "loop_ratio" not in of_loops("float8", SLOWER_LOOP, base, policy=policy).numbers
+    published = samples.baseline_with_loops(source="published", source_note="a note")
+    assert "loop_ratio" not in of_loops("float8", SLOWER_LOOP, published).numbers
+
+
+def test_a_parent_without_loops_costs_its_child_none():
+    """As of a baseline to which a level was added later."""
+    base = samples.baseline_with_loops(levels=[id for id in IDS if id != "fa3_fp8"])
+    assert of_loops("float8", SLOWER_LOOP, base, again=SLOWER_LOOP).rule == "interval"
+    assert "loop_ratio" not in of_loops("fa3_fp8", {}, base).numbers
+
+
 def test_red_needs_a_confirmation():
     """Without one the verdict asks for it; with a disagreeing one it passes and says both; short ones are named."""
     slower = {"aoti": 0.04}

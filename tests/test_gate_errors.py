@@ -6,6 +6,7 @@ The seeds are fixed, so a test here fails because the gate changed, never by cha
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import gate_samples
 import numpy as np
@@ -102,24 +103,65 @@ def test_simulated_decisions_are_the_gates_own(policy, effect, history):
         assert printed == pytest.approx(np.expm1(decisions.visible[number]).tolist())
 
 
+def test_simulated_decisions_on_loops_are_the_gates_own():
+    """Restless calls whose loops are looked at too; the faster machine of some nights makes its ladders differ."""
+    chained = simulate.chain(GPU, 9)
+    quiet = simulate.nights(night_models.gaussian(GPU_SPREAD), chained, levels=9, count=12, seed=3)
+    nights = simulate.with_rest(quiet, 0.02).with_slower_loop(simulate.SLOWED, 0.014)
+    for part in (nights, nights.loop):
+        for logs in (part.run, part.confirmation):
+            logs[::3] -= 0.02
+    decisions = simulate.decide(nights, chained)
+    alone = simulate.decide(dataclasses.replace(nights, loop=None), chained)
+    assert (decisions.red & ~alone.red).any()
+    for number in range(12):
+        verdicts = [verdict(nights, number, id, chained) for id in IDS]
+        assert [v.outcome is Outcome.REGRESSED for v in verdicts] == decisions.red[number].tolist()
+        assert [v.outcome is Outcome.IMPROVED for v in verdicts] == decisions.improved[number].tolist()
+        printed = [v.numbers["loop_smallest_visible"] for v in verdicts]
+        assert printed == pytest.approx(np.expm1(decisions.visible[number]).tolist())
+
+
+def test_two_per_cent_of_a_loop_are_found_in_99_of_100_nights():
+    """Where the rest of the call hides them: what looking at loops is for."""
+    chained = simulate.chain(GPU, 9)
+    quiet = simulate.nights(night_models.gaussian(GPU_SPREAD), chained, levels=9, seed=1)
+    nights = simulate.with_rest(quiet, night_models.REST_SPREAD).with_slower_loop(simulate.SLOWED, np.log1p(0.02))
+    found, alone = (
+        simulate.decide(own, chained).red.mean(axis=0) for own in (nights, dataclasses.replace(nights, loop=None))
+    )
+    assert found[simulate.SLOWED] >= 0.99 and alone[simulate.SLOWED] < 0.05
+    assert np.delete(found, simulate.SLOWED).max() <= 1e-3
+
+
 def verdict(nights, number, level, policy):
     """One night of the simulation as results, a baseline and a confirmation."""
     speeds = np.log([SPEED_S[id] for id in IDS])[:, None]
 
-    def results(logs):
-        return {
-            id: [gate_samples.result(id, i, float(log)) for i, log in enumerate(own)]
-            for id, own in zip(IDS, logs, strict=True)
-        }
+    def results(of):
+        found = {}
+        for at, id in enumerate(IDS):
+            found[id] = [gate_samples.result(id, i, float(log)) for i, log in enumerate(of(nights)[number][at])]
+            for i, own in enumerate(found[id] if nights.loop else ()):
+                loop_s = SPEED_S[id] * float(np.exp(of(nights.loop)[number][at][i]))
+                own.measurement.stages_s["denoise"] = [loop_s] * 3
+        return found
 
+    loops = [[]] * 9 if nights.loop is None else np.exp(nights.loop.base[number] + speeds).tolist()
     seconds = np.exp(nights.base[number] + speeds).tolist()
     base = gate_samples.baseline(policy.slug)
     levels = {
         id: base.levels[id].model_copy(
-            update={"processes": [ProcessSamples(samples_s=[s]) for s in own], "nights": past.tolist()}
+            update={
+                "processes": [
+                    ProcessSamples(samples_s=[s], loop_s=[loop] if loop else [])
+                    for s, loop in itertools.zip_longest(own, loop_s)
+                ],
+                "nights": past.tolist(),
+            }
         )
-        for id, own, past in zip(IDS, seconds, nights.history[number], strict=True)
+        for id, own, loop_s, past in zip(IDS, seconds, loops, nights.history[number], strict=True)
     }
     base = base.model_copy(update={"levels": levels})
-    run, again = results(nights.run[number]), results(nights.confirmation[number])
+    run, again = results(lambda part: part.run), results(lambda part: part.confirmation)
     return gate.judge_latency(level, run, base, dataclasses.replace(policy), again)

@@ -18,6 +18,8 @@ RECORDED = pathlib.Path(__file__).parents[1] / "tests" / "data" / "process_media
 NIGHTS, MANY_NIGHTS = 20_000, 100_000
 GPU, CPU = policy_for("h200-700w"), policy_for("cpu")
 GPU_SPREAD, CPU_SPREAD = 0.003, 0.02
+LOOP_SHARE, REST_SPREAD = 0.8, 0.05
+"""On an H200 the loop is 0.79 of a call with float8, and half of the rest, text encoding, spreads by 8 %."""
 DRIFT = "nights drift by 0.2 %, levels by 0.1 %"
 
 Draw = Callable[[np.random.Generator, int, int, int, int], Array]
@@ -92,7 +94,10 @@ class Model:
     """Null nights: who draws them, how they are judged, how many earlier ones are known, how many to draw."""
 
     draw: Draw
+    """Of whole calls or, with `rest_sd`, of their denoising loops."""
     policy: Policy = GPU
+    rest_sd: float | None = None
+    """Spread of the rest of a call between processes; None: loops are not looked at."""
     history: int = 0
     nights: int = NIGHTS
 
@@ -116,6 +121,13 @@ def null_models() -> dict[str, Model]:
         for slow in (0.2, 0.5, 0.8) if levels is None else (0.65,):
             name = f"{'every level' if levels is None else f'{levels} level(s)'} bimodal, {100 * slow:.0f} % slow"
             models[name] = Model(draw=bimodal(slow, levels=levels), nights=MANY_NIGHTS)
+    for name, draw in (
+        ("tight, 0.3 %", gaussian(GPU_SPREAD)),
+        ("uneven, 0.1 to 2 %", uneven),
+        ("every level bimodal, 80 % slow", bimodal(0.8)),
+        ("6 level(s) bimodal, 65 % slow", bimodal(0.65, levels=6)),
+    ):
+        models[f"loops: {name}; the rest of a call 5 %"] = Model(draw=draw, rest_sd=REST_SPREAD, nights=MANY_NIGHTS)
     if RECORDED.exists():
         for slug, medians in json.loads(RECORDED.read_text()).items():
             models[f"recorded, {slug}"] = Model(draw=recorded(medians), policy=policy_for(slug))

@@ -8,6 +8,7 @@ verdicts. All values are logarithms of process medians.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +20,19 @@ from fluxfast.levels import LADDER
 from perf_tests.harness import noise
 from perf_tests.harness.noise import Array, Comparison
 from perf_tests.harness.policy import Policy
-from tools.night_models import CPU, CPU_SPREAD, GPU, GPU_SPREAD, NIGHTS, Draw, Model, gaussian, null_models
+from tools.night_models import (
+    CPU,
+    CPU_SPREAD,
+    GPU,
+    GPU_SPREAD,
+    LOOP_SHARE,
+    NIGHTS,
+    REST_SPREAD,
+    Draw,
+    Model,
+    gaussian,
+    null_models,
+)
 
 BASELINE_PROCESSES = 5
 SLOWED = 4
@@ -37,6 +50,8 @@ class Nights:
     confirmation: Array
     history: Array
     """Log ratios of earlier nights to the baseline, of shape (nights, levels, dates)."""
+    loop: Nights | None = None
+    """The denoising loops of the same calls, if they are looked at."""
 
     def slowed(self, level: int, log_ratio: Any) -> Nights:
         """The same nights with one level slower in run and confirmation, by one log ratio or one a night."""
@@ -45,13 +60,21 @@ class Nights:
         confirmation[:, level] += np.reshape(log_ratio, (-1, 1))
         return dataclasses.replace(self, run=run, confirmation=confirmation)
 
+    def with_slower_loop(self, level: int, log_ratio: float) -> Nights:
+        """The same nights with the loop of one level slower, and the call by the loop's share of it."""
+        assert self.loop is not None
+        of_call = math.log1p(LOOP_SHARE * math.expm1(log_ratio))
+        return dataclasses.replace(self.slowed(level, of_call), loop=self.loop.slowed(level, log_ratio))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decisions:
     """Each of shape (nights, levels)."""
 
+    looks_slow: Any
+    """Rule `interval` before the confirmation."""
     first: Any
-    """Looked red before the confirmation."""
+    """Any rule before it."""
     interval: Any
     ladder: Any
     improved: Any
@@ -89,15 +112,46 @@ def nights(draw: Draw, policy: Policy, *, levels: int, count: int = NIGHTS, hist
     )
 
 
+def with_rest(loop: Nights, sd: float, seed: int = 0) -> Nights:
+    """Calls of which `loop` is `LOOP_SHARE`, and the rest spreads between processes by `sd`, as a log ratio."""
+    rng = np.random.default_rng((seed, 1))
+
+    def call(logs: Array) -> Array:
+        rest = rng.normal(0, sd, logs.shape)
+        return np.log(LOOP_SHARE * np.exp(logs) + (1 - LOOP_SHARE) * np.exp(rest))
+
+    return dataclasses.replace(
+        loop, base=call(loop.base), run=call(loop.run), confirmation=call(loop.confirmation), loop=loop
+    )
+
+
 def decide(night: Nights, policy: Policy) -> Decisions:
     """`gate.judge_latency` for all nights at once."""
+    if night.loop is None:
+        return _decide(night, policy, None)[0]
+    policy = policy.sharing(2)
+    call, limits = _decide(night, policy, None)
+    loop, _ = _decide(night.loop, policy, limits)
+    first = call.first | loop.looks_slow
+    return Decisions(
+        looks_slow=call.looks_slow | loop.looks_slow,
+        first=first,
+        interval=call.interval | loop.interval,
+        ladder=call.ladder,
+        improved=(call.improved | loop.improved) & ~first,
+        visible=loop.visible,
+    )
+
+
+def _decide(night: Nights, policy: Policy, known: Mapping[int, Any] | None) -> tuple[Decisions, dict[int, Any]]:
+    """Decisions on one part of a call, and the limits of its levels, unless they are `known`."""
     ids = list(policy.parents)
     at = {id: number for number, id in enumerate(ids)}
     absolute_over = {at[id]: None if (d := policy.divisor(id)) is None else at[d] for id in ids}
     ladder_over = {at[id]: at[up] for id, up in policy.parents.items() if up is not None}
     looks = []
     for tonight in (night.run, night.confirmation):
-        absolute, visible = _look(night, tonight, absolute_over, None, policy)
+        absolute, visible = _look(night, tonight, absolute_over, known, policy)
         limits = {level: found.limit for level, found in absolute.items()}
         of_steps = {level: np.maximum(limits[level], limits[parent]) for level, parent in ladder_over.items()}
         looks.append((absolute, _look(night, tonight, ladder_over, of_steps, policy)[0], visible))
@@ -114,9 +168,15 @@ def decide(night: Nights, policy: Policy) -> Decisions:
             behind = absolute[level].slower | (moved[:, level] - drift > absolute[level].limit)
             ladder_1[:, level] = ladder[level].slower & behind
             ladder_2[:, level] = ladder_1[:, level] & ladder_again[level].slower
-    return Decisions(
-        first=interval_1 | ladder_1, interval=interval, ladder=ladder_2, improved=improved & ~ladder_1, visible=visible
+    decisions = Decisions(
+        looks_slow=interval_1,
+        first=interval_1 | ladder_1,
+        interval=interval,
+        ladder=ladder_2,
+        improved=improved & ~ladder_1,
+        visible=visible,
     )
+    return decisions, {level: found.limit for level, found in absolute.items()}
 
 
 def _look(
@@ -156,6 +216,8 @@ def false_alarms(model: Model, levels: int) -> tuple[int, int]:
     first = red = 0
     for seed in range(model.nights // NIGHTS):
         null = nights(model.draw, policy, levels=levels, history=model.history, seed=seed)
+        if model.rest_sd is not None:
+            null = with_rest(null, model.rest_sd, seed)
         decisions = decide(null, policy)
         first += int(decisions.first.any(axis=1).sum())
         red += int(decisions.red.any(axis=1).sum())
@@ -224,6 +286,19 @@ def main() -> None:
                 f"| {machine} | {label} | {100 * found.found:.2f} % | {100 * found.in_ladder_terms:.2f} % "
                 f"| {100 * found.elsewhere:.3f} % | +{100 * found.smallest_visible:.1f} % |"
             )
+    print("\n| loop slowed by | call by | found | by the call alone | smallest visible of the loop, of the call |")
+    print("|---|---|---|---|---|")
+    policy = chain(GPU, len(LADDER))
+    null = with_rest(nights(gaussian(GPU_SPREAD), policy, levels=len(LADDER), seed=1), REST_SPREAD)
+    for effect in (0.01, 0.015, 0.02, 0.03, 0.05):
+        slower = null.with_slower_loop(SLOWED, math.log1p(effect))
+        either, alone = (decide(own, policy) for own in (slower, dataclasses.replace(slower, loop=None)))
+        seen = [100 * float(np.expm1(np.median(own.visible[:, SLOWED]))) for own in (either, alone)]
+        found = [100 * float(own.red[:, SLOWED].mean()) for own in (either, alone)]
+        print(
+            f"| +{100 * effect:g} % | +{100 * LOOP_SHARE * effect:.1f} % | {found[0]:.2f} % | {found[1]:.2f} % "
+            f"| +{seen[0]:.1f} %, +{seen[1]:.1f} % |"
+        )
     print(f"\n{time.perf_counter() - started:.0f} s")
 
 

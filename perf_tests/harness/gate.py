@@ -37,6 +37,7 @@ Logs = Mapping[str, Array]
 Over = Mapping[str, str | None]
 """Level -> the level of the same run that divides it, None for plain seconds."""
 
+CALL, LOOP = "call", "loop"
 MANY = 3
 """So many other levels have to be there before their median says how far the whole machine moved."""
 WIDEST = 50.0
@@ -51,6 +52,9 @@ def judge_latency(
     confirmation: Run | None = None,
 ) -> Verdict:
     """Is `level` slower than its baseline, or does it pay less over its parent than it did?
+
+    Judged is the whole call and, where seconds are compared and the baseline holds it, the denoising loop in it by the
+    same rules: text encoding is Python on the host and several times as restless. Red is what is red in either.
 
     Args:
         run: level id -> one result a process, for all levels of this run: the divisor, the parent and the spread of
@@ -72,17 +76,42 @@ def judge_latency(
         if found := no_divisor(level, side, baseline, policy):
             return found
     assert baseline is not None
-    first = _Look.of(run, baseline, policy, len(run[level]))
-    rules = first.red(level)
+    looks = _looks(level, run, baseline, policy, len(run[level]))
+    again = {} if confirmation is None else _looks(level, confirmation, baseline, policy, len(run[level]))
+    others = () if confirmation is None else confirmation[level]
+    verdicts = {part: _judge(level, look, again.get(part), run[level], others) for part, look in looks.items()}
+    decisive = min(verdicts, key=lambda part: _weight(verdicts[part]))
+    rest = [look.describe(level)[0] for part, look in looks.items() if part != decisive]
+    numbers = {
+        name if part == CALL else f"{part}_{name}": value
+        for part, own in verdicts.items()
+        for name, value in own.numbers.items()
+    }
+    message = " ".join([verdicts[decisive].message, *rest])
+    return verdicts[decisive].model_copy(update={"message": message, "numbers": numbers})
+
+
+def _weight(found: Verdict) -> int:
+    """Which of two verdicts on parts of a call is the call's: the lower one."""
+    if found.outcome is Outcome.REGRESSED:
+        return 0
+    if found.rule == "confirmation":
+        return 1
+    return 2 if found.outcome is Outcome.IMPROVED else 3
+
+
+def _judge(
+    level: str, first: _Look, second: _Look | None, results: Sequence[Result], confirming: Sequence[Result]
+) -> Verdict:
+    """The verdict on one part of the call."""
+    policy, rules = first.policy, first.red(level)
     text, numbers = first.describe(level)
-    results = run[level]
     if not rules:
-        if first.absolute(level).faster and baseline.source == "recorded":
+        if first.absolute(level).faster and first.baseline.source == "recorded":
             stale = "The baseline is stale: look at what made it faster, then run with `--update-baseline`."
             return verdict(Outcome.IMPROVED, level, "interval", f"{text} {stale}", results, numbers)
         return verdict(Outcome.PASS, level, "interval", text, results, numbers)
-    second = None if confirmation is None else _Look.of(confirmation, baseline, policy, len(run[level]))
-    if confirmation is None or second is None or (rules == ["ladder"] and second.ladder(level) is None):
+    if second is None or (rules == ["ladder"] and second.ladder(level) is None):
         message = (
             f"{text} This looks red ({' and '.join(rules)}) but is not confirmed: measure {level!r} and its parent "
             f"{policy.parents.get(level)!r} again in {policy.confirmation_processes} fresh processes."
@@ -94,11 +123,11 @@ def judge_latency(
     both = f"{text} Confirmation in fresh processes: {again}"
     if not agreed:
         message = f"The confirmation does not agree, so this is not red. First run: {both}"
-        return verdict(Outcome.PASS, level, "confirmation", message, [*results, *confirmation[level]], numbers)
+        return verdict(Outcome.PASS, level, "confirmation", message, [*results, *confirming], numbers)
     if len(second.tonight[level]) < policy.confirmation_processes:
         both += f" The stated error rates assume {policy.confirmation_processes} processes here."
     message = f"{both} Fired: {' and '.join(agreed)}. {first.blame(level)}"
-    return verdict(Outcome.REGRESSED, level, agreed[0], message, [*results, *confirmation[level]], numbers)
+    return verdict(Outcome.REGRESSED, level, agreed[0], message, [*results, *confirming], numbers)
 
 
 def _log_medians(samples: Sequence[Sequence[float]]) -> Array:
@@ -106,8 +135,19 @@ def _log_medians(samples: Sequence[Sequence[float]]) -> Array:
     return np.log([float(np.median(of_process)) for of_process in samples])
 
 
-def _base_logs(levels: Mapping[str, LevelBaseline]) -> dict[str, Array]:
-    return {id: _log_medians([p.samples_s for p in level.processes]) for id, level in levels.items()}
+def _base_logs(levels: Mapping[str, LevelBaseline], part: str) -> dict[str, Array]:
+    parts = {id: [p.samples_s if part == CALL else p.loop_s for p in level.processes] for id, level in levels.items()}
+    return {id: _log_medians(samples) for id, samples in parts.items() if all(samples)}
+
+
+def _looks(level: str, run: Run, baseline: Baseline, policy: Policy, processes: int) -> dict[str, _Look]:
+    """CALL and, where it is judged, LOOP -> this run beside the baseline."""
+    call = _Look.of(run, baseline, policy, processes)
+    loop = _Look.of(run, baseline, policy.sharing(2), processes, call)
+    is_call_alone = policy.relative_to is not None or baseline.source == "published"
+    if is_call_alone or level not in loop.base or level not in loop.tonight:
+        return {CALL: call}
+    return {CALL: dataclasses.replace(call, policy=loop.policy), LOOP: loop}
 
 
 def _series(logs: Logs, level: str, over: str | None) -> Array:
@@ -128,13 +168,25 @@ class _Look:
     policy: Policy
     processes: int
     """Of a night: what one of the baseline's `nights` was averaged over."""
+    call: _Look | None = None
+    """The look at whole calls, if this is one at their loops."""
 
     @classmethod
-    def of(cls, run: Run, baseline: Baseline, policy: Policy, processes: int) -> _Look:
+    def of(cls, run: Run, baseline: Baseline, policy: Policy, processes: int, call: _Look | None = None) -> _Look:
+        part = CALL if call is None else LOOP
         sound = {id: r for id, r in run.items() if r and not obstacle(id, r, baseline, clocked=True)}
-        tonight = {id: _log_medians([m.samples_s for m in measured(results)]) for id, results in sound.items()}
-        base = _base_logs(baseline.levels)
-        return cls(base=base, tonight=tonight, baseline=baseline, policy=policy, processes=processes)
+        samples = {
+            id: [m.samples_s if part == CALL else m.loop_s for m in measured(results)] for id, results in sound.items()
+        }
+        base = _base_logs(baseline.levels, part)
+        return cls(
+            base=base,
+            tonight={id: _log_medians(own) for id, own in samples.items() if id in base and all(own)},
+            baseline=baseline,
+            policy=policy,
+            processes=processes,
+            call=call,
+        )
 
     @property
     def _over(self) -> Over:
@@ -172,11 +224,9 @@ class _Look:
         """
         own, drift = self.absolute(level), self.drift(level)
         behind = drift is not None and own.ratio - drift > own.limit
-        return [
-            rule
-            for rule in ("interval", "ladder")
-            if self.looks_red(level, rule) and (rule == "interval" or own.slower or behind)
-        ]
+        # A second ladder would make one night in a thousand red for nothing, where a few levels have two modes.
+        asked = ("interval", "ladder") if self.call is None else ("interval",)
+        return [rule for rule in asked if self.looks_red(level, rule) and (rule == "interval" or own.slower or behind)]
 
     def blame(self, level: str) -> str:
         """Where to look: the divisor, the optimisation that stopped paying, a level below, or the machine."""
@@ -211,8 +261,9 @@ class _Look:
         visible = noise.visible(base, len(tonight), self._spread(level, self._over), own.limit, self.policy)
         unit = " s" if over is None else f" of {over}"
         kind = "published" if self.baseline.source == "published" else "recorded"
+        what = f"{level!r}" if self.call is None else f"The denoising loop of {level!r}"
         text = (
-            f"{level!r} took {math.exp(tonight.mean()):.4g}{unit} ({len(tonight)} process(es)); the {kind} baseline "
+            f"{what} took {math.exp(tonight.mean()):.4g}{unit} ({len(tonight)} process(es)); the {kind} baseline "
             f"of {self.baseline.slug!r} says {math.exp(base.mean()):.4g}{unit} ({len(base)} process(es)). That is "
             f"{_percent(own.ratio)}, interval {_percent(own.low)} to {_percent(own.high)}, limit "
             f"{_percent(own.limit)}, {'no' if own.above else 'some'} overlap with the baseline's slowest process; "
@@ -257,6 +308,8 @@ class _Look:
     def _limit(self, level: str) -> float:
         if self.baseline.source == "published":
             return self.policy.published_margin
+        if self.call is not None:  # how far nights lie apart is known of whole calls
+            return self.call._limit(level)
         error = noise.error(len(self.base[level]), self.processes, self._spread(level, self._over))
         nights = np.clip(np.array(self.baseline.levels[level].nights, dtype=float), -WIDEST, WIDEST)
         return float(noise.limit(nights, error, self.policy))

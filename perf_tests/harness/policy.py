@@ -79,6 +79,10 @@ class Policy:
         """The level that divides `level`'s latency: `relative_to`, or the parent where that is the level itself."""
         return self.parents.get(level) if level == self.relative_to else self.relative_to
 
+    def sharing(self, series: int) -> Policy:
+        """The same, if a level is looked at in so many series, and red in any is red."""
+        return dataclasses.replace(self, alpha=self.alpha / series)
+
 
 def nearest_parents(unavailable: Collection[str]) -> dict[str, str | None]:
     """Level -> the nearest level below that the machine can run: what `unavailable` leaves of the ladder."""

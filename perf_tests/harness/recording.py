@@ -200,7 +200,7 @@ def _level_baseline(
             fields=results[0].fields,
             unavailable=results[0].unavailable,
             processes=[
-                ProcessSamples(samples_s=m.samples_s, wall_s=m.wall_s, counters=result.counters)
+                ProcessSamples(samples_s=m.samples_s, wall_s=m.wall_s, loop_s=m.loop_s, counters=result.counters)
                 for m, result in zip(measured, results, strict=True)
             ],
             proofs=measured[0].proofs,

@@ -148,6 +148,12 @@ class Measurement(Strict):
     step_output: str
     """File name of the first denoising step's output of that same call, `.npy`, float32."""
 
+    @property
+    def loop_s(self) -> list[float]:
+        """One a round: the denoising loop, its steps or the graph of all, seconds; empty if neither is timed."""
+        steps = [own for name, own in self.stages_s.items() if name.startswith("step_")]
+        return [sum(own) for own in zip(*(steps or [self.stages_s.get("denoise", [])]), strict=True)]
+
 
 class Result(Strict):
     """One worker process: exactly one of `measurement` and `failure`."""
@@ -181,6 +187,8 @@ class ProcessSamples(Strict):
 
     samples_s: Annotated[list[Seconds], Field(min_length=1)]
     wall_s: list[Seconds] = []
+    loop_s: list[Seconds] = []
+    """The denoising loop alone; empty in a baseline that is older than its judgement."""
     counters: Counters | None = None
 
 
@@ -255,7 +263,8 @@ class Verdict(Strict):
     message: str
     """What was observed, what was expected and from where, what to do next. One paragraph."""
     numbers: dict[str, Finite | None] = {}
-    """`ratio`, `low`, `high`, `limit`, `smallest_visible` for latency; metric values and limits for fidelity."""
+    """`ratio`, `low`, `high`, `limit`, `smallest_visible` for latency, with `loop_` in front those of the denoising
+    loop; metric values and limits for fidelity."""
 
     @property
     def ok(self) -> bool:
