@@ -115,12 +115,33 @@ def test_a_slower_loop_is_found_in_a_restless_call():
     assert found.message.startswith("The denoising loop of 'float8' took") and "'float8' took" in found.message
     assert "stopped paying is quantization" in found.message
     assert found.numbers["loop_ratio"] == pytest.approx(math.exp(0.025), rel=1e-3)
-    assert found.numbers["ratio"] < found.numbers["loop_ratio"]
-    assert found.numbers["smallest_visible"] > 2 * found.numbers["loop_smallest_visible"]
+    assert found.numbers["ratio"] == found.numbers["loop_ratio"] > found.numbers["call_ratio"]
+    assert found.numbers["call_smallest_visible"] > 2 * found.numbers["loop_smallest_visible"]
     cleared = of_loops("float8", SLOWER_LOOP, again={})
     assert (cleared.outcome, cleared.rule) == (Outcome.PASS, "confirmation")
     others = [of_loops(level, SLOWER_LOOP) for level in IDS if level != "float8"]
     assert all(verdict.rule == "interval" and verdict.outcome is Outcome.PASS for verdict in others)
+
+
+def test_what_is_confirmed_decides_over_what_is_not():
+    """Both parts look red; the call's ladder cannot be confirmed without the parent, the loop is."""
+    everything = dict.fromkeys(set(IDS) - {"float8"}, -0.04)
+    base = samples.baseline_with_loops()
+    tonight = run(everything)
+    for own in tonight["float8"]:
+        own.measurement.stages_s["denoise"] = [SPEED_S["float8"] * samples.LOOP_SHARE * math.exp(0.03)] * 3
+    base = base.model_copy(update={"levels": base.levels | {
+        id: base.levels[id].model_copy(update={"processes": [
+            process.model_copy(update={"samples_s": own.samples_s})
+            for process, own in zip(base.levels[id].processes, baseline().levels[id].processes, strict=True)
+        ]}) for id in IDS
+    }})  # fmt: skip
+    again = {"float8": [own for own in confirmation(levels=["float8"])["float8"]]}
+    for own in again["float8"]:
+        own.measurement.stages_s["denoise"] = [SPEED_S["float8"] * samples.LOOP_SHARE * math.exp(0.03)] * 3
+    verdict = gate.judge_latency("float8", tonight, base, GPU, again)
+    assert verdict.rule == "interval" and verdict.message.startswith("The denoising loop")
+    assert verdict.message.endswith("That looks red and is not confirmed.")
 
 
 def test_a_faster_loop_makes_the_baseline_stale():
@@ -161,6 +182,15 @@ def test_loops_are_judged_where_seconds_are_compared():
     assert "loop_ratio" not in of_loops("float8", SLOWER_LOOP, base, policy=policy).numbers
     published = samples.baseline_with_loops(source="published", source_note="a note")
     assert "loop_ratio" not in of_loops("float8", SLOWER_LOOP, published).numbers
+
+
+def test_loops_that_are_not_timed_in_every_round_are_none():
+    """Nor are those that cannot be; the call is judged alone."""
+    for stages in ({}, {"step_0": [0.1] * 3, "step_1": [0.1] * 2}, {"denoise": [0.1, 0.1, -0.3]}, {"denoise": [0.1]}):
+        assert samples.measurement(1.0, stages_s=stages).loop_s == []
+    assert (
+        samples.measurement(1.0, stages_s={"step_0": [0.1] * 3, "step_1": [0.2] * 3}).loop_s == [pytest.approx(0.3)] * 3
+    )
 
 
 def test_a_parent_without_loops_costs_its_child_none():

@@ -103,11 +103,13 @@ def test_simulated_decisions_are_the_gates_own(policy, effect, history):
         assert printed == pytest.approx(np.expm1(decisions.visible[number]).tolist())
 
 
-def test_simulated_decisions_on_loops_are_the_gates_own():
+@pytest.mark.parametrize("history", [0, 4])
+def test_simulated_decisions_on_loops_are_the_gates_own(history):
     """Restless calls whose loops are looked at too; the faster machine of some nights makes its ladders differ."""
     chained = simulate.chain(GPU, 9)
-    quiet = simulate.nights(night_models.gaussian(GPU_SPREAD), chained, levels=9, count=12, seed=3)
-    nights = simulate.with_rest(quiet, 0.02).with_slower_loop(simulate.SLOWED, 0.014)
+    quiet = night_models.gaussian(GPU_SPREAD)
+    null = simulate.nights(quiet, chained, levels=9, count=12, history=history, seed=3, rest_sd=0.02)
+    nights = null.with_slower_loop(simulate.SLOWED, 0.014)
     for part in (nights, nights.loop):
         for logs in (part.run, part.confirmation):
             logs[::3] -= 0.02
@@ -122,15 +124,17 @@ def test_simulated_decisions_on_loops_are_the_gates_own():
         assert printed == pytest.approx(np.expm1(decisions.visible[number]).tolist())
 
 
-def test_two_per_cent_of_a_loop_are_found_in_99_of_100_nights():
+@pytest.mark.parametrize("history", [0, 10])
+def test_two_per_cent_of_a_loop_are_found_in_98_of_100_nights(history):
     """Where the rest of the call hides them: what looking at loops is for."""
     chained = simulate.chain(GPU, 9)
-    quiet = simulate.nights(night_models.gaussian(GPU_SPREAD), chained, levels=9, seed=1)
-    nights = simulate.with_rest(quiet, night_models.REST_SPREAD).with_slower_loop(simulate.SLOWED, np.log1p(0.02))
+    quiet, rest = night_models.gaussian(GPU_SPREAD), night_models.REST_SPREAD
+    null = simulate.nights(quiet, chained, levels=9, history=history, seed=1, rest_sd=rest)
+    nights = null.with_slower_loop(simulate.SLOWED, np.log1p(0.02))
     found, alone = (
         simulate.decide(own, chained).red.mean(axis=0) for own in (nights, dataclasses.replace(nights, loop=None))
     )
-    assert found[simulate.SLOWED] >= 0.99 and alone[simulate.SLOWED] < 0.05
+    assert found[simulate.SLOWED] >= 0.98 and alone[simulate.SLOWED] < 0.05
     assert np.delete(found, simulate.SLOWED).max() <= 1e-3
 
 
@@ -158,6 +162,7 @@ def verdict(nights, number, level, policy):
                     for s, loop in itertools.zip_longest(own, loop_s)
                 ],
                 "nights": past.tolist(),
+                "loop_nights": nights.loop.history[number][IDS.index(id)].tolist() if nights.loop else [],
             }
         )
         for id, own, loop_s, past in zip(IDS, seconds, loops, nights.history[number], strict=True)

@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,12 @@ from baseline_samples import (
     write_sample,
 )
 
+from perf_tests.harness import record
 from perf_tests.harness.policy import policy_for
 from perf_tests.harness.recording import machine_info, stock_json
-from perf_tests.harness.schema import AnnotatedStep, Baseline, Counters, Proof, Result
+from perf_tests.harness.schema import AnnotatedStep, Baseline, Counters, Outcome, Proof, Result, Verdict
 from perf_tests.harness.store import BaselineError, read_baseline
-from perf_tests.harness.updating import update_baseline
+from perf_tests.harness.updating import _moved, update_baseline
 
 LIMITS = dict.fromkeys(LEVELS, 0.06)
 CPU = {level: policy_for("cpu").divisor(level) for level in LEVELS}
@@ -123,17 +125,74 @@ def test_nothing_moved_changes_nothing() -> None:
     assert update_baseline(old, new, LIMITS, None) == (old, [])
 
 
+QUIET = {"ratio": 1.001, "low": 0.99, "high": 1.01, "limit": 0.005}
+
+
 def test_what_did_not_move_keeps_the_night() -> None:
     """Only the latest thirty nights, none twice, none of a level that moved, none of the baseline's own run."""
     old = sample_baseline()
     new = sample_baseline(sample_run({"bf16": 1.01, "compile": 0.9}))
-    nights = {"fp32": 0.0, "bf16": 0.01, "compile": -0.1}
+    nights = {"fp32": (0.0, None), "bf16": (0.01, 0.002), "compile": (-0.1, -0.1)}
     updated, _ = update_baseline(old, new, LIMITS, None, nights=nights)
     assert {level: own.nights for level, own in updated.levels.items()} == {"fp32": [], "bf16": [0.01], "compile": []}
+    assert [own.loop_nights for own in updated.levels.values()] == [[], [0.002], []]
     for index in range(40):
-        updated, _ = update_baseline(updated, updated, LIMITS, None, nights={"bf16": index / 1e4, "fp32": 0.002})
+        tonight = {"bf16": (index / 1e4, index / 1e5), "fp32": (0.002, None)}
+        updated, _ = update_baseline(updated, updated, LIMITS, None, nights=tonight)
     assert updated.levels["bf16"].nights == [index / 1e4 for index in range(10, 40)]
-    assert updated.levels["fp32"].nights == [0.002]
+    assert updated.levels["bf16"].loop_nights == [index / 1e5 for index in range(10, 40)]
+    assert (updated.levels["fp32"].nights, updated.levels["fp32"].loop_nights) == ([0.002], [])
+
+
+def with_loops(base: Baseline, scale: float = 1.0) -> Baseline:
+    """The same, with loops of bf16 that take so many times 0.2 s."""
+    own = base.levels["bf16"]
+    processes = [process.model_copy(update={"loop_s": [0.2 * scale]}) for process in own.processes]
+    return base.model_copy(update={"levels": base.levels | {"bf16": own.model_copy(update={"processes": processes})}})
+
+
+def test_a_slower_loop_is_not_taken_without_a_reason() -> None:
+    """Though the call around it was faster by chance, and is stored with it."""
+    old = with_loops(sample_baseline())
+    new = with_loops(sample_baseline(sample_run({"bf16": 0.99})), 1.008)
+    loops = {"bf16": math.log1p(0.005)}
+    with pytest.raises(BaselineError, match=r"slower, or built otherwise, than the baseline: bf16 x1\.0080"):
+        update_baseline(old, new, LIMITS, None, loop_limits=loops)
+    updated, (line,) = update_baseline(old, new, LIMITS, "it is meant", loop_limits=loops)
+    assert updated.levels["bf16"].processes == new.levels["bf16"].processes and "its loop x1.0080" in line
+    assert [step.ratio for step in updated.steps] == [pytest.approx(1.008)]
+    assert update_baseline(old, new, LIMITS, None)[0] == old, "a third of the call's limit is not reached"
+
+
+def test_a_faster_loop_is_taken() -> None:
+    """As an improvement of the loop alone advises; the call has not moved."""
+    old, new = with_loops(sample_baseline()), with_loops(sample_baseline(), 0.975)
+    updated, (line,) = update_baseline(old, new, LIMITS, None, loop_limits={"bf16": math.log1p(0.005)})
+    assert updated.levels["bf16"].processes == new.levels["bf16"].processes and "its loop x0.9750" in line
+    assert [step.ratio for step in updated.steps] == [pytest.approx(0.975)]
+
+
+def test_noise_of_a_call_is_no_movement_beside_its_loop() -> None:
+    """A call moves from the end of its own interval on; alone, from a third of its limit."""
+    parts = {"call_limit": 0.005, "call_ratio": 1.01, "call_high": 1.04, "loop_limit": 0.006}
+    verdicts = {"bf16": parts | {"limit": 0.006}, "fp32": {"limit": 0.005, "ratio": 1.01, "high": 1.04}, "compile": {}}
+
+    def latency(level: str) -> Verdict:
+        return Verdict(outcome=Outcome.PASS, level=level, rule="interval", message="", numbers=verdicts[level])
+
+    session: Any = types.SimpleNamespace(latency=latency)
+    limits, loops = record._limits(session, sample_baseline()), record._loop_limits(session, sample_baseline())
+    assert limits["bf16"] == pytest.approx(3 * math.log(1.04 / 1.01)) and limits["compile"] == math.inf
+    assert limits["fp32"] == pytest.approx(math.log1p(0.005)) and loops == {"bf16": pytest.approx(math.log1p(0.006))}
+
+
+def test_a_witness_whose_loop_moved_says_so() -> None:
+    """The call hides it, and what is added would be another machine's."""
+    numbers = {f"{part}_{name}": value for part in ("call", "loop") for name, value in QUIET.items()}
+    quiet = Verdict(outcome=Outcome.PASS, level="bf16", rule="interval", message="", numbers=numbers)
+    assert _moved(quiet) is None
+    moved = quiet.model_copy(update={"numbers": numbers | {"loop_ratio": 0.975, "loop_low": 0.97, "loop_high": 0.98}})
+    assert "x0.9750" in str(_moved(moved))
 
 
 def test_only_what_moved_is_rewritten() -> None:

@@ -128,6 +128,8 @@ def null_models() -> dict[str, Model]:
         ("6 level(s) bimodal, 65 % slow", bimodal(0.65, levels=6)),
     ):
         models[f"loops: {name}; the rest of a call 5 %"] = Model(draw=draw, rest_sd=REST_SPREAD, nights=MANY_NIGHTS)
+    for name, draw in (("tight, 0.3 %", gaussian(GPU_SPREAD)), (DRIFT, drifting(0.002, 0.001))):
+        models[f"loops: {name}; the rest 5 %, 10 nights of history"] = Model(draw=draw, rest_sd=REST_SPREAD, history=10)
     if RECORDED.exists():
         for slug, medians in json.loads(RECORDED.read_text()).items():
             models[f"recorded, {slug}"] = Model(draw=recorded(medians), policy=policy_for(slug))

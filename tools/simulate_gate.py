@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,10 +71,8 @@ class Nights:
 class Decisions:
     """Each of shape (nights, levels)."""
 
-    looks_slow: Any
-    """Rule `interval` before the confirmation."""
     first: Any
-    """Any rule before it."""
+    """Looked red before the confirmation."""
     interval: Any
     ladder: Any
     improved: Any
@@ -98,43 +96,51 @@ def chain(policy: Policy, levels: int) -> Policy:
     return dataclasses.replace(policy, parents=dict(zip(ids, [None, *ids[:-1]], strict=True)))
 
 
-def nights(draw: Draw, policy: Policy, *, levels: int, count: int = NIGHTS, history: int = 0, seed: int = 0) -> Nights:
-    """Null nights; `history` earlier ones with the same baseline widen the limit as accepted nights do."""
+def nights(
+    draw: Draw,
+    policy: Policy,
+    *,
+    levels: int,
+    count: int = NIGHTS,
+    history: int = 0,
+    seed: int = 0,
+    rest_sd: float | None = None,
+) -> Nights:
+    """Null nights; `history` earlier ones with the same baseline widen the limit as accepted nights do.
+
+    With `rest_sd`, `draw` gives the loops of the calls: `LOOP_SHARE` of each, and the rest spreads by so much.
+    """
     rng, processes = np.random.default_rng(seed), default_processes(policy)
-    base = draw(rng, 0, count, levels, BASELINE_PROCESSES)
-    expected = base.mean(axis=-1)
-    earlier = [draw(rng, 2 + date, count, levels, processes).mean(axis=-1) - expected for date in range(history)]
-    return Nights(
-        base=base,
-        run=draw(rng, 1, count, levels, processes),
-        confirmation=draw(rng, 1, count, levels, policy.confirmation_processes),
-        history=np.stack(earlier, axis=-1) if earlier else np.zeros((count, levels, 0)),
-    )
+    wanted = (0, BASELINE_PROCESSES), *((2 + date, processes) for date in range(history))
+    base, *earlier = (draw(rng, date, count, levels, drawn) for date, drawn in wanted)
+    run = draw(rng, 1, count, levels, processes)
+    confirmation = draw(rng, 1, count, levels, policy.confirmation_processes)
+    drawn = _nights(base, run, confirmation, earlier)
+    if rest_sd is None:
+        return drawn
+    rest = np.random.default_rng((seed, 1))
+
+    def call(loop: Array) -> Array:
+        return np.log(LOOP_SHARE * np.exp(loop) + (1 - LOOP_SHARE) * np.exp(rest.normal(0, rest_sd, loop.shape)))
+
+    calls = _nights(call(base), call(run), call(confirmation), [call(night) for night in earlier])
+    return dataclasses.replace(calls, loop=drawn)
 
 
-def with_rest(loop: Nights, sd: float, seed: int = 0) -> Nights:
-    """Calls of which `loop` is `LOOP_SHARE`, and the rest spreads between processes by `sd`, as a log ratio."""
-    rng = np.random.default_rng((seed, 1))
-
-    def call(logs: Array) -> Array:
-        rest = rng.normal(0, sd, logs.shape)
-        return np.log(LOOP_SHARE * np.exp(logs) + (1 - LOOP_SHARE) * np.exp(rest))
-
-    return dataclasses.replace(
-        loop, base=call(loop.base), run=call(loop.run), confirmation=call(loop.confirmation), loop=loop
-    )
+def _nights(base: Array, run: Array, confirmation: Array, earlier: Sequence[Array]) -> Nights:
+    moved = [night.mean(axis=-1) - base.mean(axis=-1) for night in earlier]
+    history = np.stack(moved, axis=-1) if moved else np.zeros((*base.shape[:2], 0))
+    return Nights(base=base, run=run, confirmation=confirmation, history=history)
 
 
 def decide(night: Nights, policy: Policy) -> Decisions:
     """`gate.judge_latency` for all nights at once."""
     if night.loop is None:
-        return _decide(night, policy, None)[0]
+        return _decide(night, policy)
     policy = policy.sharing(2)
-    call, limits = _decide(night, policy, None)
-    loop, _ = _decide(night.loop, policy, limits)
-    first = call.first | loop.looks_slow
+    call, loop = _decide(night, policy), _decide(night.loop, policy, has_ladder=False)
+    first = call.first | loop.first
     return Decisions(
-        looks_slow=call.looks_slow | loop.looks_slow,
         first=first,
         interval=call.interval | loop.interval,
         ladder=call.ladder,
@@ -143,15 +149,15 @@ def decide(night: Nights, policy: Policy) -> Decisions:
     )
 
 
-def _decide(night: Nights, policy: Policy, known: Mapping[int, Any] | None) -> tuple[Decisions, dict[int, Any]]:
-    """Decisions on one part of a call, and the limits of its levels, unless they are `known`."""
+def _decide(night: Nights, policy: Policy, *, has_ladder: bool = True) -> Decisions:
+    """Decisions on one part of a call."""
     ids = list(policy.parents)
     at = {id: number for number, id in enumerate(ids)}
     absolute_over = {at[id]: None if (d := policy.divisor(id)) is None else at[d] for id in ids}
-    ladder_over = {at[id]: at[up] for id, up in policy.parents.items() if up is not None}
+    ladder_over = {at[id]: at[up] for id, up in policy.parents.items() if up is not None and has_ladder}
     looks = []
     for tonight in (night.run, night.confirmation):
-        absolute, visible = _look(night, tonight, absolute_over, known, policy)
+        absolute, visible = _look(night, tonight, absolute_over, None, policy)
         limits = {level: found.limit for level, found in absolute.items()}
         of_steps = {level: np.maximum(limits[level], limits[parent]) for level, parent in ladder_over.items()}
         looks.append((absolute, _look(night, tonight, ladder_over, of_steps, policy)[0], visible))
@@ -168,15 +174,9 @@ def _decide(night: Nights, policy: Policy, known: Mapping[int, Any] | None) -> t
             behind = absolute[level].slower | (moved[:, level] - drift > absolute[level].limit)
             ladder_1[:, level] = ladder[level].slower & behind
             ladder_2[:, level] = ladder_1[:, level] & ladder_again[level].slower
-    decisions = Decisions(
-        looks_slow=interval_1,
-        first=interval_1 | ladder_1,
-        interval=interval,
-        ladder=ladder_2,
-        improved=improved & ~ladder_1,
-        visible=visible,
+    return Decisions(
+        first=interval_1 | ladder_1, interval=interval, ladder=ladder_2, improved=improved & ~ladder_1, visible=visible
     )
-    return decisions, {level: found.limit for level, found in absolute.items()}
 
 
 def _look(
@@ -215,9 +215,7 @@ def false_alarms(model: Model, levels: int) -> tuple[int, int]:
     policy = chain(model.policy, levels)
     first = red = 0
     for seed in range(model.nights // NIGHTS):
-        null = nights(model.draw, policy, levels=levels, history=model.history, seed=seed)
-        if model.rest_sd is not None:
-            null = with_rest(null, model.rest_sd, seed)
+        null = nights(model.draw, policy, levels=levels, history=model.history, seed=seed, rest_sd=model.rest_sd)
         decisions = decide(null, policy)
         first += int(decisions.first.any(axis=1).sum())
         red += int(decisions.red.any(axis=1).sum())
@@ -289,14 +287,15 @@ def main() -> None:
     print("\n| loop slowed by | call by | found | by the call alone | smallest visible of the loop, of the call |")
     print("|---|---|---|---|---|")
     policy = chain(GPU, len(LADDER))
-    null = with_rest(nights(gaussian(GPU_SPREAD), policy, levels=len(LADDER), seed=1), REST_SPREAD)
-    for effect in (0.01, 0.015, 0.02, 0.03, 0.05):
+    for effect, history in ((0.01, 0), (0.015, 0), (0.02, 0), (0.03, 0), (0.05, 0), (0.02, 10), (0.05, 10)):
+        null = nights(gaussian(GPU_SPREAD), policy, levels=len(LADDER), history=history, seed=1, rest_sd=REST_SPREAD)
         slower = null.with_slower_loop(SLOWED, math.log1p(effect))
         either, alone = (decide(own, policy) for own in (slower, dataclasses.replace(slower, loop=None)))
         seen = [100 * float(np.expm1(np.median(own.visible[:, SLOWED]))) for own in (either, alone)]
         found = [100 * float(own.red[:, SLOWED].mean()) for own in (either, alone)]
         print(
-            f"| +{100 * effect:g} % | +{100 * LOOP_SHARE * effect:.1f} % | {found[0]:.2f} % | {found[1]:.2f} % "
+            f"| +{100 * effect:g} %{', 10 nights of history' if history else ''} | +{100 * LOOP_SHARE * effect:.1f} % "
+            f"| {found[0]:.2f} % | {found[1]:.2f} % "
             f"| +{seen[0]:.1f} %, +{seen[1]:.1f} % |"
         )
     print(f"\n{time.perf_counter() - started:.0f} s")

@@ -81,23 +81,30 @@ def judge_latency(
     others = () if confirmation is None else confirmation[level]
     verdicts = {part: _judge(level, look, again.get(part), run[level], others) for part, look in looks.items()}
     decisive = min(verdicts, key=lambda part: _weight(verdicts[part]))
-    rest = [look.describe(level)[0] for part, look in looks.items() if part != decisive]
-    numbers = {
-        name if part == CALL else f"{part}_{name}": value
-        for part, own in verdicts.items()
-        for name, value in own.numbers.items()
-    }
-    message = " ".join([verdicts[decisive].message, *rest])
-    return verdicts[decisive].model_copy(update={"message": message, "numbers": numbers})
+    found = verdicts[decisive]
+    if len(verdicts) == 1:
+        return found
+    rest = [f"{looks[part].describe(level)[0]}{_told(own)}" for part, own in verdicts.items() if part != decisive]
+    parts = {f"{part}_{name}": value for part, own in verdicts.items() for name, value in own.numbers.items()}
+    return found.model_copy(update={"message": " ".join([found.message, *rest]), "numbers": found.numbers | parts})
 
 
 def _weight(found: Verdict) -> int:
     """Which of two verdicts on parts of a call is the call's: the lower one."""
     if found.outcome is Outcome.REGRESSED:
-        return 0
+        return 1 if found.rule == "unconfirmed" else 0
     if found.rule == "confirmation":
-        return 1
-    return 2 if found.outcome is Outcome.IMPROVED else 3
+        return 2
+    return 3 if found.outcome is Outcome.IMPROVED else 4
+
+
+def _told(found: Verdict) -> str:
+    """What became of the part of a call that did not decide."""
+    if found.outcome is Outcome.REGRESSED:
+        return (
+            " That looks red and is not confirmed." if found.rule == "unconfirmed" else " That is red too, confirmed."
+        )
+    return " That looked red, and the confirmation does not agree." if found.rule == "confirmation" else ""
 
 
 def _judge(
@@ -143,9 +150,10 @@ def _base_logs(levels: Mapping[str, LevelBaseline], part: str) -> dict[str, Arra
 def _looks(level: str, run: Run, baseline: Baseline, policy: Policy, processes: int) -> dict[str, _Look]:
     """CALL and, where it is judged, LOOP -> this run beside the baseline."""
     call = _Look.of(run, baseline, policy, processes)
-    loop = _Look.of(run, baseline, policy.sharing(2), processes, call)
-    is_call_alone = policy.relative_to is not None or baseline.source == "published"
-    if is_call_alone or level not in loop.base or level not in loop.tonight:
+    if policy.relative_to is not None or baseline.source == "published":
+        return {CALL: call}
+    loop = _Look.of(run, baseline, policy.sharing(2), processes, LOOP)
+    if level not in loop.base or level not in loop.tonight:
         return {CALL: call}
     return {CALL: dataclasses.replace(call, policy=loop.policy), LOOP: loop}
 
@@ -168,12 +176,10 @@ class _Look:
     policy: Policy
     processes: int
     """Of a night: what one of the baseline's `nights` was averaged over."""
-    call: _Look | None = None
-    """The look at whole calls, if this is one at their loops."""
+    part: str = CALL
 
     @classmethod
-    def of(cls, run: Run, baseline: Baseline, policy: Policy, processes: int, call: _Look | None = None) -> _Look:
-        part = CALL if call is None else LOOP
+    def of(cls, run: Run, baseline: Baseline, policy: Policy, processes: int, part: str = CALL) -> _Look:
         sound = {id: r for id, r in run.items() if r and not obstacle(id, r, baseline, clocked=True)}
         samples = {
             id: [m.samples_s if part == CALL else m.loop_s for m in measured(results)] for id, results in sound.items()
@@ -185,7 +191,7 @@ class _Look:
             baseline=baseline,
             policy=policy,
             processes=processes,
-            call=call,
+            part=part,
         )
 
     @property
@@ -225,7 +231,7 @@ class _Look:
         own, drift = self.absolute(level), self.drift(level)
         behind = drift is not None and own.ratio - drift > own.limit
         # A second ladder would make one night in a thousand red for nothing, where a few levels have two modes.
-        asked = ("interval", "ladder") if self.call is None else ("interval",)
+        asked = ("interval", "ladder") if self.part == CALL else ("interval",)
         return [rule for rule in asked if self.looks_red(level, rule) and (rule == "interval" or own.slower or behind)]
 
     def blame(self, level: str) -> str:
@@ -261,7 +267,7 @@ class _Look:
         visible = noise.visible(base, len(tonight), self._spread(level, self._over), own.limit, self.policy)
         unit = " s" if over is None else f" of {over}"
         kind = "published" if self.baseline.source == "published" else "recorded"
-        what = f"{level!r}" if self.call is None else f"The denoising loop of {level!r}"
+        what = f"{level!r}" if self.part == CALL else f"The denoising loop of {level!r}"
         text = (
             f"{what} took {math.exp(tonight.mean()):.4g}{unit} ({len(tonight)} process(es)); the {kind} baseline "
             f"of {self.baseline.slug!r} says {math.exp(base.mean()):.4g}{unit} ({len(base)} process(es)). That is "
@@ -308,11 +314,10 @@ class _Look:
     def _limit(self, level: str) -> float:
         if self.baseline.source == "published":
             return self.policy.published_margin
-        if self.call is not None:  # how far nights lie apart is known of whole calls
-            return self.call._limit(level)
         error = noise.error(len(self.base[level]), self.processes, self._spread(level, self._over))
-        nights = np.clip(np.array(self.baseline.levels[level].nights, dtype=float), -WIDEST, WIDEST)
-        return float(noise.limit(nights, error, self.policy))
+        own = self.baseline.levels[level]
+        nights = np.array(own.nights if self.part == CALL else own.loop_nights, dtype=float)
+        return float(noise.limit(np.clip(nights, -WIDEST, WIDEST), error, self.policy))
 
 
 def _percent(log_ratio: float) -> str:

@@ -116,6 +116,7 @@ def store_run(
         accepted=accepted,
         leaner=[level for level in session.levels if session.memory(level).outcome is Outcome.IMPROVED],
         nights=_nights(session),
+        loop_limits=_loop_limits(session, new),
         unsettled=[level for level in session.levels if session.latency(level).rule == "confirmation"],
         divisors={level: session.policy.divisor(level) for level in session.baseline.levels},
     )
@@ -127,16 +128,33 @@ def store_run(
 
 
 def _limits(session: Session, new: Baseline) -> dict[str, float]:
-    """Level -> latency limit as a log ratio; a level without one (not judged) has not moved."""
-    limits = {level: session.latency(level).numbers.get("limit") for level in new.levels}
-    return {level: math.inf if limit is None else math.log1p(limit) for level, limit in limits.items()}
+    """Level -> latency limit as a log ratio; a level without one (not judged) has not moved.
+
+    Where the denoising loop is judged beside the call, noise of the rest of a call is no movement: there a call moves
+    from the end of its own interval on.
+    """
+    limits = {}
+    for level in new.levels:
+        numbers = session.latency(level).numbers
+        own = numbers.get("call_limit", numbers.get("limit"))
+        limits[level] = math.inf if own is None else math.log1p(own)
+        ratio, high = numbers.get("call_ratio"), numbers.get("call_high")
+        if ratio is not None and high is not None:
+            limits[level] = max(limits[level], 3 * math.log(high / ratio))
+    return limits
 
 
-def _nights(session: Session) -> dict[str, float]:
-    """Level -> log ratio to the baseline, of the levels that passed without a second look."""
+def _loop_limits(session: Session, new: Baseline) -> dict[str, float]:
+    """Level -> limit of its denoising loop as a log ratio, where that is judged."""
+    limits = {level: session.latency(level).numbers.get("loop_limit") for level in new.levels}
+    return {level: math.log1p(limit) for level, limit in limits.items() if limit is not None}
+
+
+def _nights(session: Session) -> dict[str, tuple[float, float | None]]:
+    """Level -> log ratios to the baseline of call and loop, of the levels that passed without a second look."""
     verdicts = {level: session.latency(level) for level in session.levels}
     return {
-        level: math.log(ratio)
+        level: (math.log(ratio), None if (loop := verdict.numbers.get("loop_ratio")) is None else math.log(loop))
         for level, verdict in verdicts.items()
         if (verdict.outcome, verdict.rule) == (Outcome.PASS, "interval") and (ratio := verdict.numbers.get("ratio"))
     }

@@ -150,9 +150,13 @@ class Measurement(Strict):
 
     @property
     def loop_s(self) -> list[float]:
-        """One a round: the denoising loop, its steps or the graph of all, seconds; empty if neither is timed."""
+        """One a round: the denoising loop, its steps or the graph of all, seconds; empty if it is not timed in each."""
         steps = [own for name, own in self.stages_s.items() if name.startswith("step_")]
-        return [sum(own) for own in zip(*(steps or [self.stages_s.get("denoise", [])]), strict=True)]
+        steps = steps or [self.stages_s.get("denoise", [])]
+        if any(len(own) != len(self.samples_s) for own in steps):
+            return []
+        sums = [sum(own) for own in zip(*steps, strict=True)]
+        return sums if all(own > 0 for own in sums) else []
 
 
 class Result(Strict):
@@ -200,6 +204,8 @@ class LevelBaseline(Strict):
     processes: Annotated[list[ProcessSamples], Field(min_length=1)]
     nights: list[Finite] = []
     """Log ratios of earlier accepted nights to this baseline: how much this level moves when nothing changed."""
+    loop_nights: list[Finite] = []
+    """The same of its denoising loop."""
     proofs: list[Proof] = []
     peak_memory_bytes: list[Bytes] = []
     transformer_weight_bytes: Bytes | None = None
@@ -263,8 +269,8 @@ class Verdict(Strict):
     message: str
     """What was observed, what was expected and from where, what to do next. One paragraph."""
     numbers: dict[str, Finite | None] = {}
-    """`ratio`, `low`, `high`, `limit`, `smallest_visible` for latency, with `loop_` in front those of the denoising
-    loop; metric values and limits for fidelity."""
+    """`ratio`, `low`, `high`, `limit`, `smallest_visible` of the part of the call that decided a latency, and with
+    `call_` and `loop_` in front of both parts, where there are two; metric values and limits for fidelity."""
 
     @property
     def ok(self) -> bool:

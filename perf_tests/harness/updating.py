@@ -27,7 +27,8 @@ def update_baseline(
     *,
     accepted: Collection[str] = (),
     leaner: Collection[str] = (),
-    nights: Mapping[str, float] | None = None,
+    nights: Mapping[str, tuple[float, float | None]] | None = None,
+    loop_limits: Mapping[str, float] | None = None,
     divisors: Mapping[str, str | None] | None = None,
     unsettled: Collection[str] = (),
     today: datetime.date | None = None,
@@ -44,7 +45,9 @@ def update_baseline(
         limits: level id -> latency limit as the gate has it, the natural log of a ratio (0.02 is about +2 %).
         accepted: level ids of which anything was red and is let pass for `reason`: image, memory, counts or time.
         leaner: level ids whose peak memory improved; it is taken from `new`.
-        nights: level id -> tonight's log ratio to `old`, of those levels that passed.
+        nights: level id -> tonight's log ratio to `old` of call and, where it is judged, loop, of levels that passed.
+        loop_limits: level id -> the same as `limits` for the denoising loop, where that is judged. It tells whether a
+            level moved as well as the call does.
         reason: why slower is accepted; needed too if a level is accepted, or its effective fields or proofs changed.
         divisors: level id -> the policy's divisor, by whose median the level's is divided first. Where there is any,
             one level that moved replaces all: times of two runs do not mix where only ratios within a run count.
@@ -71,13 +74,25 @@ def update_baseline(
         )
     both = [level for level in old.levels if level in new.levels]
     ratios = {level: _unit(new, level, over.get(level)) / _unit(old, level, over.get(level)) for level in both}
+    loops = {level: _loop_s(new, level) / _loop_s(old, level) for level in loop_limits or {}}
     changed = {*accepted, *(level for level in both if not _is_built_alike(old.levels[level], new.levels[level]))}
-    moved = [
-        level
+    beyond: dict[str, list[float]] = {
+        level: [
+            ratio
+            for ratio, limit in (
+                (ratios[level], limits[level]),
+                (loops.get(level, 1.0), (loop_limits or {}).get(level)),
+            )
+            if limit is not None and abs(math.log(ratio)) > limit / 3
+        ]
         for level in both
-        if level in changed or (level not in unsettled and abs(math.log(ratios[level])) > limits[level] / 3)
-    ]
-    loosened = [f"{level} x{ratios[level]:.4f}" for level in moved if level in changed or ratios[level] > 1]
+    }
+    moved = [level for level in both if level in changed or (level not in unsettled and beyond[level])]
+    told = {
+        level: (max if any(ratio > 1 for ratio in beyond[level]) else min)(beyond[level], default=ratios[level])
+        for level in moved
+    }
+    loosened = [f"{level} x{told[level]:.4f}" for level in moved if level in changed or told[level] > 1]
     if loosened and not (reason and reason.strip()):
         raise BaselineError(
             f"slower, or built otherwise, than the baseline: {', '.join(loosened)}; "
@@ -99,17 +114,19 @@ def update_baseline(
         if level in replaced:
             levels[level] = _merge(kept, new.levels[level], level in moved and bool(reason))
         else:
-            levels[level] = _with_night(kept, (nights or {}).get(level))
+            levels[level] = _with_night(kept, *(nights or {}).get(level, (None, None)))
         changes = _changes(was, levels[level])
         if level in moved:
             changes.insert(0, _times(old, new, level, ratios[level], limits[level]))
+            if level in loops:
+                changes.insert(1, f"its loop x{loops[level]:.4f}")
         if changes:
             lines.append(f"{level}: {', '.join(changes)}")
     if not moved:
         return old.model_copy(update={"levels": levels}), lines
     date = (today or datetime.datetime.now(datetime.UTC).date()).isoformat()
     steps = [
-        AnnotatedStep(level=level, date=date, ratio=ratios[level], reason=reason or "faster; no reason given")
+        AnnotatedStep(level=level, date=date, ratio=told[level], reason=reason or "faster; no reason given")
         for level in moved
     ]
     update = {"environment": new.environment, "levels": levels, "steps": [*old.steps, *steps]}
@@ -172,8 +189,13 @@ def other_environment(old: Baseline, environment: Environment | None) -> str | N
 
 
 def _moved(witness: Verdict) -> str | None:
-    """How a level says that the machine is another than it was, None if it does not."""
-    ratio, low, high, limit = (witness.numbers.get(name) for name in ("ratio", "low", "high", "limit"))
+    """How a level, in whatever part of its call, says that the machine is another than it was; None if it does not."""
+    parts = ("call_", "loop_") if "loop_ratio" in witness.numbers else ("",)
+    return next((said for part in parts if (said := _moved_in(part, witness))), None)
+
+
+def _moved_in(part: str, witness: Verdict) -> str | None:
+    ratio, low, high, limit = (witness.numbers.get(f"{part}{name}") for name in ("ratio", "low", "high", "limit"))
     if ratio is None or low is None or high is None or limit is None:
         return f"was not compared ({witness.rule})"
     told = f"x{ratio:.4f} (interval x{low:.4f} to x{high:.4f}, limit {limit:.2%}"
@@ -196,15 +218,22 @@ def _refuse_other(old: Baseline, new: Baseline, added: Collection[str]) -> None:
             )
 
 
-def _with_night(level: LevelBaseline, night: float | None) -> LevelBaseline:
+def _with_night(level: LevelBaseline, night: float | None, loop_night: float | None) -> LevelBaseline:
     # No change at all is the baseline's own run, and the same change to the last bit is a run that was kept before.
     if not night or night in level.nights:
         return level
-    return level.model_copy(update={"nights": [*level.nights, night][-NIGHTS_KEPT:]})
+    loops = level.loop_nights if loop_night is None else [*level.loop_nights, loop_night]
+    return level.model_copy(
+        update={"nights": [*level.nights, night][-NIGHTS_KEPT:], "loop_nights": loops[-NIGHTS_KEPT:]}
+    )
 
 
 def _median_s(baseline: Baseline, level: str) -> float:
     return statistics.median(statistics.median(process.samples_s) for process in baseline.levels[level].processes)
+
+
+def _loop_s(baseline: Baseline, level: str) -> float:
+    return statistics.median(statistics.median(process.loop_s) for process in baseline.levels[level].processes)
 
 
 def _unit(baseline: Baseline, level: str, over: str | None) -> float:
@@ -219,7 +248,9 @@ def _is_built_alike(old: LevelBaseline, new: LevelBaseline) -> bool:
 
 def _merge(old: LevelBaseline, new: LevelBaseline, with_reason: bool) -> LevelBaseline:
     # Nights stay as they are: each tells how far this level moved from its baseline of then when nothing had changed.
-    kept = ("nights",) if with_reason else ("nights", "fidelity", "step_error", "peak_memory_bytes")
+    kept: tuple[str, ...] = ("nights", "loop_nights")
+    if not with_reason:
+        kept += ("fidelity", "step_error", "peak_memory_bytes")
     return new.model_copy(update={field: getattr(old, field) for field in kept})
 
 
