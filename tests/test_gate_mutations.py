@@ -38,7 +38,7 @@ MUTATIONS = {
     "ladder dropped": ("gate", '("interval", "ladder") if', '("interval",) if'),
     "faster parent blamed on the child": ("gate", '(rule == "interval" or own.slower or behind)', "True"),
     "loop not looked at": ("gate", "policy=loop.policy), LOOP: loop}", "policy=loop.policy)}"),
-    "loop with a ladder": ("gate", 'is None else ("interval",)', 'is None else ("interval", "ladder")'),
+    "loop with a ladder": ("gate", '== CALL else ("interval",)', '== CALL else ("interval", "ladder")'),
     "loop for call": ("gate", "decisive = min(", "decisive = max("),
     "error of two looks doubled": ("policy", "alpha=self.alpha / series", "alpha=self.alpha"),
     "improvement over a published number": ("gate", '.faster and first.baseline.source == "recorded"', ".faster"),
