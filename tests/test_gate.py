@@ -136,7 +136,7 @@ def test_what_is_confirmed_decides_over_what_is_not():
             for process, own in zip(base.levels[id].processes, baseline().levels[id].processes, strict=True)
         ]}) for id in IDS
     }})  # fmt: skip
-    again = {"float8": [own for own in confirmation(levels=["float8"])["float8"]]}
+    again = confirmation(levels=["float8"])
     for own in again["float8"]:
         own.measurement.stages_s["denoise"] = [SPEED_S["float8"] * samples.LOOP_SHARE * math.exp(0.03)] * 3
     verdict = gate.judge_latency("float8", tonight, base, GPU, again)

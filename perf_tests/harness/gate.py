@@ -18,7 +18,7 @@ from perf_tests.harness.exact import judge_fidelity, judge_memory, judge_step_er
 from perf_tests.harness.noise import Array, Comparison
 from perf_tests.harness.obstacles import ACCEPT, measured, no_divisor, obstacle, verdict
 from perf_tests.harness.policy import Policy, direction, nearest_parents, policy_for
-from perf_tests.harness.schema import Baseline, LevelBaseline, Outcome, Result, Verdict
+from perf_tests.harness.schema import Baseline, Measurement, Outcome, ProcessSamples, Result, Verdict
 
 __all__ = [
     "Policy",
@@ -142,8 +142,9 @@ def _log_medians(samples: Sequence[Sequence[float]]) -> Array:
     return np.log([float(np.median(of_process)) for of_process in samples])
 
 
-def _base_logs(levels: Mapping[str, LevelBaseline], part: str) -> dict[str, Array]:
-    parts = {id: [p.samples_s if part == CALL else p.loop_s for p in level.processes] for id, level in levels.items()}
+def _part_logs(levels: Mapping[str, Sequence[Measurement | ProcessSamples]], part: str) -> dict[str, Array]:
+    """Log medians of one part of the call, of those levels that were timed in it in every process."""
+    parts = {id: [own.samples_s if part == CALL else own.loop_s for own in levels[id]] for id in levels}
     return {id: _log_medians(samples) for id, samples in parts.items() if all(samples)}
 
 
@@ -181,18 +182,9 @@ class _Look:
     @classmethod
     def of(cls, run: Run, baseline: Baseline, policy: Policy, processes: int, part: str = CALL) -> _Look:
         sound = {id: r for id, r in run.items() if r and not obstacle(id, r, baseline, clocked=True)}
-        samples = {
-            id: [m.samples_s if part == CALL else m.loop_s for m in measured(results)] for id, results in sound.items()
-        }
-        base = _base_logs(baseline.levels, part)
-        return cls(
-            base=base,
-            tonight={id: _log_medians(own) for id, own in samples.items() if id in base and all(own)},
-            baseline=baseline,
-            policy=policy,
-            processes=processes,
-            part=part,
-        )
+        base = _part_logs({id: level.processes for id, level in baseline.levels.items()}, part)
+        tonight = _part_logs({id: measured(results) for id, results in sound.items() if id in base}, part)
+        return cls(base=base, tonight=tonight, baseline=baseline, policy=policy, processes=processes, part=part)
 
     @property
     def _over(self) -> Over:

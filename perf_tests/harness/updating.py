@@ -74,22 +74,19 @@ def update_baseline(
         )
     both = [level for level in old.levels if level in new.levels]
     ratios = {level: _unit(new, level, over.get(level)) / _unit(old, level, over.get(level)) for level in both}
-    loops = {level: _loop_s(new, level) / _loop_s(old, level) for level in loop_limits or {}}
-    changed = {*accepted, *(level for level in both if not _is_built_alike(old.levels[level], new.levels[level]))}
-    beyond: dict[str, list[float]] = {
-        level: [
-            ratio
-            for ratio, limit in (
-                (ratios[level], limits[level]),
-                (loops.get(level, 1.0), (loop_limits or {}).get(level)),
-            )
-            if limit is not None and abs(math.log(ratio)) > limit / 3
-        ]
-        for level in both
+    loops = {
+        level: _median_s(new, level, is_loop=True) / _median_s(old, level, is_loop=True) for level in loop_limits or {}
     }
+    changed = {*accepted, *(level for level in both if not _is_built_alike(old.levels[level], new.levels[level]))}
+    beyond: dict[str, list[float]] = {level: [] for level in both}
+    for of_part, own_limits in ((ratios, limits), (loops, loop_limits or {})):
+        for level in of_part:
+            if abs(math.log(of_part[level])) > own_limits[level] / 3:
+                beyond[level].append(of_part[level])
     moved = [level for level in both if level in changed or (level not in unsettled and beyond[level])]
+    # Of two parts of a call, one that got slower tells; else the one that got faster by more.
     told = {
-        level: (max if any(ratio > 1 for ratio in beyond[level]) else min)(beyond[level], default=ratios[level])
+        level: max(beyond[level], key=lambda ratio: (ratio > 1, abs(math.log(ratio))), default=ratios[level])
         for level in moved
     }
     loosened = [f"{level} x{told[level]:.4f}" for level in moved if level in changed or told[level] > 1]
@@ -228,12 +225,9 @@ def _with_night(level: LevelBaseline, night: float | None, loop_night: float | N
     )
 
 
-def _median_s(baseline: Baseline, level: str) -> float:
-    return statistics.median(statistics.median(process.samples_s) for process in baseline.levels[level].processes)
-
-
-def _loop_s(baseline: Baseline, level: str) -> float:
-    return statistics.median(statistics.median(process.loop_s) for process in baseline.levels[level].processes)
+def _median_s(baseline: Baseline, level: str, *, is_loop: bool = False) -> float:
+    processes = baseline.levels[level].processes
+    return statistics.median(statistics.median(own.loop_s if is_loop else own.samples_s) for own in processes)
 
 
 def _unit(baseline: Baseline, level: str, over: str | None) -> float:
