@@ -54,6 +54,13 @@ class Level:
             prefers kernels that count tiles in memory, which has to be cleared before every GEMM.
         split_attention_tail: the query rows that would begin one more wave of tiles on a GPU that is full of them go
             to a second launch of FlashAttention-3, which splits the keys instead.
+        no_host_waits: between a call's start and the copy of its image the host waits for nothing, so that it launches
+            the loop while the text encoders run: T5 goes first and CLIP's tokens are made behind it, token ids are
+            copied from pinned memory, and the ids of the text tokens stay on the device.
+        subpixel_upsampling: each of the decoder's nearest-neighbour upsamplings and the 3x3 convolution behind it as
+            one 2x2 convolution of the small image, with four times the channels: 4 products for 9.
+        fused_residuals: a single block's gated residual in the kernel of the next block's norm, and one kernel that
+            quantises a double block's attention output.
         gemm_search: max-autotune times Triton's GEMM templates beside the libraries' kernels, up to 106 for a shape in
             float8.
         coordinate_descent: Inductor's search for the launch parameters of every kernel it writes, which flux-fast
@@ -79,6 +86,9 @@ class Level:
     fast_decode: bool = False
     no_gemm_workspace: bool = False
     split_attention_tail: bool = False
+    no_host_waits: bool = False
+    subpixel_upsampling: bool = False
+    fused_residuals: bool = False
     gemm_search: bool = False
     coordinate_descent: bool = False
 
@@ -168,7 +178,10 @@ FAST_ENCODE = WHOLE_LOOP_GRAPH.then("fast_encode", fast_encode=True)
 FAST_DECODE = FAST_ENCODE.then("fast_decode", fast_decode=True)
 NO_GEMM_WORKSPACE = FAST_DECODE.then("no_gemm_workspace", no_gemm_workspace=True)
 SPLIT_ATTENTION_TAIL = NO_GEMM_WORKSPACE.then("split_attention_tail", split_attention_tail=True)
-GEMM_SEARCH = SPLIT_ATTENTION_TAIL.then("gemm_search", gemm_search=True)
+NO_HOST_WAITS = SPLIT_ATTENTION_TAIL.then("no_host_waits", no_host_waits=True)
+SUBPIXEL_UPSAMPLING = NO_HOST_WAITS.then("subpixel_upsampling", subpixel_upsampling=True)
+FUSED_RESIDUALS = SUBPIXEL_UPSAMPLING.then("fused_residuals", fused_residuals=True)
+GEMM_SEARCH = FUSED_RESIDUALS.then("gemm_search", gemm_search=True)
 
 BEYOND: tuple[Level, ...] = (
     FLOAT8_ROWWISE,
@@ -181,6 +194,9 @@ BEYOND: tuple[Level, ...] = (
     FAST_DECODE,
     NO_GEMM_WORKSPACE,
     SPLIT_ATTENTION_TAIL,
+    NO_HOST_WAITS,
+    SUBPIXEL_UPSAMPLING,
+    FUSED_RESIDUALS,
     GEMM_SEARCH,
 )
 """Rungs past flux-fast, beside the ladder until one baseline holds all of them: then those that gain move onto it.
