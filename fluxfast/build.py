@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from fluxfast import aoti, convolution, decoder, fused, proof, steps, workspace
+from fluxfast import ahead, aoti, convolution, decoder, fused, proof, steps, workspace
 from fluxfast.attention import COUNT, LaunchCount, has_tail
 from fluxfast.checkpoints import Pipeline, load, pipeline_class
 from fluxfast.compilation import (
@@ -36,6 +36,7 @@ from fluxfast.compilation import (
     compile_transformer,
     inductor_options,
     keep_masks_in_capture,
+    lay_out_position_bias,
     text_encoder_layers,
     unify_single_block_inputs,
 )
@@ -68,6 +69,7 @@ class Built:
         unavailable: those fields, each with its reason.
         facts: the counts taken while building.
         has_tail: whether attention of the workload's size has a tail that `split_attention_tail` launches by itself.
+        waits: of the host for the device in the call that `watch` counted them in; None if there was none.
     """
 
     pipeline: Pipeline
@@ -83,6 +85,7 @@ class Built:
     modulation: StagedModulation | None = None
     rotary: StagedRotary | None = None
     has_tail: bool = False
+    waits: int | None = None
     _fa3_before: LaunchCount = dataclasses.field(default_factory=LaunchCount)
 
     @property
@@ -95,6 +98,17 @@ class Built:
         ran = dict.fromkeys(("loop", *TEXT_ENCODERS), calls)
         ran |= {name: graph.function_calls for name, graph in self.graphed.items()}
         return {"transformer": ran["loop"] * num_steps, "decoder": calls} | ran
+
+    def watch(self, call: Callable[[], Any]) -> int:
+        """Count the host's waits in one more pipeline call, where the level says that it does not wait.
+
+        Returns:
+            How many calls that was, 0 or 1, for `prove`.
+        """
+        if self.device != "cuda" or not self.level.no_host_waits:
+            return 0
+        self.waits = ahead.waits(call)
+        return 1
 
     def prove(self, calls: int, num_steps: int) -> list[proof.Fact]:
         """All facts, after exactly `calls` calls of `num_steps` steps.
@@ -186,7 +200,7 @@ def build(
         workspace.drop()
     pipeline = load(workload.checkpoint, getattr(torch, applied.dtype), machine.device, kind=pipeline_class(workload))
     if applied.whole_loop_graph:
-        pipeline = LoopPipeline.of(pipeline)
+        pipeline = (ahead.AheadPipeline if applied.no_host_waits else LoopPipeline).of(pipeline)
     on_stage("apply", "")
     facts = apply_static_fields(pipeline, applied, target)
     built = Built(
@@ -216,6 +230,7 @@ def build(
             compile_forward(layer, built.text_compiler)
         for name in TEXT_ENCODERS:
             keep_masks_in_capture(getattr(pipeline, name))
+        lay_out_position_bias(pipeline.text_encoder_2)
     if applied.precomputed_modulation and applied.has_fused_blocks and applied.whole_loop_graph:
         built.modulation = pipeline.modulation = StagedModulation(pipeline)
     if applied.compile_mode != "none" and machine.device == "cuda":

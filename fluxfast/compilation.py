@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
-from transformers.models.t5.modeling_t5 import T5Block
+from transformers.models.t5.modeling_t5 import T5Attention, T5Block
 from transformers.utils import import_utils
 
 from fluxfast.levels import COORDINATE_DESCENT, INDUCTOR_FLAGS, TRITON_GEMMS, Level
@@ -167,6 +167,33 @@ def keep_masks_in_capture(encoder: nn.Module) -> None:
             import_utils.is_cuda_stream_capturing = asked
 
     encoder.forward = call
+
+
+def lay_out_position_bias(encoder: nn.Module) -> None:
+    """Have T5's position bias in the order of its shape, so that PyTorch finds a fused attention for it.
+
+    transformers permutes an embedding's rows into (1, heads, queries, keys), keys far apart in memory. Every fused
+    attention refuses such a mask, and what is left computes in float32 without tensor cores.
+    """
+    for attention in _bias_makers(encoder):
+        attention.compute_bias = _contiguous(attention.compute_bias)
+
+
+def position_biases_in_order(encoder: nn.Module) -> int:
+    """How many of T5's attentions make a position bias whose keys lie side by side; all layers use the first's."""
+    with torch.no_grad():
+        return sum(attention.compute_bias(8, 8).stride(-1) == 1 for attention in _bias_makers(encoder))
+
+
+def _bias_makers(encoder: nn.Module) -> list[T5Attention]:
+    return [m for m in encoder.modules() if isinstance(m, T5Attention) and m.has_relative_attention_bias]
+
+
+def _contiguous(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return function(*args, **kwargs).contiguous()
+
+    return call
 
 
 def compile_forward(module: nn.Module, compiler: Compiler) -> None:

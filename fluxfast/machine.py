@@ -99,6 +99,10 @@ def unavailable(level: Level, machine: Machine) -> dict[str, str]:
         )
     if level.whole_loop_graph and machine.capability is None:
         reasons["whole_loop_graph"] = f"whole_loop_graph: needs CUDA graphs; found {machine.found}"
+    if level.no_host_waits and machine.capability is None:
+        reasons["no_host_waits"] = (
+            f"no_host_waits: needs a device that works while the host goes on; found {machine.found}"
+        )
     for field in SEARCH_FIELDS:
         if getattr(level, field) and (machine.capability is None or not machine.triton):
             reasons[field] = f"{field}: is a search among Triton kernels on CUDA; found {machine.found_with_triton}"

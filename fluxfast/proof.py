@@ -16,7 +16,7 @@ from torch import nn
 
 from fluxfast import workspace
 from fluxfast.attention import Fa3Fp8Processor
-from fluxfast.compilation import block_lists, text_encoder_layers
+from fluxfast.compilation import block_lists, position_biases_in_order, text_encoder_layers
 from fluxfast.decoder import FusedGroupNorm, GemmAttnProcessor, norms
 from fluxfast.decoder import attentions as decoder_attentions
 from fluxfast.errors import StepNotApplied
@@ -225,6 +225,8 @@ def text_encoder_facts(built: Built, forwards: Mapping[str, int]) -> list[Fact]:
              len(compiler.graphs) if compiler else 0, _all_if(on, 3)),
         Fact("fast_encode", "calls of compiled text encoder layers",
              compiler.calls if compiler else 0, _all_if(on, calls)),
+        Fact("fast_encode", "position biases in an order that a fused attention takes",
+             position_biases_in_order(built.pipeline.text_encoder_2), _all_if(on, 1)),
     ]  # fmt: skip
 
 
@@ -286,6 +288,15 @@ def run_facts(built: Built, calls: int, steps: int) -> list[Fact]:
         Fact("whole_loop_graph", "calls whose denoising loop is one function",
              through, _all_if(level.whole_loop_graph, calls))
     )  # fmt: skip
+    encoded = getattr(built.pipeline, "encoded", 0)
+    facts.append(
+        Fact("no_host_waits", "calls whose prompt is encoded without waiting",
+             encoded, _all_if(level.no_host_waits, calls))
+    )  # fmt: skip
+    if built.waits is not None:
+        facts.append(
+            Fact("no_host_waits", "waits of the host in one call, that for the image included", built.waits, 1)
+        )
     if built.device == "cuda":
         stepwise = compiled and not level.whole_loop_graph
         for field, name, expected in (

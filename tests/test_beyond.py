@@ -6,6 +6,7 @@ seconds instead of thirty.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -15,6 +16,7 @@ from micro_flux import BLOCKS, STEPS
 from torch import nn
 
 from fluxfast import build as building
+from fluxfast import proof
 from fluxfast.build import Built, build, generate
 from fluxfast.errors import LevelUnavailable, StepNotApplied
 from fluxfast.levels import BEYOND, get_level
@@ -137,3 +139,34 @@ def test_float8_everywhere_is_not_row_wise(micro: Workload, monkeypatch: pytest.
     monkeypatch.setattr(steps, "float8_rowwise", steps.float8_tensorwise)
     with pytest.raises(StepNotApplied, match="0 block Linears with row-wise float8 weights, expected 11"):
         build(micro, get_level("float8_rowwise"))
+
+
+def test_waits_are_counted_where_there_is_a_device(
+    micro: Workload, hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one call more, and only by a level that says that its host does not wait."""
+    for id, calls in (("no_host_waits", 1), ("split_attention_tail", 0)):
+        built, made = build(micro, get_level(id)), []
+        assert built.watch(lambda made=made: made.append(1)) == 0 and not made
+        monkeypatch.setattr(built, "device", "cuda")
+        monkeypatch.setattr(building.ahead, "waits", lambda call: (call(), 3)[1])
+        assert built.watch(lambda made=made: made.append(1)) == calls == len(made)
+        waits = [fact for fact in proof.run_facts(built, 0, STEPS) if "waits of the host" in fact.what]
+        assert [(fact.observed, fact.expected) for fact in waits] == [(3, 1)] * calls
+
+
+def test_synchronisations_are_counted_and_the_mode_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch tells of them in warnings, beside which others may stand, and a call may fail."""
+    modes = ["default"]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def call() -> None:
+        for said in ("called a synchronizing CUDA operation (Triggered internally)", "a prototype feature"):
+            for _ in range(2):
+                warnings.warn(said, stacklevel=1)
+
+    assert building.ahead.waits(call) == 2 and modes == ["default", "warn", "default"]
+    with pytest.raises(ZeroDivisionError):
+        building.ahead.waits(lambda: 1 // 0)
+    assert modes[-1] == "default"

@@ -10,6 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from micro_flux import micro_pipeline
 
+from fluxfast.ahead import AheadPipeline
 from fluxfast.fused import sdpa
 from fluxfast.kernels.fuse import fuse_blocks
 from fluxfast.kernels.ops import EXACT
@@ -134,3 +135,50 @@ def test_clock_shows_the_loop_as_one_stage() -> None:
     assert stages.first_step_output.shape == (1, 16, 64) and stages.decoded.shape == (1, 3, 64, 64)
     seconds = {name: [value] for name, value in timed.stages_s.items()}
     assert sanity.step_seconds(TINY, seconds) == [timed.stages_s["denoise"] / TINY.num_inference_steps]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prompt_encoded_ahead_is_the_stock_pipelines(dtype: torch.dtype) -> None:
+    """The same embeddings and ids for one prompt and several, of any length, and the same image."""
+    stock = micro_pipeline().to(dtype)
+    ahead = AheadPipeline.of(stock)
+    for prompt, length in (("a red heart", 16), (["a blue square", "a red heart on " * 9], 32), ("", 16)):
+        arguments = {"prompt": prompt, "prompt_2": None, "device": torch.device("cpu"), "max_sequence_length": length}
+        own = ahead.encode_prompt(**arguments)
+        for mine, theirs in zip(own, stock.encode_prompt(**arguments), strict=True):
+            assert torch.equal(mine, theirs) and mine.dtype == theirs.dtype
+        assert ahead.encode_prompt(**arguments)[2] is own[2]
+    assert ahead.encoded == 6
+    assert np.array_equal(np.asarray(draw(ahead, **CALLS[1])[0]), np.asarray(draw(stock, **CALLS[1])[0]))
+
+
+def test_longer_encoder_is_launched_first() -> None:
+    """CLIP's tokens are made while T5 runs."""
+    ahead, order = AheadPipeline.of(micro_pipeline()), []
+    for name in ("tokenizer_2", "text_encoder_2", "tokenizer", "text_encoder"):
+        part, kind = getattr(ahead, name), type(getattr(ahead, name))
+
+        def watched(self: Any, *args: Any, name: str = name, call: Any = kind.__call__, **kwargs: Any) -> Any:
+            order.append(name)
+            return call(self, *args, **kwargs)
+
+        part.__class__ = type(kind.__name__, (kind,), {"__call__": watched})
+    ahead.encode_prompt("a red heart", max_sequence_length=16)
+    assert order == ["tokenizer_2", "text_encoder_2", "tokenizer", "text_encoder"]
+
+
+def test_cut_prompt_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """What no encoder sees is named; a prompt that just fits, and one that is padded, say nothing."""
+    ahead = AheadPipeline.of(micro_pipeline())
+    whole = ahead.tokenizer_2("a red heart on a plain white background", return_tensors="pt").input_ids.shape[1]
+    for length in (whole + 1, whole):
+        ahead.encode_prompt("a red heart on a plain white background", max_sequence_length=length)
+    assert not caplog.records
+    ahead.encode_prompt("a red heart on a plain white background", max_sequence_length=whole - 2)
+    assert "are used, and this was cut" in caplog.text and "background" in caplog.text
+
+
+def test_textual_inversions_are_refused() -> None:
+    """Tokens that no prompt is searched for would silently do nothing."""
+    with pytest.raises(ValueError, match="looks for no textual inversions"):
+        AheadPipeline.of(micro_pipeline()).load_textual_inversion("somewhere")

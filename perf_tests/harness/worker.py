@@ -195,6 +195,7 @@ def measure(
         generate(built, drawn)
     stages.clock.wait()
     warmup_s = time.perf_counter() - warmup_started
+    watched = built.watch(lambda: generate(built, drawn))
     read_counters()
     rounds = []
     for index in range(workload.rounds):
@@ -202,7 +203,7 @@ def measure(
         output, timed = stages.round(lambda: generate(built, drawn), delay)
         rounds.append(timed)
     read_counters()
-    proofs = built.prove(workload.warmup_rounds + workload.rounds, workload.num_inference_steps)
+    proofs = built.prove(workload.warmup_rounds + watched + workload.rounds, workload.num_inference_steps)
     assert stages.decoded is not None and stages.first_step_output is not None
     faults.require_finite(stages.decoded.float().cpu().numpy(), f"level {built.level.id!r}: the decoded image")
     np.save(out / STEP_FILE, stages.first_step_output.float().cpu().numpy())
