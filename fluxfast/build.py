@@ -2,9 +2,11 @@
 
 The one legal order of application, which is not the ladder's order:
 
-1. `no_gemm_workspace`, which cuBLASLt reads when it is first used, then load in `dtype`,
+1. `no_gemm_workspace`, which cuBLASLt reads when it is first used, then load in `dtype`, as the pipeline that
+   `whole_loop_graph` or `no_host_waits` asks for,
 2. `fused_projections` (before float8, which would convert the separate projections),
-3. `memory_format` (before anything records strides), then `fast_decode`, whose norms want NHWC,
+3. `memory_format` (before anything records strides), then `fast_decode`, whose norms want NHWC, and
+   `subpixel_upsampling`, whose convolutions write it,
 4. `attention` (before compilation traces the processor),
 5. `quantization`; or the fused blocks, which quantise their own Linears, for `fused_quantize`,
    `precomputed_modulation`, `fused_qk_rope` and `merged_projections`,
@@ -26,7 +28,7 @@ from typing import Any
 
 import torch
 
-from fluxfast import ahead, aoti, convolution, decoder, fused, proof, steps, workspace
+from fluxfast import ahead, aoti, convolution, decoder, fused, proof, steps, upsampling, workspace
 from fluxfast.attention import COUNT, LaunchCount, has_tail
 from fluxfast.checkpoints import Pipeline, load, pipeline_class
 from fluxfast.compilation import (
@@ -255,10 +257,13 @@ def apply_static_fields(pipeline: Pipeline, applied: Level, target: Level) -> li
     facts += proof.fusion_facts(pipeline, target)
     if applied.memory_format == "channels_last":
         steps.channels_last(pipeline)
-    facts += proof.memory_format_facts(pipeline.vae, target)
     if applied.fast_decode:
         decoder.fuse_norms(pipeline.vae.decoder)
         decoder.use_gemms_for_attention(pipeline.vae.decoder)
+    if applied.subpixel_upsampling:
+        upsampling.use_subpixels(pipeline.vae.decoder)
+    # After every convolution that the fields above have made.
+    facts += proof.memory_format_facts(pipeline.vae, target)
     facts += proof.decoder_facts(pipeline.vae.decoder, target)
     if applied.attention != "sdpa":
         cast_outside = applied.attention == "fa3_fp8"

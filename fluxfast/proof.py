@@ -23,6 +23,7 @@ from fluxfast.errors import StepNotApplied
 from fluxfast.kernels.linear import RowwiseFloat8Linear
 from fluxfast.levels import COORDINATE_DESCENT, INDUCTOR_FLAGS, TRITON_GEMMS, Level
 from fluxfast.steps import UNFUSED, attentions, block_linears, blocks_of, float8_candidates, linears
+from fluxfast.upsampling import SubpixelUpsample, upsamplings
 
 if TYPE_CHECKING:
     from diffusers import FluxPipeline
@@ -102,7 +103,8 @@ def memory_format_facts(vae: nn.Module, level: Level) -> list[Fact]:
 
 
 def decoder_facts(decoder: nn.Module, level: Level) -> list[Fact]:
-    """Norms of the VAE's decoder that are one operation with their activation, what is left beside, and attentions."""
+    """Of the VAE's decoder: norms that are one operation with their activation, activations left beside them,
+    attentions, and upsamplings."""
     found = norms(decoder)
     fused = sum(isinstance(norm, FusedGroupNorm) for norm in found)
     facts = [Fact("fast_decode", "fused norms in the decoder", fused, _all_if(level.fast_decode, len(found)))]
@@ -112,7 +114,11 @@ def decoder_facts(decoder: nn.Module, level: Level) -> list[Fact]:
     attended = decoder_attentions(decoder)
     as_gemms = sum(isinstance(attn.processor, GemmAttnProcessor) for attn in attended)
     expected = _all_if(level.fast_decode, len(attended))
-    return [*facts, Fact("fast_decode", "attentions of the decoder as two GEMMs", as_gemms, expected)]
+    facts.append(Fact("fast_decode", "attentions of the decoder as two GEMMs", as_gemms, expected))
+    doubled = upsamplings(decoder)
+    summed = sum(isinstance(module, SubpixelUpsample) for module in doubled)
+    expected = _all_if(level.subpixel_upsampling, len(doubled))
+    return [*facts, Fact("subpixel_upsampling", "upsamplings as one 2x2 convolution", summed, expected)]
 
 
 def attention_facts(transformer: nn.Module, level: Level) -> list[Fact]:
@@ -282,6 +288,11 @@ def run_facts(built: Built, calls: int, steps: int) -> list[Fact]:
     facts.append(
         Fact("fast_decode", "calls of Triton's GroupNorm",
              built.compiler.calls_of("fluxfast::group_norm_silu"), _all_if(level.fast_decode, fused_norms))
+    )  # fmt: skip
+    nearest = _all_if(compiled and not packaged and not level.subpixel_upsampling, forwards["decoder"])
+    facts.append(
+        Fact("subpixel_upsampling", "nearest-neighbour upsamplings in compiled code",
+             built.compiler.calls_of("interpolate"), nearest * len(upsamplings(built.pipeline.vae.decoder)))
     )  # fmt: skip
     through = getattr(built.pipeline, "loops", 0)
     facts.append(
