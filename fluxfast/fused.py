@@ -1,7 +1,7 @@
 """Swaps diffusers' blocks for the fused ones of `fluxfast.kernels`, with the operations that a level asks for.
 
-Without `fused_quantize` or `fused_qk_rope` an operation is the plain PyTorch one, which Inductor fuses as well as it
-can: a rung changes which kernel computes something, not what is computed.
+Without `fused_quantize`, `fused_qk_rope` or `fused_residuals` an operation is the plain PyTorch one, which Inductor
+fuses as well as it can: a rung changes which kernel computes something, not what is computed.
 """
 
 from __future__ import annotations
@@ -31,12 +31,21 @@ def fuse(transformer: nn.Module, level: Level) -> list[nn.Module]:
         The new blocks, double ones first.
     """
     attention = _attention(transformer)
-    kernels = {"quantize": level.fused_quantize, "qk_rope": level.fused_qk_rope}
+    kernels = {
+        "quantize": level.fused_quantize,
+        "qk_rope": level.fused_qk_rope,
+        "quantize_rows": level.fused_residuals,
+    }
     ops = triton_ops(**kernels) if any(kernels.values()) else REFERENCE
     if attention is sdpa:
         ops = _with_exact_attention_inputs(ops)
     return fuse_blocks(
-        transformer, attention=attention, ops=ops, merged_projections=level.merged_projections, chained=True
+        transformer,
+        attention=attention,
+        ops=ops,
+        merged_projections=level.merged_projections,
+        chained=True,
+        fused_residuals=level.fused_residuals,
     )
 
 

@@ -59,8 +59,9 @@ class Level:
             copied from pinned memory, and the ids of the text tokens stay on the device.
         subpixel_upsampling: each of the decoder's nearest-neighbour upsamplings and the 3x3 convolution behind it as
             one 2x2 convolution of the small image, with four times the channels: 4 products for 9.
-        fused_residuals: a single block's gated residual in the kernel of the next block's norm, and one kernel that
-            quantises a double block's attention output.
+        fused_residuals: the gated residual at the end of a block, single or double, in the kernel of the next block's
+            norm, and one Triton kernel that quantises a double block's attention output. Blocks hand on what is still
+            to be added, and the first of either kind gets a zero gate, so that it is compiled like the others.
         gemm_search: max-autotune times Triton's GEMM templates beside the libraries' kernels, up to 106 for a shape in
             float8.
         coordinate_descent: Inductor's search for the launch parameters of every kernel it writes, which flux-fast
@@ -126,6 +127,7 @@ FUSED_BLOCK_FIELDS: tuple[str, ...] = (
     "precomputed_modulation",
     "fused_qk_rope",
     "merged_projections",
+    "fused_residuals",
 )
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Level) if f.name in FIELDS}
 

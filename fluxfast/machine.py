@@ -14,7 +14,7 @@ from fluxfast.levels import DEFAULTS, FUSED_BLOCK_FIELDS, Level
 FA3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")
 """FlashAttention-3's own build, and the forward-only wheel of PyPI's `fa3-fwd`."""
 
-TRITON_FIELDS = ("fused_quantize", "fused_qk_rope", "fast_decode")
+TRITON_FIELDS = ("fused_quantize", "fused_qk_rope", "fast_decode", "fused_residuals")
 SEARCH_FIELDS = ("gemm_search", "coordinate_descent")
 ROWWISE_LT = (12, 9)
 """CUDA from which torch's row-wise float8 GEMM on a Hopper is cuBLASLt's; before, it is CUTLASS's."""

@@ -173,8 +173,9 @@ def quantization_facts(transformer: nn.Module, level: Level) -> list[Fact]:
 
 
 QUANTIZING = ("gelu_quantize", "layernorm_modulate_quantize", "residual_layernorm_modulate_quantize")
-"""Triton operations of a double block, each once a stream."""
+"""Triton operations of a double block, each once a stream; with `fused_residuals` the third instead of the second."""
 QUANTIZING_SINGLE = ("layernorm_modulate_quantize", "gelu_concat_quantize")
+"""Of a single block; with `fused_residuals` the norm is the one with the residual."""
 
 
 def fused_block_facts(built: Built, calls: int, loops: int, forwards: int) -> list[Fact]:
@@ -187,6 +188,8 @@ def fused_block_facts(built: Built, calls: int, loops: int, forwards: int) -> li
     kernels = {f"fluxfast::{name}" for name in QUANTIZING + QUANTIZING_SINGLE}
     gemms = 8 * double + (2 if level.merged_projections else 3) * single
     launches = forwards * (double * 2 * len(QUANTIZING) + single * len(QUANTIZING_SINGLE))
+    # In the middle of a double block anyway; with the field at the beginning of every block too.
+    sums = 2 * double + _all_if(level.fused_residuals, 2 * double + single)
     facts = [
         Fact("fused_quantize", "launches of Triton's quantising kernels",
              compiler.calls_of(*kernels), _all_if(level.fused_quantize, launches)),
@@ -207,6 +210,11 @@ def fused_block_facts(built: Built, calls: int, loops: int, forwards: int) -> li
              _all_if(level.merged_projections, single)),
         Fact("merged_projections", "float8 GEMMs called by the fused blocks",
              compiler.calls_of("_scaled_mm"), _all_if(level.has_fused_blocks, forwards * gemms)),
+        Fact("fused_residuals", "launches of Triton's gated residual and norm kernel",
+             compiler.calls_of("fluxfast::residual_layernorm_modulate_quantize"),
+             _all_if(level.fused_quantize, forwards * sums)),
+        Fact("fused_residuals", "launches of Triton's kernel that quantises rows alone",
+             compiler.calls_of("fluxfast::quantize_rows"), _all_if(level.fused_residuals, forwards * double)),
     ]  # fmt: skip
     if level.has_fused_blocks and built.scope == "blocks":
         # All other Linears of these blocks are float8 GEMMs of another name; the VAE's attention has no such GEMM.

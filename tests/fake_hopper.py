@@ -65,6 +65,7 @@ def triton_operations() -> dict[str, Any]:
     operations = (
         activations.gelu_quantize,
         activations.gelu_concat_quantize,
+        activations.quantize_rows,
         norms.layernorm_modulate_quantize,
         norms.residual_layernorm_modulate_quantize,
         qkv.qk_norm_rope_quantize,

@@ -6,14 +6,16 @@ seconds instead of thirty.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers.models.upsampling import Upsample2D
 from fake_hopper import CPU, HOPPER, pretend_to_be, triton_on_a_cpu
-from micro_flux import BLOCKS, STEPS
+from micro_flux import BLOCKS, STEPS, micro_pipeline
 from torch import nn
 
 from fluxfast import build as building
@@ -109,20 +111,31 @@ def test_rung_that_a_cpu_cannot_be_is_refused_there(micro: Workload, id: str) ->
 
 def test_last_rung_on_a_cpu(micro: Workload) -> None:
     """What a CPU can honestly do of all rungs is proven there too, and the rest is named."""
-    assert ON_CPU[:4] == ["float8_rowwise", "precomputed_modulation", "merged_projections", "fast_encode"]
-    assert "subpixel_upsampling" in ON_CPU
-    built = build(micro, get_level("subpixel_upsampling"))
+    ids = "float8_rowwise precomputed_modulation merged_projections fast_encode subpixel_upsampling"
+    assert " ".join(ON_CPU) == ids
+    built = build(micro, get_level(ON_CPU[-1]))
     facts = run_and_prove(built, micro)
-    without = {"attention", "fused_quantize", "fused_qk_rope", "whole_loop_graph"}
-    assert {*built.unavailable} - {"no_host_waits"} == without | {
-        "fast_decode",
-        "no_gemm_workspace",
-        "split_attention_tail",
-    }
+    without = "attention fused_quantize fused_qk_rope whole_loop_graph fast_decode no_gemm_workspace"
+    assert {*built.unavailable} == {*without.split(), "split_attention_tail", "no_host_waits"}
     assert facts["modulation tables computed"] == 2 and facts["AdaLN Linears called by the blocks"] == 0
     assert facts["float8 GEMMs called by the fused blocks"] == 2 * STEPS * (8 + 2)
     assert facts["upsamplings as one 2x2 convolution"] == 1
     assert facts["nearest-neighbour upsamplings in compiled code"] == 0
+
+
+@pytest.mark.parametrize(("scope", "graphs"), [("blocks", 3), ("full", 2)])
+def test_residuals_go_from_block_to_block(
+    micro: Workload, hopper: None, tmp_path: Path, scope: str, graphs: int
+) -> None:
+    """With several blocks of either kind nothing is compiled twice, and no norm is left without a sum in front."""
+    micro_pipeline(num_layers=2, num_single_layers=3).save_pretrained(tmp_path)
+    workload = dataclasses.replace(micro, checkpoint=str(tmp_path), compile_scope=scope)
+    built = build(workload, get_level("fused_residuals"))
+    facts = run_and_prove(built, workload)
+    assert facts["compiled graphs, recompilations included"] == graphs
+    assert facts["launches of Triton's gated residual and norm kernel"] == 2 * STEPS * (4 * 2 + 3)
+    assert facts["launches of Triton's kernel that quantises rows alone"] == 2 * STEPS * 2
+    assert built.compiler.calls_of("fluxfast::layernorm_modulate_quantize") == 0
 
 
 def test_text_encoders_see_the_same_masks_in_a_capture(micro: Workload, monkeypatch: pytest.MonkeyPatch) -> None:

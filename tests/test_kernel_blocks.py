@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fluxfast.kernels.blocks import FusedFluxSingleTransformerBlock
+from fluxfast.compilation import Compiler, compile_transformer
+from fluxfast.kernels import reference
+from fluxfast.kernels.blocks import FusedFluxSingleTransformerBlock, Pending, _ModulatedBlock, add_pending
 from fluxfast.kernels.fuse import fuse_blocks
 from fluxfast.kernels.linear import DenseLinear, RowwiseFloat8Linear
 from fluxfast.kernels.modulation import PrecomputedModulation
@@ -22,6 +24,11 @@ diffusers = pytest.importorskip("diffusers")
 transformer_flux = pytest.importorskip("diffusers.models.transformers.transformer_flux")
 
 WIDTH, TEXT, GRID = 256, 6, 4
+
+needs_interpreter = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None,
+    reason="run by test_kernels.py in Triton's interpreter",
+)
 
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -36,11 +43,16 @@ def attention_bf16(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.T
 
 @pytest.fixture
 def transformer() -> nn.Module:
-    """FLUX's shape with head dimension 128, 2 heads, 2 + 2 blocks, every parameter random, norm weights around 1."""
+    """Two double and two single blocks."""
+    return make_transformer(2, 2)
+
+
+def make_transformer(double: int, single: int) -> nn.Module:
+    """FLUX's shape with head dimension 128 and 2 heads, every parameter random, norm weights around 1."""
     model = diffusers.FluxTransformer2DModel(
         in_channels=16,
-        num_layers=2,
-        num_single_layers=2,
+        num_layers=double,
+        num_single_layers=single,
         attention_head_dim=128,
         num_attention_heads=2,
         joint_attention_dim=32,
@@ -84,13 +96,85 @@ def fused(model: nn.Module, **options) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("chained", [False, True])
+@pytest.mark.parametrize("chain", [{}, {"chained": True}, {"chained": True, "fused_residuals": True}], ids=len)
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_unquantised_blocks_equal_diffusers(transformer, batch, merged, chained):
+def test_unquantised_blocks_equal_diffusers(transformer, batch, merged, chain):
     """Without quantisation the fused blocks are diffusers' up to float32 rounding, in every arrangement."""
-    model = fused(transformer, attention=attention, ops=EXACT, merged_projections=merged, chained=chained)
+    model = fused(transformer, attention=attention, ops=EXACT, merged_projections=merged, **chain)
     assert relative_error(run(model, batch), run(transformer, batch)) < 1e-5
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("double", "single"), [(1, 1), (3, 1), (1, 3), (2, 0), (0, 2)])
+def test_residuals_left_to_the_next_block(double, single, batch):
+    """However many blocks there are: what a block leaves is added once, by the next one or behind the last."""
+    transformer = make_transformer(double, single)
+    model = fused(transformer, attention=attention, ops=EXACT, chained=True, fused_residuals=True)
+    want = run(transformer, batch)
+    assert relative_error(run(model, batch), want) < 1e-5
+    tembs = []
+    hook = (model.transformer_blocks or model.single_transformer_blocks)[0].register_forward_pre_hook(
+        lambda block, args, kwargs: tembs.append(kwargs["temb"]), with_kwargs=True
+    )
+    run(model, batch)
+    hook.remove()
+    PrecomputedModulation([*model.transformer_blocks, *model.single_transformer_blocks]).fill(tembs[0][None])
+    assert relative_error(run(model, batch), want) < 1e-5
+
+
+def test_residual_behind_the_last_block_is_rounded_once():
+    """As the norm's kernel rounds it, bit for bit in bfloat16, with each sample's own gate."""
+    x, y, modulation = torch.randn(2, 5, 16).bfloat16(), torch.randn(2, 5, 16).bfloat16(), torch.randn(2, 48).bfloat16()
+    want = reference.gated_residual(x.flatten(0, 1), y.flatten(0, 1), modulation[:, 32:])
+    assert torch.equal(add_pending(Pending(x, y, modulation, 2)).flatten(0, 1), want)
+
+
+def test_residuals_of_streams_that_are_taken_apart_are_refused(transformer):
+    """Without the joint stream there is nothing to hand on between single blocks."""
+    with pytest.raises(ValueError, match="needs chained"):
+        fuse_blocks(transformer, attention=attention, ops=EXACT, fused_residuals=True)
+
+
+@pytest.mark.parametrize(("batch", "is_precomputed"), [(1, True), (2, False), (2, True)])
+def test_blocks_with_pending_residuals_compile_once(transformer, batch, is_precomputed):
+    """By Inductor: the first block of a kind gets its streams in the layout of the later ones, in every step."""
+    exact = run(transformer, batch, seed=1)
+    transformer.to(torch.bfloat16)
+    options = {"attention": attention_bf16, "ops": REFERENCE, "merged_projections": True, "chained": True}
+    error = relative_error(run(fused(transformer, **options), batch, seed=1), exact)
+    model = fused(transformer, fused_residuals=True, **options)
+    if is_precomputed:
+        modulation = PrecomputedModulation([*model.transformer_blocks, *model.single_transformer_blocks])
+        model.time_text_embed.register_forward_hook(lambda module, args, temb: modulation.fill(temb[None]))
+    torch._dynamo.reset()
+    compiler = Compiler({})
+    assert compile_transformer(model, compiler, "blocks") == 2
+    for seed in (0, 1):
+        got = run(model, batch, seed)
+    torch._dynamo.reset()
+    assert len(compiler.graphs) == 2
+    assert relative_error(got, exact) < 1.1 * error
+
+
+@pytest.mark.parametrize("kind", ["reference", pytest.param("triton", marks=needs_interpreter)])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_residuals_left_to_the_next_block_change_no_bit(transformer, kind, monkeypatch):
+    """Where a block rounds its sum once, as Inductor does, the next block's norm in float8 makes the same of it."""
+    transformer.to(torch.bfloat16)
+    operations = REFERENCE if kind == "reference" else triton_ops()
+    options = {"attention": attention_bf16, "ops": operations, "merged_projections": True, "chained": True}
+    got = run(fused(transformer, fused_residuals=True, **options), batch=2)
+    leave = _ModulatedBlock._leave
+
+    def leave_added(block, *args):
+        block.fused_residuals = True
+        x = leave(block, *args)
+        block.fused_residuals = False
+        return add_pending(x)
+
+    monkeypatch.setattr(_ModulatedBlock, "_leave", leave_added)
+    assert torch.equal(got, run(fused(transformer, **options), batch=2))
 
 
 def test_unquantised_bfloat16_blocks_round_no_worse_than_diffusers(transformer):
@@ -139,10 +223,7 @@ def test_float8_blocks_lose_what_float8_linears_and_attention_lose(transformer, 
     assert 0.01 < relative_error(run(model), want) < 1.4 * relative_error(run(transformer), want)
 
 
-@pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None,
-    reason="run by test_kernels.py in Triton's interpreter",
-)
+@needs_interpreter
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_triton_blocks_equal_reference_blocks(transformer):
     """Given strided views, two streams and a batch, the Triton blocks are as near to float32 as the reference's.

@@ -110,6 +110,19 @@ def test_gelu_concat(kind, rows, d, h, dtype):
 
 
 @implementations
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(3, 48), (5, 7), (1, 1), (6, 1), (2, 3072), (4, 129), (2, 3, 65), (1, 5, 2, 16)])
+def test_quantize_rows(kind, shape, dtype):
+    """Rows of any number of axes, strided or not, far past 448: the scale is the reference's to the last bit."""
+    x = normal(*shape[:-1], shape[-1] + 3, dtype=dtype, spread=3000.0)[..., 2:-1]
+    for rows in (x, x.contiguous()):
+        q, scale = operation(kind, "quantize_rows")(rows)
+        assert q.shape == rows.shape and q.is_contiguous() and scale.is_contiguous()
+        assert_quantized(q, scale, rows.double())
+        assert torch.equal(scale, quantize_rowwise(rows)[1])
+
+
+@implementations
 def test_gelu_tails(kind):
     """The far negative tail, where 1 + tanh has no digits left, row by row of one element; and the positive one."""
     x = torch.tensor([[-0.5], [-3.0], [-5.0], [-6.5], [-30.0], [0.0], [8.0], [300.0]], device=DEVICE)
@@ -125,6 +138,7 @@ def test_every_column_decides_the_scale(kind):
     expected = torch.full((len(columns), 1), 100.0 / 448, device=DEVICE)
     torch.testing.assert_close(operation(kind, "gelu_concat_quantize")(x[:, :47], x[:, 47:])[1], expected)
     torch.testing.assert_close(operation(kind, "gelu_quantize")(x)[1], expected)
+    torch.testing.assert_close(operation(kind, "quantize_rows")(-x)[1], expected)
     shift, residual = x[:1] * 0, torch.zeros_like(x)
     value = F.layer_norm(x.double(), (147,), eps=1e-6).amax(-1, keepdim=True) / 448
     for got in (
@@ -156,6 +170,9 @@ def test_residual_layernorm_modulate(kind, samples, tokens, d, dtype):
     residual, q, q_scale = operation(kind, "residual_layernorm_modulate_quantize")(x, y, gate, shift, scale)
     exact = x.double() + gate.double().repeat_interleave(tokens, 0) * y.double()
     torch.testing.assert_close(residual.double(), exact, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    if dtype == torch.bfloat16:
+        # The product of two bfloat16 is exact in float32, so nothing is left to the order of operations.
+        assert torch.equal(residual, reference.gated_residual(x, y, gate))
     assert_quantized(q, q_scale, layernorm64(residual, shift, scale))
 
 
@@ -192,14 +209,14 @@ def test_special_rows(kind):
     """NaN makes a row NaN, an infinity an infinite scale and NaN; zeros stay zeros; 1e30 survives."""
     x = normal(6, 40, dtype=torch.float32)
     x[1, 3], x[2, 5], x[3], x[4, 7], x[5] = float("nan"), float("inf"), 0.0, 1e30, x[5] * 1e-14
-    attn_out, mlp = x, torch.zeros_like(x)
-    q, scale = operation(kind, "gelu_concat_quantize")(attn_out, mlp)
-    q = q.float()
-    assert q[1].isnan().all() and scale[1].isnan()
-    assert scale[2].isinf() and q[2, 5].isnan() and (q[2].nan_to_num() == 0).all()
-    assert (q[3] == 0).all() and scale[3].isfinite() and scale[3] > 0
-    assert q[4, 7] == 448 and (q[4].abs().sum() == 448)
-    assert scale[5].isfinite() and q[[0, 5]].isfinite().all()
+    concatenated = operation(kind, "gelu_concat_quantize")(x, torch.zeros_like(x))
+    for q, scale in (concatenated, operation(kind, "quantize_rows")(x)):
+        q = q.float()
+        assert q[1].isnan().all() and scale[1].isnan()
+        assert scale[2].isinf() and q[2, 5].isnan() and (q[2].nan_to_num() == 0).all()
+        assert (q[3] == 0).all() and scale[3].isfinite() and scale[3] > 0
+        assert q[4, 7] == 448 and (q[4].abs().sum() == 448)
+        assert scale[5].isfinite() and q[[0, 5]].isfinite().all()
     assert operation(kind, "gelu_quantize")(x)[0][1].float().isnan().all()
     vectors = torch.zeros(1, 40, device=DEVICE), torch.zeros(1, 40, device=DEVICE)
     q, scale = operation(kind, "layernorm_modulate_quantize")(x, *vectors)
@@ -238,6 +255,7 @@ def example_arguments(name: str) -> tuple:
     return {
         "gelu_concat_quantize": (rows, normal(4, 96)),
         "gelu_quantize": (rows,),
+        "quantize_rows": (normal(2, 3, 64),),
         "layernorm_modulate_quantize": (rows, *vectors[:2]),
         "layernorm_modulate_quantize_with_value": (rows, *vectors[:2]),
         "residual_layernorm_modulate_quantize": (rows, normal(4, 64), *vectors),
@@ -282,3 +300,7 @@ def test_triton_ops_refuse_what_does_not_fit():
         operation("triton", "gelu_concat_quantize")(normal(2, 4), normal(3, 4))
     with pytest.raises(ValueError, match="contiguous"):
         operation("triton", "gelu_quantize")(normal(4, 6).t())
+    with pytest.raises(ValueError, match="contiguous"):
+        operation("triton", "quantize_rows")(normal(4, 6).t())
+    with pytest.raises(ValueError, match="two axes or more"):
+        operation("triton", "quantize_rows")(normal(4))

@@ -119,6 +119,7 @@ def cases() -> list[Case]:
         case("gelu_concat", wide, lambda: (randn(M, D), randn(M, H, spread=2.0)), concat64, activations, gelu_concat),
         case("gelu_concat_merged", wide, merged_arguments, concat64, activations, gelu_concat),
         case("gelu", IMAGE * H * 3, lambda: (randn(IMAGE, H, spread=2.0),), gelu64, activations, "gelu_quantize"),
+        case("quantize_rows", M * D * 3, lambda: (randn(1, M, D),), torch.Tensor.double, activations, "quantize_rows"),
         case("layernorm", M * D * 3, lambda: (randn(M, D), *vectors()), layernorm64, norms, layernorm),
         case(
             "residual_layernorm",
@@ -197,11 +198,12 @@ def special_values() -> None:
     """The hardware's casts and maxima keep the promises that the interpreter's tests make. Raises AssertionError."""
     x = randn(6, 4097).float()
     x[1, 3], x[2, 5], x[3], x[4, 7] = math.nan, math.inf, 0.0, 1e30
-    for operation in (activations.gelu_concat_quantize, reference.gelu_concat_quantize):
-        q, scale = operation(x, torch.zeros_like(x))
-        q = q.float()
-        assert q[1].isnan().all() and scale[1].isnan() and scale[2].isinf() and q[2, 5].isnan(), "NaN or Inf lost"
-        assert (q[3] == 0).all() and scale[3] > 0 and q[4, 7] == 448, "zero or large row"
+    zeros = torch.zeros_like(x)
+    for module in (activations, reference):
+        for q, scale in (module.gelu_concat_quantize(x, zeros), module.quantize_rows(x)):
+            q = q.float()
+            assert q[1].isnan().all() and scale[1].isnan() and scale[2].isinf() and q[2, 5].isnan(), "NaN or Inf lost"
+            assert (q[3] == 0).all() and scale[3] > 0 and q[4, 7] == 448, "zero or large row"
     v = torch.arange(65536, device=DEVICE).to(torch.int32).bitwise_left_shift(16).view(torch.float32)
     heads, one = torch.cat([v, v, v])[None, None], torch.ones(HEAD_DIM, device=DEVICE)
     cast = qkv.qk_norm_rope_quantize(heads, one, one, one[None], one[None])[2].flatten()
@@ -220,6 +222,8 @@ def tune(case: Case, sets: list[Arguments]) -> dict[str, float]:
         settings = [
             (group_norm, {"NUM_WARPS": w, "STEP_ELEMENTS": n}) for w, n in ((4, 2048), (4, 4096), (8, 4096), (8, 8192))
         ]
+    elif case.name == "quantize_rows":
+        settings = [(activations, {"ROWS_NUM_WARPS": w}) for w in (1, 2, 4, 8)]
     else:
         module = activations if case.name.startswith("gelu") else norms
         settings = [(module, {"NUM_WARPS": w}) for w in ((4, 8, 16) if module is activations else (1, 2, 4))]
@@ -243,17 +247,18 @@ def bench_blocks(mode: str | None) -> list[dict[str, Any]]:
 
     fa3 = any(importlib.util.find_spec(name) for name in ("flash_attn_interface", "fa3_fwd_interface"))
     attention = importlib.import_module("fluxfast.attention").fa3_fp8 if fa3 else cast_v
-    quantizing, everything = ops.triton_ops(qk_rope=False), ops.triton_ops()
+    quantizing, with_rope = (ops.triton_ops(qk_rope=rope, quantize_rows=False) for rope in (False, True))
     single, double = FluxSingleTransformerBlock, FluxTransformerBlock
     merged = {"merged_projections": True}
     arrangements = [
         ("single", single, FusedFluxSingleTransformerBlock, ops.REFERENCE, {}),
         ("single fused_quantize", single, FusedFluxSingleTransformerBlock, quantizing, {}),
-        ("single fused_qk_rope", single, FusedFluxSingleTransformerBlock, everything, {}),
-        ("single merged", single, FusedFluxSingleTransformerBlock, everything, merged),
+        ("single fused_qk_rope", single, FusedFluxSingleTransformerBlock, with_rope, {}),
+        ("single merged", single, FusedFluxSingleTransformerBlock, with_rope, merged),
         ("double", double, FusedFluxTransformerBlock, ops.REFERENCE, {}),
         ("double fused_quantize", double, FusedFluxTransformerBlock, quantizing, {}),
-        ("double fused_qk_rope", double, FusedFluxTransformerBlock, everything, {}),
+        ("double fused_qk_rope", double, FusedFluxTransformerBlock, with_rope, {}),
+        ("double quantize_rows", double, FusedFluxTransformerBlock, ops.triton_ops(), {}),
     ]  # fmt: skip
     image, text = randn(1, IMAGE, D), randn(1, TEXT, D)
     rotary = tuple(torch.rand(M, HEAD_DIM, device=DEVICE) for _ in range(2))

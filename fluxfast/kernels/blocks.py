@@ -7,7 +7,7 @@ time step, its modulation, can be set from outside: see `modulation.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -32,6 +32,42 @@ def rows(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+class Pending(NamedTuple):
+    """A stream (B, S, D) whose last gated residual is not added yet: it is `residual + gate * y`.
+
+    Attributes:
+        residual, y: (B, S, D).
+        modulation: (B, modulation_width) of the block that made `y`, whole. The gate alone would be an output of
+            compiled code that is a view of an input, to be made again from it behind the graph that all blocks share.
+        gate: which of the modulation's vectors of D is the gate.
+    """
+
+    residual: torch.Tensor
+    y: torch.Tensor
+    modulation: torch.Tensor
+    gate: int
+
+
+Stream: TypeAlias = torch.Tensor | Pending
+"""(B, S, D) on its way from block to block."""
+
+
+def sizes_of(x: Stream) -> torch.Size:
+    """(B, S)."""
+    return (x.residual if isinstance(x, Pending) else x).shape[:2]
+
+
+def gate_of(x: Pending) -> torch.Tensor:
+    """(B, D), a view."""
+    width = x.y.shape[-1]
+    return x.modulation.narrow(-1, x.gate * width, width)
+
+
+def add_pending(x: Pending) -> torch.Tensor:
+    """The stream as one tensor (B, S, D); computed in float32 and rounded once, like the norms' kernel."""
+    return torch.addcmul(x.residual, gate_of(x)[:, None], x.y)
+
+
 class _ModulatedBlock(nn.Module):
     """What both blocks share: AdaLN Linears and the modulation made from them or set from outside.
 
@@ -39,10 +75,18 @@ class _ModulatedBlock(nn.Module):
         modulation: None, or (B, `modulation_width`): every shift, scale and gate of this block for the current step.
             While it is set, `temb` is not looked at. It is a plain attribute, not a buffer, because it is a view into
             one static tensor for all blocks that is refreshed between steps, under a captured CUDA graph too.
+        fused_residuals: streams come and go as `Pending`: the norm at the beginning adds what the block before left
+            over. Hooks in front of the first and behind the last block, see `fuse.py`, make and add them.
+        GATES: the arguments that are streams, and the `Pending.gate` with which each leaves the block.
     """
 
-    def __init__(self, adaln: Sequence[nn.Module], attention: Attention, ops: BlockOps) -> None:
+    GATES: ClassVar[dict[str, int]]
+
+    def __init__(
+        self, adaln: Sequence[nn.Module], attention: Attention, ops: BlockOps, *, fused_residuals: bool
+    ) -> None:
         super().__init__()
+        self.fused_residuals = fused_residuals
         self.adaln_linears = nn.ModuleList(norm.linear for norm in adaln)
         self.modulation_width = sum(linear.out_features for linear in self.adaln_linears)
         self.modulation: torch.Tensor | None = None
@@ -59,12 +103,29 @@ class _ModulatedBlock(nn.Module):
             raise ValueError(f"the fused blocks take no joint_attention_kwargs, got {sorted(kwargs)}")
         return self.compute_modulation(temb) if self.modulation is None else self.modulation
 
+    def _norm(
+        self, x: Stream, shift: torch.Tensor, scale: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The stream as rows (B * S, D), what is pending added, and its modulated norm, quantised: q and scale."""
+        if isinstance(x, Pending):
+            return self.ops.residual_layernorm_modulate(rows(x.residual), rows(x.y), gate_of(x), shift, scale, EPS)
+        return rows(x), *self.ops.layernorm_modulate(rows(x), shift, scale, EPS)
+
+    def _leave(
+        self, residual: torch.Tensor, y: torch.Tensor, modulation: torch.Tensor, stream: str, sizes: torch.Size
+    ) -> Stream:
+        """The last gated residual of a stream, from rows (B * S, D), added or left to the next block."""
+        x = Pending(residual.unflatten(0, sizes), y.unflatten(0, sizes), modulation, self.GATES[stream])
+        return x if self.fused_residuals else x.residual + gate_of(x)[:, None] * x.y
+
 
 class FusedFluxTransformerBlock(_ModulatedBlock):
     """A double-stream block: `FluxTransformerBlock` with merged QKV GEMMs and fused quantisation."""
 
-    def __init__(self, block: nn.Module, *, attention: Attention, ops: BlockOps) -> None:
-        super().__init__([block.norm1, block.norm1_context], attention, ops)
+    GATES: ClassVar[dict[str, int]] = {"hidden_states": 5, "encoder_hidden_states": 11}
+
+    def __init__(self, block: nn.Module, *, attention: Attention, ops: BlockOps, fused_residuals: bool = False) -> None:
+        super().__init__([block.norm1, block.norm1_context], attention, ops, fused_residuals=fused_residuals)
         attn = block.attn
         self.to_qkv = ops.linear(qkv_linears(attn))
         self.to_added_qkv = ops.linear(qkv_linears(attn, text=True))
@@ -77,52 +138,54 @@ class FusedFluxTransformerBlock(_ModulatedBlock):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor,
+        hidden_states: Stream,
+        encoder_hidden_states: Stream,
         temb: torch.Tensor,
         image_rotary_emb: Rotary,
         joint_attention_kwargs: dict[str, Any] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Stream, Stream]:
         """Image (B, S, D) and text (B, T, D) streams -> (text, image), as diffusers' block returns them."""
         modulation = self._modulation(temb, joint_attention_kwargs)
         return self.forward_modulated(hidden_states, encoder_hidden_states, modulation, image_rotary_emb)
 
     def forward_modulated(
-        self, image: torch.Tensor, text: torch.Tensor, modulation: torch.Tensor, rotary: Rotary
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, image: Stream, text: Stream, modulation: torch.Tensor, rotary: Rotary
+    ) -> tuple[Stream, Stream]:
         """The block as a function of tensors alone, for export: `modulation` is (B, modulation_width)."""
         image_vectors, text_vectors = (half.chunk(6, dim=-1) for half in modulation.chunk(2, dim=-1))
-        qkv = self._project(self.to_qkv, image, image_vectors)
-        text_qkv = self._project(self.to_added_qkv, text, text_vectors)
+        image_rows, qkv = self._project(self.to_qkv, image, image_vectors)
+        text_rows, text_qkv = self._project(self.to_added_qkv, text, text_vectors)
         weights = (self.norm_q.weight, self.norm_k.weight)
         text_weights = (self.norm_added_q.weight, self.norm_added_k.weight)
         q, k, v = self.ops.qk_norm_rope(qkv, *weights, *rotary, EPS, text_qkv, *text_weights)
 
         attended, scale = self.ops.quantize(self.attention(q, k, v).flatten(2))
-        tokens = text.shape[1]
+        tokens = text_qkv.shape[1]
         text_out, image_out = (
             linear.forward_quantized(rows(attended[:, part]), None if scale is None else rows(scale[:, part]))
             for linear, part in ((self.to_add_out, slice(0, tokens)), (self.to_out, slice(tokens, None)))
         )
-        image = self._feed_forward(self.ff_in, self.ff_out, image, image_out, image_vectors)
-        text = self._feed_forward(self.ff_context_in, self.ff_context_out, text, text_out, text_vectors)
-        return text, image
+        image_ends = self._feed_forward(self.ff_in, self.ff_out, image_rows, image_out, image_vectors)
+        text_ends = self._feed_forward(self.ff_context_in, self.ff_context_out, text_rows, text_out, text_vectors)
+        return (
+            self._leave(*text_ends, modulation, "encoder_hidden_states", sizes_of(text)),
+            self._leave(*image_ends, modulation, "hidden_states", sizes_of(image)),
+        )
 
-    def _project(self, linear: nn.Module, x: torch.Tensor, vectors: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        shift, scale = vectors[:2]
-        q, q_scale = self.ops.layernorm_modulate(rows(x), shift, scale, EPS)
-        return linear.forward_quantized(q, q_scale).unflatten(0, x.shape[:2])
+    def _project(
+        self, linear: nn.Module, x: Stream, vectors: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows (B * S, D) of a stream, and its QKV (B, S, 3 * D)."""
+        residual, q, q_scale = self._norm(x, *vectors[:2])
+        return residual, linear.forward_quantized(q, q_scale).unflatten(0, sizes_of(x))
 
     def _feed_forward(
         self, up: nn.Module, down: nn.Module, x: torch.Tensor, attended: torch.Tensor, vectors: tuple[torch.Tensor, ...]
-    ) -> torch.Tensor:
-        """Both residual additions of one stream and the MLP between them."""
-        gate_attention, shift, scale, gate_mlp = vectors[2:]
-        residual, q, q_scale = self.ops.residual_layernorm_modulate(
-            rows(x), attended, gate_attention, shift, scale, EPS
-        )
-        y = down.forward_quantized(*self.ops.gelu(up.forward_quantized(q, q_scale)))
-        return residual.unflatten(0, x.shape[:2]) + gate_mlp[:, None] * y.unflatten(0, x.shape[:2])
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first residual addition of a stream's rows and the MLP behind it: the sum, and what its gate lets in."""
+        gate, shift, scale = vectors[2:5]
+        residual, q, q_scale = self.ops.residual_layernorm_modulate(x, attended, gate, shift, scale, EPS)
+        return residual, down.forward_quantized(*self.ops.gelu(up.forward_quantized(q, q_scale)))
 
 
 class FusedFluxSingleTransformerBlock(_ModulatedBlock):
@@ -132,8 +195,10 @@ class FusedFluxSingleTransformerBlock(_ModulatedBlock):
         merged_projections: QKV and MLP as one GEMM (3072 -> 21504 in FLUX.1).
         chained: `hidden_states` is the joint stream, text first, on the way in and out, and `encoder_hidden_states`
             goes along untouched, as the reminder of how many text tokens there are. Otherwise the block concatenates
-            the two streams first and takes them apart at its end, as diffusers' does.
+            the two streams first and takes them apart at its end, as diffusers' does. `fused_residuals` needs it.
     """
+
+    GATES: ClassVar[dict[str, int]] = {"hidden_states": 2}
 
     def __init__(
         self,
@@ -143,8 +208,11 @@ class FusedFluxSingleTransformerBlock(_ModulatedBlock):
         ops: BlockOps,
         merged_projections: bool = False,
         chained: bool = False,
+        fused_residuals: bool = False,
     ) -> None:
-        super().__init__([block.norm], attention, ops)
+        if fused_residuals and not chained:
+            raise ValueError("fused_residuals needs chained: a residual that is not added yet cannot be taken apart")
+        super().__init__([block.norm], attention, ops, fused_residuals=fused_residuals)
         qkv = qkv_linears(block.attn)
         self.merged_projections, self.chained = merged_projections, chained
         self.to_qkv = ops.linear([*qkv, block.proj_mlp] if merged_projections else qkv)
@@ -155,30 +223,34 @@ class FusedFluxSingleTransformerBlock(_ModulatedBlock):
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: Stream,
         encoder_hidden_states: torch.Tensor,
         temb: torch.Tensor,
         image_rotary_emb: Rotary,
         joint_attention_kwargs: dict[str, Any] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, Stream]:
         """Image (B, S, D) and text (B, T, D) streams -> (text, image), or the joint stream: see `chained`."""
         modulation = self._modulation(temb, joint_attention_kwargs)
         x = hidden_states if self.chained else torch.cat([encoder_hidden_states, hidden_states], dim=1)
         x = self.forward_modulated(x, modulation, image_rotary_emb)
         tokens = encoder_hidden_states.shape[1]
-        return (encoder_hidden_states, x) if self.chained else (x[:, :tokens], x[:, tokens:])
+        if self.chained:
+            return encoder_hidden_states, x
+        assert not isinstance(x, Pending), "fused_residuals is refused where streams are taken apart"
+        return x[:, :tokens], x[:, tokens:]
 
-    def forward_modulated(self, x: torch.Tensor, modulation: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+    def forward_modulated(self, x: Stream, modulation: torch.Tensor, rotary: Rotary) -> Stream:
         """The joint stream (B, T + S, D) through the block, as a function of tensors alone, for export."""
-        shift, scale, gate = modulation.chunk(3, dim=-1)
-        q, q_scale = self.ops.layernorm_modulate(rows(x), shift, scale, EPS)
+        shift, scale, _ = modulation.chunk(3, dim=-1)
+        sizes = sizes_of(x)
+        residual, q, q_scale = self._norm(x, shift, scale)
         projected = self.to_qkv.forward_quantized(q, q_scale)
         if self.proj_mlp is None:
             mlp, projected = projected[:, self.qkv_width :], projected[:, : self.qkv_width]
         else:
             mlp = self.proj_mlp.forward_quantized(q, q_scale)
-        qkv = projected.unflatten(0, x.shape[:2])
+        qkv = projected.unflatten(0, sizes)
         q, k, v = self.ops.qk_norm_rope(qkv, self.norm_q.weight, self.norm_k.weight, *rotary, EPS)
         attended = rows(self.attention(q, k, v).flatten(2))
         y = self.proj_out.forward_quantized(*self.ops.gelu_concat(attended, mlp))
-        return x + gate[:, None] * y.unflatten(0, x.shape[:2])
+        return self._leave(residual, y, modulation, "hidden_states", sizes)

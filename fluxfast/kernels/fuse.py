@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from fluxfast.kernels.blocks import Attention, FusedFluxSingleTransformerBlock, FusedFluxTransformerBlock
+from fluxfast.kernels.blocks import (
+    Attention,
+    FusedFluxSingleTransformerBlock,
+    FusedFluxTransformerBlock,
+    Pending,
+    Stream,
+    _ModulatedBlock,
+    add_pending,
+)
 from fluxfast.kernels.ops import BlockOps
 
 
@@ -21,6 +29,27 @@ def _split(block: nn.Module, args: tuple[()], output: tuple[torch.Tensor, torch.
     return joint[:, : text.shape[1]], joint[:, text.shape[1] :]
 
 
+def _begin(block: _ModulatedBlock, args: tuple[()], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+    """Streams as a block before would have left them, so that the first block is compiled like the others.
+
+    The gate is zero and `y` the stream itself, which costs no memory traffic: the norm's kernel finds it in the cache.
+    """
+    streams = {name: kwargs[name] for name in block.GATES}
+    x, like = kwargs["hidden_states"], block.modulation
+    if like is None:
+        modulation = x.new_zeros(len(x), block.modulation_width)
+    else:
+        # With its strides, which `zeros_like` would not keep: Dynamo compiles for them.
+        modulation = like.new_empty_strided(like.shape, like.stride()).zero_()
+    # Another tensor of the same memory: Dynamo would compile for `y is residual` too.
+    pending = {name: Pending(x, x.view_as(x), modulation, block.GATES[name]) for name, x in streams.items()}
+    return args, kwargs | pending
+
+
+def _end(block: nn.Module, args: tuple[()], output: tuple[Stream, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(add_pending(x) if isinstance(x, Pending) else x for x in output)
+
+
 def fuse_blocks(
     transformer: nn.Module,
     *,
@@ -28,6 +57,7 @@ def fuse_blocks(
     ops: BlockOps,
     merged_projections: bool = False,
     chained: bool = False,
+    fused_residuals: bool = False,
 ) -> list[nn.Module]:
     """Swap every block for its fused counterpart and return the new blocks, double ones first.
 
@@ -40,10 +70,15 @@ def fuse_blocks(
         chained: the single blocks hand the joint stream on instead of splitting and concatenating it between blocks
             (53 MB a block at FLUX's size). ControlNet residuals, which diffusers adds between blocks, then do not fit.
             Joining and splitting is done in hooks around the chain: all blocks stay alike and compile once.
+        fused_residuals: a block's last gated residual is added by the norm of the next one, see `blocks.Pending`, and
+            behind the last of either kind in a hook.
+
+    Raises:
+        ValueError: for `fused_residuals` of single blocks that are not `chained`.
     """
-    for index, block in enumerate(transformer.transformer_blocks):
-        transformer.transformer_blocks[index] = FusedFluxTransformerBlock(block, attention=attention, ops=ops)
-    singles = transformer.single_transformer_blocks
+    doubles, singles = transformer.transformer_blocks, transformer.single_transformer_blocks
+    for index, block in enumerate(doubles):
+        doubles[index] = FusedFluxTransformerBlock(block, attention=attention, ops=ops, fused_residuals=fused_residuals)
     for index, block in enumerate(singles):
         singles[index] = FusedFluxSingleTransformerBlock(
             block,
@@ -51,8 +86,15 @@ def fuse_blocks(
             ops=ops,
             merged_projections=merged_projections,
             chained=chained,
+            fused_residuals=fused_residuals,
         )
+    # Hooks of one block run in the order in which they are registered.
     if chained and len(singles):
         singles[0].register_forward_pre_hook(_join, with_kwargs=True)
+    for blocks in (doubles, singles) if fused_residuals else ():
+        if len(blocks):
+            blocks[0].register_forward_pre_hook(_begin, with_kwargs=True)
+            blocks[-1].register_forward_hook(_end)
+    if chained and len(singles):
         singles[-1].register_forward_hook(_split)
-    return [*transformer.transformer_blocks, *singles]
+    return [*doubles, *singles]

@@ -26,7 +26,7 @@ class BlockOps:
 
     Attributes:
         linear: (linears) -> module with `forward_quantized(q, scale)`.
-        quantize: (rows) -> (q, scale). gelu: (rows) -> (q, scale). gelu_concat: (attention, mlp) -> (q, scale).
+        quantize: (..., D) -> (q, scale). gelu: (rows) -> (q, scale). gelu_concat: (attention, mlp) -> (q, scale).
         layernorm_modulate: (rows, shift, scale, eps) -> (q, scale).
         residual_layernorm_modulate: (residual, y, gate, shift, scale, eps) -> (new residual, q, scale).
         qk_norm_rope: see `reference.qk_norm_rope_quantize`.
@@ -52,10 +52,14 @@ REFERENCE = BlockOps(
 )
 
 
-def triton_ops(*, quantize: bool = True, qk_rope: bool = True) -> BlockOps:
-    """`REFERENCE` with Triton kernels for the quantising operations, the QK-norm + RoPE operation, or both.
+def triton_ops(*, quantize: bool = True, qk_rope: bool = True, quantize_rows: bool = True) -> BlockOps:
+    """`REFERENCE` with Triton kernels instead.
 
-    Row quantisation of the attention output stays with Inductor, which makes one kernel of it by itself.
+    Args:
+        quantize: for what is quantised behind GELU, concatenation or norm.
+        qk_rope: for QK norm and RoPE.
+        quantize_rows: for what is quantised as it is, the attention output of the double blocks. Inductor makes two
+            kernels of it: the row maxima, then the codes with the two streams apart.
 
     Raises:
         ImportError: if Triton is not installed.
@@ -72,6 +76,8 @@ def triton_ops(*, quantize: bool = True, qk_rope: bool = True) -> BlockOps:
         )
     if qk_rope:
         changes.update(qk_norm_rope=qkv.qk_norm_rope_quantize)
+    if quantize_rows:
+        changes.update(quantize=activations.quantize_rows)
     return dataclasses.replace(REFERENCE, **changes)
 
 

@@ -89,6 +89,11 @@ def gelu_quantize(x: torch.Tensor) -> Quantized:
     return quantize_rowwise(F.gelu(x.float(), approximate="tanh"))
 
 
+def quantize_rows(x: torch.Tensor) -> Quantized:
+    """Reference of `activations.quantize_rows`."""
+    return quantize_rowwise(x)
+
+
 def gelu_concat_quantize(attn_out: torch.Tensor, mlp: torch.Tensor) -> Quantized:
     """Reference of `activations.gelu_concat_quantize`."""
     return quantize_rowwise(gelu_concat(attn_out, mlp))
