@@ -143,9 +143,10 @@ def initial_noise(pipeline: Pipeline, workload: Workload) -> torch.Tensor:
     generator = torch.Generator("cpu").manual_seed(workload.seed)
     sides = [2 * (side // (2 * pipeline.vae_scale_factor)) for side in (workload.height, workload.width)]
     shape = (1, pipeline.transformer.config.in_channels // 4, *sides)
+    device = next(pipeline.transformer.parameters()).device  # `pipeline.device` goes through every module
     # From pinned memory the copy does not wait for the device.
-    noise = torch.randn(shape, generator=generator, pin_memory=pipeline.device.type == "cuda")
-    return pipeline._pack_latents(noise.to(pipeline.device, non_blocking=True), *shape)
+    noise = torch.randn(shape, generator=generator, pin_memory=device.type == "cuda")
+    return pipeline._pack_latents(noise.to(device, non_blocking=True), *shape)
 
 
 def input_arguments(workload: Workload) -> dict[str, Any]:

@@ -182,3 +182,10 @@ def test_textual_inversions_are_refused() -> None:
     """Tokens that no prompt is searched for would silently do nothing."""
     with pytest.raises(ValueError, match="looks for no textual inversions"):
         AheadPipeline.of(micro_pipeline()).load_textual_inversion("somewhere")
+
+
+def test_device_is_known_without_a_walk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every module asked for hooks would cost more than the tokens."""
+    ahead = AheadPipeline.of(micro_pipeline())
+    monkeypatch.setattr(torch.nn.Module, "modules", lambda self: pytest.fail("asked every module"))
+    assert ahead._execution_device == torch.device("cpu")
