@@ -71,7 +71,8 @@ class Package:
         """
         unwrap_tensor_subclass_parameters(module)
         _share_cpp_library()
-        runner = torch._inductor.aoti_load_package(str(self.path), run_single_threaded=True)
+        with _known_device():
+            runner = torch._inductor.aoti_load_package(str(self.path), run_single_threaded=True)
         weights = dict(module.named_parameters()) | dict(module.named_buffers())
         names = runner.get_constant_fqns()
         if odd := sorted(set(names) ^ set(weights)):
@@ -86,6 +87,23 @@ class Package:
             return runner(*args, **kwargs)
 
         module.forward = forward
+
+
+@contextlib.contextmanager
+def _known_device() -> Iterator[None]:
+    """Spare a load PyTorch's comparison of devices: the manifest's is stricter, and this one is slow.
+
+    The first time in a process it tries each kind of vector instructions that the processor names, with a compiler and
+    a Python that imports torch: 35 s in a package's first load on a machine with AVX-512 and AMX.
+    """
+    from torch._inductor import codecache  # takes seconds, and levels without packages do without
+
+    asked = codecache.get_device_information
+    codecache.get_device_information = lambda device_type: {}
+    try:
+        yield
+    finally:
+        codecache.get_device_information = asked
 
 
 def _share_cpp_library() -> None:

@@ -261,3 +261,15 @@ def test_package_is_loaded_beside_the_library_of_torch(made: Package, monkeypatc
     monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda *a, **k: calls.append("loaded") or load(*a, **k))
     made.attach(make_net())
     assert calls == ["shared", "loaded"]
+
+
+def test_load_does_not_try_the_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It costs half a minute on a large machine, and what it would tell of is in the manifest."""
+    net = make_net()
+    made = make_package("double", net, EXAMPLE, {}, LEVEL, tmp_path / "own")
+    expected = net(*EXAMPLE[0])
+    asked = torch._inductor.codecache.get_device_information
+    monkeypatch.setattr("torch._inductor.cpu_vec_isa.pick_vec_isa", lambda: pytest.fail("tried"))
+    made.attach(net)
+    torch.testing.assert_close(net(*EXAMPLE[0]), expected)
+    assert torch._inductor.codecache.get_device_information is asked

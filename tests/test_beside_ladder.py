@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from pathlib import Path
 
@@ -34,6 +35,18 @@ def test_only_its_name_brings_it_in() -> None:
         chosen_levels(BESIDE, IDS, IDS, {BESIDE: "needs Hopper"})
     with pytest.raises(ValueError, match=f"--levels {BESIDE}: not in this run; choose from fp32"):
         chosen_levels(BESIDE, IDS, IDS, {})
+
+
+def test_all_that_the_baseline_holds() -> None:
+    """A word of its own: what was recorded and can run, with the ladder or without; refused if nothing is compared."""
+    assert chosen_levels("recorded", IDS, ALL, {}, ["bf16", BESIDE]) == ["bf16", BESIDE]
+    assert chosen_levels("ladder, recorded", IDS, ALL, {}, [BESIDE]) == ALL
+    assert chosen_levels("ladder,recorded", IDS, IDS, {BESIDE: "needs Hopper"}, [BESIDE]) == IDS
+    assert chosen_levels("ladder,recorded", IDS, ALL, {}, []) == IDS
+    with pytest.raises(ValueError, match="--levels recorded: no baseline of this machine holds a level; name levels"):
+        chosen_levels("recorded", IDS, ALL, {}, [])
+    with pytest.raises(ValueError, match="compared with none: give --benchmark-compare, or name levels"):
+        chosen_levels("ladder,recorded", IDS, ALL, {})
 
 
 def test_its_references_come_along(tmp_path: Path) -> None:
@@ -99,3 +112,20 @@ def test_what_only_came_along_is_not_recorded(tmp_path: Path, monkeypatch: pytes
     ran = run_suite(tmp_path, "--replay", slow, chosen, "--benchmark-compare")
     assert ran.of("failure") == {f"test_latency[{child}]"}
     assert "Over its parent" not in ran.messages[f"test_latency[{child}]"]
+
+
+def test_recorded_level_that_was_lost_is_red(tmp_path: Path) -> None:
+    """Whoever asks for all that the baseline holds learns of a level that the machine cannot run any more."""
+    levels = (*LEVELS, BESIDE)
+    recorded = run_suite(
+        tmp_path, "--replay", write_run(tmp_path / "run5", 5, levels), "--record-baseline",
+        "--levels", f"ladder,{BESIDE}",
+    )  # fmt: skip
+    assert recorded.status == 0, recorded.text
+    run = write_run(tmp_path / "run", 3)
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(facts | {"unavailable": facts["unavailable"] | {BESIDE: "needs Hopper"}}))
+    for words, told in (("ladder", False), ("ladder,recorded", True)):
+        ran = run_suite(tmp_path, "--replay", run, "--benchmark-compare", "--levels", words)
+        assert (f"test_latency[{BESIDE}]" in ran.outcomes) == told, ran.text
+        assert (ran.status != 0) == told and ("needs Hopper" in ran.text) == told, ran.text

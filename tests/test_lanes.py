@@ -146,6 +146,24 @@ def test_no_gpu_is_idle_for_want_of_a_job_that_waits(count: int, gpus: int) -> N
     assert set(on.values()) == set(range(gpus))
 
 
+def test_each_level_runs_on_all_gpus() -> None:
+    """GPUs differ: each prefers the level that it has had least, and one GPU keeps the schedule's order."""
+    on: dict[str, list[Gpu]] = {}
+    lock = threading.Lock()
+
+    def run_job(level: str, process: int, gpu: Gpu, on_progress: OnProgress, turn: Turn | None) -> Result:
+        with lock:
+            on.setdefault(level, []).append(gpu)
+        time.sleep(0.02 if gpu else 0.03)
+        return sample(level, process)
+
+    levels = ["fp32", "bf16", "compile", "fused_qkv", "channels_last"]
+    run_jobs(runner.schedule(levels, 4), [0, 1], run_job, lambda *_: None, is_ahead=False)
+    assert all(1 <= own.count(0) <= 3 for own in on.values()) and sum(own.count(0) for own in on.values()) <= 10
+    jobs = runner.schedule(levels, 3)
+    assert list(run_jobs(jobs, [0], run_job, lambda *_: None, is_ahead=False)) == jobs
+
+
 def test_progress_is_of_the_worker_whose_turn_it_is(tmp_path: pathlib.Path) -> None:
     """One after the other, as if nobody imported ahead."""
     said: list[Job] = []

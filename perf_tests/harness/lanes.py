@@ -3,13 +3,16 @@
 A worker spends a third of its time importing. So each GPU has two: one that loads, measures and ends, and one that
 imports while the first loads and compiles, and then waits. While a worker measures, none of its GPU imports. A job that
 is begun ahead is its GPU's, so none is while there are not enough for the other GPUs.
+
+GPUs of one kind differ: at their power limit, by the clock that each can hold. So a GPU takes the level that it has
+measured least, and each level's processes are spread over all of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import threading
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
@@ -34,7 +37,8 @@ def run_jobs(
     """Run every job once, each on the GPU that is free first.
 
     Args:
-        jobs: in the order in which they are begun, and in which each GPU runs its own.
+        jobs: in the order in which they are begun, but that a GPU prefers levels that it has had less often; on one
+            GPU in this order, if they are whole rounds of all levels, as `runner.schedule` makes them.
         gpus: one a lane.
         run_job: `runner.run_level` of one job; calls what it is given about once a second and lets it raise.
         on_progress: called from several threads, of the worker that has the GPU or gets it next.
@@ -44,7 +48,7 @@ def run_jobs(
         KeyboardInterrupt: and whatever `run_job` raises, the first if several do, when no worker is left. The others
             are ended by `RunStopped`, and no further one is started.
     """
-    untaken = deque(jobs)
+    untaken = list(jobs)
     results: dict[Job, Result] = {}
     errors: list[BaseException] = []
     lock = threading.Lock()
@@ -92,15 +96,15 @@ class _Lane:
 
     gpu: Gpu
     _jobs: list[Job] = dataclasses.field(default_factory=list)
+    _had: Counter[str] = dataclasses.field(default_factory=Counter)
+    """Level -> how many of its jobs were taken."""
     _waiting: dict[Job, int] = dataclasses.field(default_factory=dict)
     """Those that have imported and wait for the first to end, and their pids."""
     _is_measuring: bool = False
     """Or about to."""
     _changed: threading.Condition = dataclasses.field(default_factory=threading.Condition)
 
-    def next_job(
-        self, untaken: deque[Job], lanes: int, lock: threading.Lock, is_stopped: threading.Event
-    ) -> Job | None:
+    def next_job(self, untaken: list[Job], lanes: int, lock: threading.Lock, is_stopped: threading.Event) -> Job | None:
         """Take a job, when no import would disturb a measurement; None if none is left or the run is stopped."""
         with self._changed:
             while not is_stopped.is_set():
@@ -108,8 +112,11 @@ class _Lane:
                     if not untaken:
                         return None
                     if not self._is_measuring and (not self._jobs or len(untaken) >= lanes):
-                        self._jobs.append(untaken.popleft())
-                        return self._jobs[-1]
+                        job = min(untaken, key=lambda job: self._had[job[0]])  # the first of several
+                        untaken.remove(job)
+                        self._had[job[0]] += 1
+                        self._jobs.append(job)
+                        return job
                 self._changed.wait(STOP_POLL_S)
             return None
 

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -18,6 +18,8 @@ from perf_tests.harness.runner import NVML_ORDER, ROOT
 from perf_tests.harness.schema import Environment
 
 WHOLE_LADDER = "ladder"
+RECORDED = "recorded"
+"""Words of `--levels`: the ladder, and what the machine's baseline holds, on the ladder or beside it."""
 """In `--levels`: every level on the ladder that this machine can run."""
 
 
@@ -112,19 +114,42 @@ def git_sha() -> str:
     return found.stdout.strip() or "nogit"
 
 
+def words_of(asked: str | None) -> list[str]:
+    """Of a comma-separated list of levels; of None, the ladder."""
+    return [WHOLE_LADDER] if asked is None else [word.strip() for word in asked.split(",")]
+
+
 def chosen_levels(
-    asked: str | None, ladder: Sequence[str], runnable: Sequence[str], unavailable: Mapping[str, str]
+    asked: str | None,
+    ladder: Sequence[str],
+    runnable: Sequence[str],
+    unavailable: Mapping[str, str],
+    held: Collection[str] | None = None,
 ) -> list[str]:
     """The levels of a comma-separated list, lowest first; `ladder` for None, and for the word itself in the list.
+
+    Args:
+        held: what the word `RECORDED` stands for, of which only those that can run are taken; None where nothing is
+            compared with a baseline.
 
     Raises:
         ValueError: a level that is unknown, that this machine cannot run, or that is not among `runnable`.
     """
-    if asked is None:
-        return list(ladder)
     names: list[str] = []
-    for word in map(str.strip, asked.split(",")):
-        names += ladder if word == WHOLE_LADDER else [get_level(word).id]
+    for word in words_of(asked):
+        if word == RECORDED:
+            if held is None:
+                raise ValueError(
+                    f"--levels {RECORDED} is what a baseline holds, and this run is compared with none: give "
+                    "--benchmark-compare, or name levels"
+                )
+            names += [level for level in held if level in runnable]
+        else:
+            names += ladder if word == WHOLE_LADDER else [get_level(word).id]
+    if not names:
+        raise ValueError(
+            f"--levels {asked}: no baseline of this machine holds a level; name levels, or '{WHOLE_LADDER}'"
+        )
     for name in names:
         if name in unavailable:
             raise ValueError(f"--levels {name}: {unavailable[name]}")

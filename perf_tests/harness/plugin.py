@@ -15,7 +15,7 @@ from perf_tests.bisect import printed
 from perf_tests.harness import culprit, gpu, record, store, usage
 from perf_tests.harness.files import StoreError
 from perf_tests.harness.lease import GpuBusy
-from perf_tests.harness.machine import WHOLE_LADDER
+from perf_tests.harness.machine import RECORDED, WHOLE_LADDER
 from perf_tests.harness.obstacles import measured
 from perf_tests.harness.recording import machine_info
 from perf_tests.harness.schema import Outcome, Verdict
@@ -46,7 +46,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--levels",
         help=f"comma-separated; '{WHOLE_LADDER}', the default, is every level of the ladder that this machine can run; "
-        "levels beside the ladder, as flux_fast, are measured by name, or to record or update what the baseline holds",
+        "levels beside the ladder, as flux_fast, are measured by name, or to record or update what the baseline holds; "
+        f"'{RECORDED}' is all that the baseline holds",
     )
     group.addoption(
         "--processes", type=int, help="fresh processes a level; default: 3 on a GPU, 1 on a CPU, 5 to record"

@@ -174,6 +174,8 @@ class Result(Strict):
     """Field -> why this machine cannot do it."""
     injection: str | None = None
     environment: Environment | None
+    gpu_uuid: str | None = None
+    """NVML's name of the GPU that was measured, as GPUs of one kind differ. None without one, and of a failure."""
     counters: Counters | None = None
     measurement: Measurement | None = None
     failure: Failure | None = None

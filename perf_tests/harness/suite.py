@@ -17,7 +17,16 @@ from fluxfast.workloads import get_workload
 from perf_tests.harness import faults, lease, runner, store
 from perf_tests.harness.cpu import is_cpu
 from perf_tests.harness.lanes import Gpu, Job, run_jobs
-from perf_tests.harness.machine import ask_environment, ask_machine, chosen_levels, first_gpus, git_sha, slug_of
+from perf_tests.harness.machine import (
+    RECORDED,
+    ask_environment,
+    ask_machine,
+    chosen_levels,
+    first_gpus,
+    git_sha,
+    slug_of,
+    words_of,
+)
 from perf_tests.harness.obstacles import obstacle
 from perf_tests.harness.progress import CPU_DEADLINES, GPU_DEADLINES, OnProgress, ProgressPrinter, Turn
 from perf_tests.harness.quarantine import load_quarantine
@@ -76,7 +85,8 @@ class Suite:
         if option.levels is None and self.is_recording:
             chosen = levels_to_record(facts.levels, runnable, held, is_update=option.update_baseline)
         else:
-            chosen = chosen_levels(option.levels, facts.levels, runnable, facts.unavailable)
+            compared_with = held if self._is_judging else None
+            chosen = chosen_levels(option.levels, facts.levels, runnable, facts.unavailable, compared_with)
         self.added = chosen if option.update_baseline and held and held.isdisjoint(chosen) else []
         # The references of what is added tell whether the machine is as it was, so they are judged like any level.
         self.expected = with_references(chosen, facts.unavailable) if self.added else chosen
@@ -116,8 +126,14 @@ class Suite:
     @property
     def shown(self) -> list[str]:
         """Levels that have tests: the ladder, and what was asked for or stored beside it."""
-        ladder = {level.id for level in LADDER}
-        return [level for level in LEVELS if level in ladder or level in self.expected]
+        own = {level.id for level in LADDER} | {*self.expected}
+        if self._asks_for_recorded and self.session.baseline:
+            own |= self.session.baseline.levels.keys()
+        return [level for level in LEVELS if level in own]
+
+    @property
+    def _asks_for_recorded(self) -> bool:
+        return self.config.option.levels is not None and RECORDED in words_of(self.config.option.levels)
 
     @property
     def voids(self) -> list[Verdict]:
@@ -127,7 +143,9 @@ class Suite:
     def lost(self, level: str) -> Verdict | None:
         """The verdict on a level that the baseline holds and this machine cannot run, unless it was not asked for."""
         session, why = self.session, self.session.unavailable.get(level)
-        if why is None or session.baseline is None or level not in session.baseline.levels or self.config.option.levels:
+        if why is None or session.baseline is None or level not in session.baseline.levels:
+            return None
+        if self.config.option.levels and not self._asks_for_recorded:
             return None
         message = why_lost(level, session.slug, why)
         return Verdict(outcome=Outcome.INCOMPARABLE, level=level, rule="unavailable", message=message)

@@ -139,6 +139,7 @@ def run(arguments: argparse.Namespace, out: Path) -> Result:
         unavailable=built.unavailable,
         injection=fault.spec if fault else None,
         environment=read_environment(),
+        gpu_uuid=device,
         counters=counters,
         measurement=measurement,
     )
