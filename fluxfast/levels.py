@@ -201,7 +201,7 @@ BEYOND: tuple[Level, ...] = (
     FUSED_RESIDUALS,
     GEMM_SEARCH,
 )
-"""Rungs past flux-fast, beside the ladder until one baseline holds all of them: then those that gain move onto it.
+"""Rungs past flux-fast: a chain of their own, so that the ladder stays flux-fast's and its numbers compare.
 
 They branch off at `fa3_fp8`, compiled just in time. Not at `inductor_flags`: its `epilogue_fusion=False` forbids what
 these rungs want Inductor to do around the GEMMs. Not at `aoti`: the Triton operations would be compiled ahead of time
