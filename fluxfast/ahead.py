@@ -70,7 +70,7 @@ class AheadPipeline(LoopPipeline):
         tokens = self._tokens(self.tokenizer, prompts, self.tokenizer_max_length, device)
         pooled = self.text_encoder(tokens, output_hidden_states=False).pooler_output
         self.encoded += 1
-        key = (max_sequence_length, device)
+        key = (max_sequence_length, device, self.text_encoder.dtype)
         if key not in self._text_ids:
             self._text_ids[key] = torch.zeros(max_sequence_length, 3, device=device, dtype=self.text_encoder.dtype)
         return embeddings.to(self.text_encoder_2.dtype), pooled.to(self.text_encoder.dtype), self._text_ids[key]

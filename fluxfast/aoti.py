@@ -31,6 +31,7 @@ from torch.utils import _pytree as pytree
 
 from fluxfast.errors import PackageError
 from fluxfast.levels import Level
+from fluxfast.machine import cpu_capability
 
 PACKAGES = ("torch", "triton", "torchao", "diffusers", "fa3-fwd", "flash-attn-3")
 """Distributions whose version a compiled package depends on."""
@@ -91,7 +92,7 @@ class Package:
 
 @contextlib.contextmanager
 def _known_device() -> Iterator[None]:
-    """Spare a load PyTorch's comparison of devices: the manifest's is stricter, and this one is slow.
+    """Spare a load PyTorch's comparison of devices: it warns of what the manifest refuses, and is slow.
 
     The first time in a process it tries each kind of vector instructions that the processor names, with a compiler and
     a Python that imports torch: 35 s in a package's first load on a machine with AVX-512 and AMX.
@@ -220,7 +221,7 @@ def describe(name: str, module: nn.Module, example: Example, options: dict[str, 
         "source": _source_digest(),
         "device": torch.cuda.get_device_name() if cuda else platform.machine(),
         "capability": list(torch.cuda.get_device_capability()) if cuda else None,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_capability": cpu_capability(),
         "arguments": [_shape(leaf) for leaf in leaves],
         "structure": str(spec),
         "constants": {n: _shape(t) for n, t in (*module.named_parameters(), *module.named_buffers())},

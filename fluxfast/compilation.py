@@ -180,9 +180,13 @@ def lay_out_position_bias(encoder: nn.Module) -> None:
 
 
 def position_biases_in_order(encoder: nn.Module) -> int:
-    """How many of T5's attentions make a position bias whose keys lie side by side; all layers use the first's."""
+    """How many position biases were laid out and have their keys side by side; all of T5's layers use the first's.
+
+    How transformers lays out one that was left alone is its own affair.
+    """
+    laid_out = [attention for attention in _bias_makers(encoder) if "compute_bias" in vars(attention)]
     with torch.no_grad():
-        return sum(attention.compute_bias(8, 8).stride(-1) == 1 for attention in _bias_makers(encoder))
+        return sum(attention.compute_bias(8, 8).stride(-1) == 1 for attention in laid_out)
 
 
 def _bias_makers(encoder: nn.Module) -> list[T5Attention]:

@@ -47,7 +47,8 @@ class Level:
         merged_projections: QKV and MLP of a single block as one GEMM, 3072 -> 21504 in FLUX.1.
         whole_loop_graph: the denoising loop, scheduler included, is one CUDA graph instead of one a step; schedule and
             noise are staged, and an image's bytes are made on the GPU.
-        fast_encode: both text encoders compiled layer by layer and, on CUDA, in one CUDA graph each.
+        fast_encode: both text encoders compiled layer by layer and, on CUDA, in one CUDA graph each; T5's position bias
+            in an order that PyTorch's fused attentions take.
         fast_decode: one Triton operation for GroupNorm and SiLU in the VAE's decoder, which reads NHWC memory once for
             the statistics; it also adds the bias of a residual block's first convolution.
         no_gemm_workspace: cuBLASLt gets no workspace, so that it takes kernels with a static schedule: with one it
@@ -56,7 +57,8 @@ class Level:
             to a second launch of FlashAttention-3, which splits the keys instead.
         no_host_waits: between a call's start and the copy of its image the host waits for nothing, so that it launches
             the loop while the text encoders run: T5 goes first and CLIP's tokens are made behind it, token ids are
-            copied from pinned memory, and the ids of the text tokens stay on the device.
+            copied from pinned memory, and the ids of the text tokens stay on the device. Pillow keeps the memory of the
+            last images, for the whole process.
         subpixel_upsampling: each of the decoder's nearest-neighbour upsamplings and the 3x3 convolution behind it as
             one 2x2 convolution of the small image, with four times the channels: 4 products for 9.
         fused_residuals: the gated residual at the end of a block, single or double, in the kernel of the next block's

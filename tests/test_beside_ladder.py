@@ -43,9 +43,15 @@ def test_all_that_the_baseline_holds() -> None:
     assert chosen_levels("ladder, recorded", IDS, ALL, {}, [BESIDE]) == ALL
     assert chosen_levels("ladder,recorded", IDS, IDS, {BESIDE: "needs Hopper"}, [BESIDE]) == IDS
     assert chosen_levels("ladder,recorded", IDS, ALL, {}, []) == IDS
-    with pytest.raises(ValueError, match="--levels recorded: no baseline of this machine holds a level; name levels"):
+    with pytest.raises(ValueError, match=f"--levels {BESIDE}: not in this run"):
+        chosen_levels("recorded", IDS, IDS, {}, ["bf16", BESIDE])
+    with pytest.raises(ValueError, match="the baseline holds renamed, which this checkout does not have"):
+        chosen_levels("recorded", IDS, ALL, {}, ["bf16", "renamed"])
+    with pytest.raises(ValueError, match="no baseline holds a level that this machine can run"):
+        chosen_levels("recorded", IDS, IDS, {BESIDE: "needs Hopper"}, [BESIDE])
+    with pytest.raises(ValueError, match="--levels recorded: no baseline holds a level"):
         chosen_levels("recorded", IDS, ALL, {}, [])
-    with pytest.raises(ValueError, match="compared with none: give --benchmark-compare, or name levels"):
+    with pytest.raises(ValueError, match="nothing is compared with one here"):
         chosen_levels("ladder,recorded", IDS, ALL, {})
 
 
@@ -129,3 +135,5 @@ def test_recorded_level_that_was_lost_is_red(tmp_path: Path) -> None:
         ran = run_suite(tmp_path, "--replay", run, "--benchmark-compare", "--levels", words)
         assert (f"test_latency[{BESIDE}]" in ran.outcomes) == told, ran.text
         assert (ran.status != 0) == told and ("needs Hopper" in ran.text) == told, ran.text
+    again = run_suite(tmp_path, "--replay", run, "--record-baseline", "--levels", "ladder,recorded")
+    assert again.status == 4 and "needs Hopper" in again.text, "refused before anything is measured"

@@ -21,6 +21,7 @@ from torch import nn
 from fluxfast import build as building
 from fluxfast import proof
 from fluxfast.build import Built, build, generate
+from fluxfast.compilation import lay_out_position_bias, position_biases_in_order
 from fluxfast.errors import LevelUnavailable, StepNotApplied
 from fluxfast.levels import BEYOND, get_level
 from fluxfast.machine import why_not
@@ -193,3 +194,16 @@ def test_synchronisations_are_counted_and_the_mode_comes_back(monkeypatch: pytes
     with pytest.raises(ZeroDivisionError):
         building.ahead.waits(lambda: 1 // 0)
     assert modes[-1] == "default"
+
+
+def test_position_bias_that_was_left_alone_is_no_count(micro: Workload) -> None:
+    """However transformers lays it out: one that happens to be in order turns no level below red."""
+    encoder = micro_pipeline().text_encoder_2
+    maker = encoder.encoder.block[0].layer[0].SelfAttention
+    with torch.no_grad():
+        before = maker.compute_bias(8, 8)
+        assert before.stride(-1) != 1 and position_biases_in_order(encoder) == 0
+        lay_out_position_bias(encoder)
+        assert position_biases_in_order(encoder) == 1 and torch.equal(maker.compute_bias(8, 8), before)
+        maker.compute_bias = lambda *lengths: before
+        assert position_biases_in_order(encoder) == 0

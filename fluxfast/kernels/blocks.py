@@ -151,7 +151,7 @@ class FusedFluxTransformerBlock(_ModulatedBlock):
     def forward_modulated(
         self, image: Stream, text: Stream, modulation: torch.Tensor, rotary: Rotary
     ) -> tuple[Stream, Stream]:
-        """The block as a function of tensors alone, for export: `modulation` is (B, modulation_width)."""
+        """The block as a function of tensors, or of `Pending`: `modulation` is (B, modulation_width)."""
         image_vectors, text_vectors = (half.chunk(6, dim=-1) for half in modulation.chunk(2, dim=-1))
         image_rows, qkv = self._project(self.to_qkv, image, image_vectors)
         text_rows, text_qkv = self._project(self.to_added_qkv, text, text_vectors)

@@ -28,7 +28,7 @@ NAMES = {
     "other": "rest",
 }
 BARS_IN, ROW_IN = 6.4, 0.46
-LEFT_IN, RIGHT_IN, TOP_IN, BOTTOM_IN = 2.1, 4.4, 1.3, 1.1
+LEFT_IN, RIGHT_IN, TOP_IN, BOTTOM_IN = 2.5, 4.4, 1.3, 1.1
 WIDTH_IN = LEFT_IN + BARS_IN + RIGHT_IN
 NOTE_IN = 0.17
 """Height of one line of the notes."""

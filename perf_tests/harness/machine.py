@@ -20,7 +20,6 @@ from perf_tests.harness.schema import Environment
 WHOLE_LADDER = "ladder"
 RECORDED = "recorded"
 """Words of `--levels`: the ladder, and what the machine's baseline holds, on the ladder or beside it."""
-"""In `--levels`: every level on the ladder that this machine can run."""
 
 
 def ask_machine(workload: str | None = None) -> dict[str, Any]:
@@ -129,26 +128,31 @@ def chosen_levels(
     """The levels of a comma-separated list, lowest first; `ladder` for None, and for the word itself in the list.
 
     Args:
-        held: what the word `RECORDED` stands for, of which only those that can run are taken; None where nothing is
-            compared with a baseline.
+        held: what the word `RECORDED` stands for, without what is unavailable, which has a verdict of its own; None
+            where nothing is compared with a baseline.
 
     Raises:
-        ValueError: a level that is unknown, that this machine cannot run, or that is not among `runnable`.
+        ValueError: a level that is unknown, that this machine cannot run, or that is not among `runnable`; none at all.
     """
     names: list[str] = []
     for word in words_of(asked):
         if word == RECORDED:
             if held is None:
                 raise ValueError(
-                    f"--levels {RECORDED} is what a baseline holds, and this run is compared with none: give "
-                    "--benchmark-compare, or name levels"
+                    f"--levels {RECORDED}: it is what a baseline holds, and nothing is compared with one here, as "
+                    "`pytest perf_tests --benchmark-compare` does; name levels"
                 )
-            names += [level for level in held if level in runnable]
+            if gone := [level for level in held if level not in LEVELS]:
+                raise ValueError(
+                    f"--levels {RECORDED}: the baseline holds {', '.join(gone)}, which this checkout does not have; "
+                    "name levels, or record anew"
+                )
+            names += [level for level in held if level not in unavailable]
         else:
             names += ladder if word == WHOLE_LADDER else [get_level(word).id]
     if not names:
         raise ValueError(
-            f"--levels {asked}: no baseline of this machine holds a level; name levels, or '{WHOLE_LADDER}'"
+            f"--levels {asked}: no baseline holds a level that this machine can run; name levels, or '{WHOLE_LADDER}'"
         )
     for name in names:
         if name in unavailable:

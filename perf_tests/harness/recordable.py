@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxfast.levels import LADDER, LEVELS
+from perf_tests.harness.machine import RECORDED, words_of
 from perf_tests.harness.obstacles import record_command
 from perf_tests.harness.policy import policy_for
 from perf_tests.harness.schema import Baseline, Environment
@@ -63,7 +64,8 @@ def refuse_to_record(
     needed = known if option.update_baseline else [level for level in runnable if level in {*ladder, *known}]
     left = [level for level in needed if level not in chosen]
     lost = [level for level in held if level in facts.unavailable]
-    if lost and (option.levels is None or (left and not added) or (option.update_baseline and divisor)):
+    asks_for_all = option.levels is None or RECORDED in words_of(option.levels)
+    if lost and (asks_for_all or (left and not added) or (option.update_baseline and divisor)):
         raise ValueError(why_lost(lost[0], facts.slug, facts.unavailable[lost[0]]))
     if option.record_baseline:
         if left:

@@ -204,9 +204,10 @@ def measure(
         output, timed = stages.round(lambda: generate(built, drawn), delay)
         rounds.append(timed)
     read_counters()
-    proofs = built.prove(workload.warmup_rounds + watched + workload.rounds, workload.num_inference_steps)
     assert stages.decoded is not None and stages.first_step_output is not None
+    # Before the proof: the fault that spoils an image copies it, and the host waits for that.
     faults.require_finite(stages.decoded.float().cpu().numpy(), f"level {built.level.id!r}: the decoded image")
+    proofs = built.prove(workload.warmup_rounds + watched + workload.rounds, workload.num_inference_steps)
     np.save(out / STEP_FILE, stages.first_step_output.float().cpu().numpy())
     digest = save_image(faults.apply_image_fault(fault, np.asarray(output.images[0])), out / IMAGE_FILE)
     return Measurement(
