@@ -37,8 +37,7 @@ def run_jobs(
     """Run every job once, each on the GPU that is free first.
 
     Args:
-        jobs: in the order in which they are begun, but that a GPU prefers levels that it has had less often; on one
-            GPU in this order, if they are whole rounds of all levels, as `runner.schedule` makes them.
+        jobs: in the order in which they are begun, but that one of several GPUs prefers levels that it has had less often.
         gpus: one a lane.
         run_job: `runner.run_level` of one job; calls what it is given about once a second and lets it raise.
         on_progress: called from several threads, of the worker that has the GPU or gets it next.
@@ -112,7 +111,9 @@ class _Lane:
                     if not untaken:
                         return None
                     if not self._is_measuring and (not self._jobs or len(untaken) >= lanes):
-                        job = min(untaken, key=lambda job: self._had[job[0]])  # the first of several
+                        job = min(
+                            untaken, key=lambda job: self._had[job[0]] if lanes > 1 else 0
+                        )  # the first of several
                         untaken.remove(job)
                         self._had[job[0]] += 1
                         self._jobs.append(job)
