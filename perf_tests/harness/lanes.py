@@ -37,7 +37,7 @@ def run_jobs(
     """Run every job once, each on the GPU that is free first.
 
     Args:
-        jobs: in the order in which they are begun, but that one of several GPUs prefers levels that it has had less often.
+        jobs: in the order in which they are begun, but that one of several GPUs prefers levels it has had less often.
         gpus: one a lane.
         run_job: `runner.run_level` of one job; calls what it is given about once a second and lets it raise.
         on_progress: called from several threads, of the worker that has the GPU or gets it next.
