@@ -95,7 +95,8 @@ def _known_device() -> Iterator[None]:
     """Spare a load PyTorch's comparison of devices: it warns of what the manifest refuses, and is slow.
 
     The first time in a process it tries each kind of vector instructions that the processor names, with a compiler and
-    a Python that imports torch: 35 s in a package's first load on a machine with AVX-512 and AMX.
+    a Python that loads what it made: 6 s for AVX2 alone, and probably most of the 35 s that a process's first package
+    took on the host of four H100s.
     """
     from torch._inductor import codecache  # takes seconds, and levels without packages do without
 
