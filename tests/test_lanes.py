@@ -164,6 +164,25 @@ def test_each_level_runs_on_all_gpus() -> None:
     assert list(run_jobs(jobs, [0], run_job, lambda *_: None, is_ahead=False)) == jobs
 
 
+@pytest.mark.parametrize("is_ahead", [True, False])
+def test_disturbed_job_runs_on_another_gpu(is_ahead: bool) -> None:
+    """Also if all were disturbed on one GPU, which then has nothing to do; one alone takes it all the same."""
+    on: dict[Job, Gpu] = {}
+
+    def run_job(level: str, process: int, gpu: Gpu, on_progress: OnProgress, turn: Turn | None) -> Result:
+        while turn is not None and turn("load", 1) is None:
+            time.sleep(0.01)
+        on[level, process] = gpu
+        return sample(level, process)
+
+    jobs = [("fp32", 0), ("fp32", 3), ("bf16", 1)]
+    for before in ({jobs[0]: 0, jobs[1]: 1, jobs[2]: 0}, dict.fromkeys(jobs, 1)):
+        on.clear()
+        run_jobs(jobs, [0, 1], run_job, lambda *_: None, is_ahead=is_ahead, elsewhere=before)
+        assert on == {job: 1 - gpu for job, gpu in before.items()}
+    assert len(run_jobs(jobs, [1], run_job, lambda *_: None, is_ahead=is_ahead, elsewhere=before)) == len(jobs)
+
+
 def test_progress_is_of_the_worker_whose_turn_it_is(tmp_path: pathlib.Path) -> None:
     """One after the other, as if nobody imported ahead."""
     said: list[Job] = []

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 from perf_tests.harness.progress import OnProgress, Stage, Turn
@@ -32,7 +32,13 @@ class RunStopped(Exception):
 
 
 def run_jobs(
-    jobs: Sequence[Job], gpus: Sequence[Gpu], run_job: RunJob, on_progress: OnProgress, *, is_ahead: bool
+    jobs: Sequence[Job],
+    gpus: Sequence[Gpu],
+    run_job: RunJob,
+    on_progress: OnProgress,
+    *,
+    is_ahead: bool,
+    elsewhere: Mapping[Job, Gpu] | None = None,
 ) -> dict[Job, Result]:
     """Run every job once, each on the GPU that is free first.
 
@@ -42,6 +48,7 @@ def run_jobs(
         run_job: `runner.run_level` of one job; calls what it is given about once a second and lets it raise.
         on_progress: called from several threads, of the worker that has the GPU or gets it next.
         is_ahead: let a lane's next worker import while the one before runs.
+        elsewhere: the GPU on which a job may not run, where there are several: it was disturbed there.
 
     Raises:
         KeyboardInterrupt: and whatever `run_job` raises, the first if several do, when no worker is left. The others
@@ -54,7 +61,7 @@ def run_jobs(
     is_stopped = threading.Event()
 
     def work(lane: _Lane) -> None:
-        while (job := lane.next_job(untaken, len(gpus), lock, is_stopped)) is not None:
+        while (job := lane.next_job(untaken, len(gpus), elsewhere or {}, lock, is_stopped)) is not None:
 
             def follow(level: str, process: int, stage: Stage, detail: str, elapsed_s: float, job: Job = job) -> None:
                 if is_stopped.is_set():
@@ -103,17 +110,24 @@ class _Lane:
     """Or about to."""
     _changed: threading.Condition = dataclasses.field(default_factory=threading.Condition)
 
-    def next_job(self, untaken: list[Job], lanes: int, lock: threading.Lock, is_stopped: threading.Event) -> Job | None:
-        """Take a job, when no import would disturb a measurement; None if none is left or the run is stopped."""
+    def next_job(
+        self,
+        untaken: list[Job],
+        lanes: int,
+        elsewhere: Mapping[Job, Gpu],
+        lock: threading.Lock,
+        is_stopped: threading.Event,
+    ) -> Job | None:
+        """Take a job, when no import would disturb a measurement; None if none is left for it or the run is stopped."""
         with self._changed:
             while not is_stopped.is_set():
                 with lock:
-                    if not untaken:
+                    own = [job for job in untaken if lanes == 1 or job not in elsewhere or elsewhere[job] != self.gpu]
+                    if not own:
                         return None
                     if not self._is_measuring and (not self._jobs or len(untaken) >= lanes):
-                        job = min(
-                            untaken, key=lambda job: self._had[job[0]] if lanes > 1 else 0
-                        )  # the first of several
+                        # The first of several that it had as often.
+                        job = own[0] if lanes == 1 else min(own, key=lambda job: self._had[job[0]])
                         untaken.remove(job)
                         self._had[job[0]] += 1
                         self._jobs.append(job)

@@ -79,6 +79,7 @@ class Suite:
         path = store.find_baseline(folder, workload.id) if folder.is_dir() else None
         is_compared = bool(option.benchmark_compare)
         self._is_judging = is_compared or self.is_recording
+        self._ran_on: dict[Job, Gpu] = {}
         baseline = store.read_baseline(path) if path and self._is_judging else None
         # What someone published is no baseline of ours to go on from.
         held = baseline.levels.keys() if baseline and baseline.source == "recorded" else set()
@@ -270,7 +271,11 @@ class Suite:
         return [(level, 0) for level in levels]
 
     def _run(self, jobs: Sequence[Job], folder: Path, lanes: Sequence[Gpu]) -> dict[Job, Result]:
+        # Where a GPU is too hot, it may be so the second time.
+        disturbed_on = dict(self._ran_on) if folder.name == RERUN else {}
+
         def run_job(level: str, process: int, own: Gpu, on_progress: OnProgress, turn: Turn | None) -> Result:
+            self._ran_on[level, process] = own
             with self._compiled_code() as cache:
                 return runner.run_level(
                     level,
@@ -287,7 +292,7 @@ class Suite:
 
         with contextlib.closing(ProgressPrinter(self._deadlines, len(jobs))) as printer:
             # Without a GPU, imports would take the processor from what compiles.
-            return run_jobs(jobs, lanes, run_job, printer, is_ahead=bool(self._gpus))
+            return run_jobs(jobs, lanes, run_job, printer, is_ahead=bool(self._gpus), elsewhere=disturbed_on)
 
 
 def _told(jobs: Sequence[Job], folder: Path) -> str:
