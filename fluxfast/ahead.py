@@ -10,9 +10,10 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, Self
 
 import torch
+from diffusers import FluxPipeline
 from PIL import Image
 
 from fluxfast.loop import LoopPipeline
@@ -33,10 +34,9 @@ class AheadPipeline(LoopPipeline):
     _text_ids: dict[Hashable, torch.Tensor]
 
     @classmethod
-    def of(cls, pipeline: Any) -> AheadPipeline:
+    def of(cls, pipeline: FluxPipeline) -> Self:
         """Made of the components of `pipeline`, as `LoopPipeline.of`."""
         own = super().of(pipeline)
-        assert isinstance(own, AheadPipeline)
         own._text_ids = {}
         # For the whole process. Otherwise each image's memory is new, and its 1000 page faults cost 2 ms.
         allocator = Image.core  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ true classifier-free guidance, IP-adapters.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -34,9 +34,9 @@ class LoopPipeline(FluxPipeline):
     _schedules: dict[Hashable, tuple[torch.Tensor, torch.Tensor]]
 
     @classmethod
-    def of(cls, pipeline: FluxPipeline) -> LoopPipeline:
+    def of(cls, pipeline: FluxPipeline) -> Self:
         """Made of the components of `pipeline`; not in `__init__`, whose arguments diffusers takes for components."""
-        own: LoopPipeline = cls(**pipeline.components)
+        own: Self = cls(**pipeline.components)
         own.set_progress_bar_config(disable=True)
         own.image_processor = DeviceImageProcessor(vae_scale_factor=own.vae_scale_factor * 2)
         own._schedules = {}

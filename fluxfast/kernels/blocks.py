@@ -240,7 +240,7 @@ class FusedFluxSingleTransformerBlock(_ModulatedBlock):
         return x[:, :tokens], x[:, tokens:]
 
     def forward_modulated(self, x: Stream, modulation: torch.Tensor, rotary: Rotary) -> Stream:
-        """The joint stream (B, T + S, D) through the block, as a function of tensors alone, for export."""
+        """The joint stream (B, T + S, D) through the block, as a function of tensors, or of `Pending`."""
         shift, scale, _ = modulation.chunk(3, dim=-1)
         sizes = sizes_of(x)
         residual, q, q_scale = self._norm(x, shift, scale)

@@ -134,7 +134,7 @@ class Suite:
 
     @property
     def _asks_for_recorded(self) -> bool:
-        return self.config.option.levels is not None and RECORDED in words_of(self.config.option.levels)
+        return RECORDED in words_of(self.config.option.levels)
 
     @property
     def voids(self) -> list[Verdict]:
