@@ -1,7 +1,8 @@
 """Swaps diffusers' blocks for the fused ones of `fluxfast.kernels`, with the operations that a level asks for.
 
 Without `fused_quantize`, `fused_qk_rope` or `fused_residuals` an operation is the plain PyTorch one, which Inductor
-fuses as well as it can: a rung changes which kernel computes something, not what is computed.
+fuses as well as it can: a rung changes which kernel computes something, not what is computed. `hadamard_qk` changes
+that: products of q and k are what they were, but their float8 codes are not.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def fuse(transformer: nn.Module, level: Level) -> list[nn.Module]:
         "quantize": level.fused_quantize,
         "qk_rope": level.fused_qk_rope,
         "quantize_rows": level.fused_residuals,
+        "hadamard": level.hadamard_qk,
     }
     ops = triton_ops(**kernels) if any(kernels.values()) else REFERENCE
     if attention is sdpa:

@@ -64,6 +64,9 @@ class Level:
         fused_residuals: the gated residual at the end of a block, single or double, in the kernel of the next block's
             norm, and one Triton kernel that quantises a double block's attention output. Blocks hand on what is still
             to be added, and the first of either kind gets a zero gate, so that it is compiled like the others.
+        hadamard_qk: q and k of every head through the same Hadamard transform in front of the e4m3 cast, in the kernel
+            of `fused_qk_rope`. Their products are what they were, and channels that are large in both, whose rounding
+            is most of the attention's error, are spread over 64.
         gemm_search: max-autotune times Triton's GEMM templates beside the libraries' kernels, up to 106 for a shape in
             float8.
         coordinate_descent: Inductor's search for the launch parameters of every kernel it writes, which flux-fast
@@ -92,6 +95,7 @@ class Level:
     no_host_waits: bool = False
     subpixel_upsampling: bool = False
     fused_residuals: bool = False
+    hadamard_qk: bool = False
     gemm_search: bool = False
     coordinate_descent: bool = False
 
@@ -130,6 +134,7 @@ FUSED_BLOCK_FIELDS: tuple[str, ...] = (
     "fused_qk_rope",
     "merged_projections",
     "fused_residuals",
+    "hadamard_qk",
 )
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Level) if f.name in FIELDS}
 
@@ -185,7 +190,8 @@ SPLIT_ATTENTION_TAIL = NO_GEMM_WORKSPACE.then("split_attention_tail", split_atte
 NO_HOST_WAITS = SPLIT_ATTENTION_TAIL.then("no_host_waits", no_host_waits=True)
 SUBPIXEL_UPSAMPLING = NO_HOST_WAITS.then("subpixel_upsampling", subpixel_upsampling=True)
 FUSED_RESIDUALS = SUBPIXEL_UPSAMPLING.then("fused_residuals", fused_residuals=True)
-GEMM_SEARCH = FUSED_RESIDUALS.then("gemm_search", gemm_search=True)
+HADAMARD_QK = FUSED_RESIDUALS.then("hadamard_qk", hadamard_qk=True)
+GEMM_SEARCH = HADAMARD_QK.then("gemm_search", gemm_search=True)
 
 BEYOND: tuple[Level, ...] = (
     FLOAT8_ROWWISE,
@@ -201,6 +207,7 @@ BEYOND: tuple[Level, ...] = (
     NO_HOST_WAITS,
     SUBPIXEL_UPSAMPLING,
     FUSED_RESIDUALS,
+    HADAMARD_QK,
     GEMM_SEARCH,
 )
 """Rungs past flux-fast: a chain of their own, so that the ladder stays flux-fast's and its numbers compare.

@@ -14,7 +14,7 @@ from fluxfast.levels import DEFAULTS, FUSED_BLOCK_FIELDS, Level
 FA3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")
 """FlashAttention-3's own build, and the forward-only wheel of PyPI's `fa3-fwd`."""
 
-TRITON_FIELDS = ("fused_quantize", "fused_qk_rope", "fast_decode", "fused_residuals")
+TRITON_FIELDS = ("fused_quantize", "fused_qk_rope", "fast_decode", "fused_residuals", "hadamard_qk")
 SEARCH_FIELDS = ("gemm_search", "coordinate_descent")
 ROWWISE_LT = (12, 9)
 """CUDA from which torch's row-wise float8 GEMM on a Hopper is cuBLASLt's; before, it is CUTLASS's."""
@@ -106,8 +106,9 @@ def unavailable(level: Level, machine: Machine) -> dict[str, str]:
     for field in SEARCH_FIELDS:
         if getattr(level, field) and (machine.capability is None or not machine.triton):
             reasons[field] = f"{field}: is a search among Triton kernels on CUDA; found {machine.found_with_triton}"
-    if level.fused_qk_rope and "attention" in reasons:
-        reasons.setdefault("fused_qk_rope", f"fused_qk_rope: casts for {reasons['attention']}")
+    for field in ("fused_qk_rope", "hadamard_qk"):
+        if getattr(level, field) and "attention" in reasons:
+            reasons.setdefault(field, f"{field}: casts for {reasons['attention']}")
     if level.split_attention_tail and "attention" in reasons:
         reasons["split_attention_tail"] = f"split_attention_tail: is two launches of {reasons['attention']}"
     if "quantization" in reasons:

@@ -177,6 +177,8 @@ QUANTIZING = ("gelu_quantize", "layernorm_modulate_quantize", "residual_layernor
 QUANTIZING_SINGLE = ("layernorm_modulate_quantize", "gelu_concat_quantize")
 """Of a single block; with `fused_residuals` the norm is the one with the residual."""
 
+HADAMARD = "fluxfast::qk_norm_rope_hadamard_quantize"
+
 
 def fused_block_facts(built: Built, calls: int, loops: int, forwards: int) -> list[Fact]:
     """What ran during `calls` pipeline calls, `loops` loops and `forwards` forwards of the transformer in Python.
@@ -200,8 +202,10 @@ def fused_block_facts(built: Built, calls: int, loops: int, forwards: int) -> li
     ]  # fmt: skip
     facts += [
         Fact("fused_qk_rope", "launches of Triton's QK norm and RoPE kernel",
-             compiler.calls_of("fluxfast::qk_norm_rope_quantize"),
+             compiler.calls_of("fluxfast::qk_norm_rope_quantize", HADAMARD),
              _all_if(level.fused_qk_rope, forwards * (double + single))),
+        Fact("hadamard_qk", "launches of it with a Hadamard transform of q and k",
+             compiler.calls_of(HADAMARD), _all_if(level.hadamard_qk, forwards * (double + single))),
         # Once for the one resolution of all calls.
         Fact("fused_qk_rope", "RoPE tables computed",
              built.rotary.fills if built.rotary else 0, _all_if(level.fused_qk_rope, 1)),

@@ -69,6 +69,7 @@ def triton_operations() -> dict[str, Any]:
         norms.layernorm_modulate_quantize,
         norms.residual_layernorm_modulate_quantize,
         qkv.qk_norm_rope_quantize,
+        qkv.qk_norm_rope_hadamard_quantize,
         group_norm.group_norm_silu,
     )
     return {operation._name: operation for operation in operations}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 import os
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fluxfast.build import build, generate
 from fluxfast.compilation import Compiler, compile_transformer
 from fluxfast.kernels import reference
 from fluxfast.kernels.blocks import FusedFluxSingleTransformerBlock, Pending, _ModulatedBlock, add_pending
@@ -19,6 +21,8 @@ from fluxfast.kernels.linear import DenseLinear, RowwiseFloat8Linear
 from fluxfast.kernels.modulation import PrecomputedModulation
 from fluxfast.kernels.ops import EXACT, REFERENCE, triton_ops
 from fluxfast.kernels.rowwise import dequantize_rowwise, quantize_rowwise
+from fluxfast.levels import get_level
+from fluxfast.workloads import TINY
 
 diffusers = pytest.importorskip("diffusers")
 transformer_flux = pytest.importorskip("diffusers.models.transformers.transformer_flux")
@@ -177,6 +181,41 @@ def test_residuals_left_to_the_next_block_change_no_bit(transformer, kind, monke
     assert torch.equal(got, run(fused(transformer, **options), batch=2))
 
 
+def test_hadamard_transform_changes_no_product(transformer):
+    """In front of an attention that rounds nothing, q and k give diffusers' output in whatever basis they are."""
+
+    def qk_norm_rope(*args):
+        q, k, v = reference.qk_norm_rope(*args)
+        return reference.hadamard(q), reference.hadamard(k), v
+
+    model = fused(transformer, attention=attention, ops=dataclasses.replace(EXACT, qk_norm_rope=qk_norm_rope))
+    assert relative_error(run(model), run(transformer)) < 1e-5
+
+
+def test_hadamard_transform_saves_trained_attention_in_float8():
+    """On the shipped checkpoint: q and k of trained weights have channels that are large in both, random ones do not.
+
+    Everything but q, k and v is exact, so the whole error of the first step's output is the attention's.
+    """
+    built = build(TINY, get_level("fp32"))
+
+    def first_step() -> torch.Tensor:
+        outputs = []
+        hook = built.pipeline.transformer.register_forward_hook(lambda module, args, output: outputs.append(output[0]))
+        generate(built, TINY, num_inference_steps=1, output_type="latent")
+        hook.remove()
+        return outputs[0]
+
+    want, plain = first_step(), built.pipeline.transformer
+    errors = {}
+    for op in (reference.qk_norm_rope_quantize, reference.qk_norm_rope_hadamard_quantize):
+        operations = dataclasses.replace(EXACT, qk_norm_rope=op)
+        built.pipeline.transformer = fused(plain, attention=attention, ops=operations)
+        errors[op] = relative_error(first_step(), want)
+    untransformed, transformed = errors.values()
+    assert 0.005 < transformed < untransformed / 2
+
+
 def test_unquantised_bfloat16_blocks_round_no_worse_than_diffusers(transformer):
     """In bfloat16 the unquantised blocks are as near to float32 as diffusers' own."""
     want = run(transformer)
@@ -236,7 +275,8 @@ def test_triton_blocks_equal_reference_blocks(transformer):
     options = {"attention": attention_bf16, "merged_projections": True, "chained": True}
     want = run(fused(transformer, ops=REFERENCE, **options), batch=2)
     error = relative_error(want, exact)
-    for operations in (triton_ops(), triton_ops(qk_rope=False), triton_ops(quantize=False)):
+    choices = ({}, {"qk_rope": False}, {"quantize": False}, {"hadamard": True})
+    for operations in (triton_ops(**choice) for choice in choices):
         got = run(fused(transformer, ops=operations, **options), batch=2)
         assert relative_error(got, exact) < 1.1 * error
         assert relative_error(got, want) < error

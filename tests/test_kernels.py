@@ -14,6 +14,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from scipy.linalg import hadamard as sylvester
 
 from fluxfast.kernels import reference
 from fluxfast.kernels.rowwise import E4M3, cast_e4m3, dequantize_rowwise, quantize_rowwise
@@ -176,17 +177,32 @@ def test_residual_layernorm_modulate(kind, samples, tokens, d, dtype):
     assert_quantized(q, q_scale, layernorm64(residual, shift, scale))
 
 
+def hadamard64(x):
+    """Of a head as (8, Dh / 64, 8), along the first and the last axis; then (8, Dh / 8) becomes (Dh / 8, 8)."""
+    matrix = torch.tensor(sylvester(8), device=x.device).double()
+    mixed = torch.einsum("ai,...imj,bj->...amb", matrix, x.double().unflatten(-1, (8, -1, 8)), matrix) / 8
+    return mixed.flatten(-2).transpose(-1, -2).flatten(-2)
+
+
 @implementations
 @pytest.mark.parametrize(
-    ("batch", "text", "image", "heads", "dim"), [(1, 3, 5, 24, 128), (2, 0, 3, 3, 8), (2, 2, 1, 9, 32)]
+    ("name", "batch", "text", "image", "heads", "dim"),
+    [
+        ("qk_norm_rope_quantize", 1, 3, 5, 24, 128),
+        ("qk_norm_rope_quantize", 2, 0, 3, 3, 8),
+        ("qk_norm_rope_quantize", 2, 2, 1, 9, 32),
+        ("qk_norm_rope_hadamard_quantize", 1, 3, 5, 24, 128),
+        ("qk_norm_rope_hadamard_quantize", 2, 0, 3, 3, 64),
+        ("qk_norm_rope_hadamard_quantize", 2, 2, 1, 9, 256),
+    ],
 )
-def test_qk_norm_rope(kind, batch, text, image, heads, dim):
+def test_qk_norm_rope(kind, name, batch, text, image, heads, dim):
     """QK RMSNorm and diffusers' RoPE, text first, cast without scales; v is only cast."""
     streams = [normal(batch, tokens, 3 * heads * dim + 8, spread=300.0)[..., 8:] for tokens in (text, image)]
     weights = [1 + normal(dim, dtype=torch.bfloat16) / 4 for _ in range(4)]
     cos, sin = (t.repeat_interleave(2, -1) for t in torch.rand(text + image, dim, device=DEVICE).chunk(2, -1))
     optional = () if text == 0 else (streams[0], *weights[2:])
-    parts = operation(kind, "qk_norm_rope_quantize")(streams[1], *weights[:2], cos, sin, 1e-6, *optional)
+    parts = operation(kind, name)(streams[1], *weights[:2], cos, sin, 1e-6, *optional)
 
     double = [s.double().unflatten(-1, (3, heads, dim)) for s in streams]
     for index, (part, image_weight, text_weight) in enumerate(zip(parts[:2], weights[:2], weights[2:], strict=True)):
@@ -199,9 +215,22 @@ def test_qk_norm_rope(kind, batch, text, image, heads, dim):
         turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
         exact = x * freqs[0][:, None] + turned * freqs[1][:, None]
         torch.testing.assert_close(exact.float(), embeddings.apply_rotary_emb(x.float(), (cos, sin), sequence_dim=1))
+        if "hadamard" in name:
+            exact = hadamard64(exact)
         torch.testing.assert_close(part.double(), exact, rtol=2**-4 + 1e-4, atol=2**-10 + 1e-4)
     v = torch.cat([s[:, :, 2] for s in double], 1)
     assert torch.equal(parts[2].float(), cast_e4m3(v).float()) and parts[2].float().abs().max() <= 448
+
+
+def test_hadamard_keeps_products():
+    """Of any two vectors; a channel that stands out does no more."""
+    q, k = normal(3, 5, 2, 128, dtype=torch.float64), normal(3, 5, 2, 128, dtype=torch.float64)
+    turned = reference.hadamard(q)
+    torch.testing.assert_close((turned * reference.hadamard(k)).sum(-1), (q * k).sum(-1))
+    torch.testing.assert_close(turned, hadamard64(q))
+    alone = torch.zeros(128, dtype=torch.float64, device=DEVICE)
+    alone[37] = 8.0
+    assert reference.hadamard(alone).abs().max() == pytest.approx(8 / 64**0.5)
 
 
 @implementations
@@ -252,6 +281,7 @@ def test_rowwise_is_torchaos(dtype):
 
 def example_arguments(name: str) -> tuple:
     rows, vectors = normal(4, 64), [normal(2, 64) for _ in range(3)]
+    heads = (normal(1, 4, 384), *(normal(64) for _ in range(2)), *(normal(4, 64) for _ in range(2)))
     return {
         "gelu_concat_quantize": (rows, normal(4, 96)),
         "gelu_quantize": (rows,),
@@ -259,11 +289,8 @@ def example_arguments(name: str) -> tuple:
         "layernorm_modulate_quantize": (rows, *vectors[:2]),
         "layernorm_modulate_quantize_with_value": (rows, *vectors[:2]),
         "residual_layernorm_modulate_quantize": (rows, normal(4, 64), *vectors),
-        "qk_norm_rope_quantize": (
-            normal(1, 4, 192),
-            *(normal(32) for _ in range(2)),
-            *(normal(4, 32) for _ in range(2)),
-        ),
+        "qk_norm_rope_quantize": heads,
+        "qk_norm_rope_hadamard_quantize": heads,
     }[name]
 
 
@@ -304,3 +331,7 @@ def test_triton_ops_refuse_what_does_not_fit():
         operation("triton", "quantize_rows")(normal(4, 6).t())
     with pytest.raises(ValueError, match="two axes or more"):
         operation("triton", "quantize_rows")(normal(4))
+    heads_of_four = normal(1, 2, 24), normal(4), normal(4), normal(2, 4), normal(2, 4)
+    operation("triton", "qk_norm_rope_quantize")(*heads_of_four)
+    with pytest.raises(ValueError, match="a power of 2, at least 64"):
+        operation("triton", "qk_norm_rope_hadamard_quantize")(*heads_of_four)

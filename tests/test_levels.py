@@ -38,7 +38,7 @@ def test_rungs_without_a_measurement_are_beside_the_ladder() -> None:
     """Their ids are frozen too; they form a chain of their own that branches off at fa3_fp8."""
     fused = "fused_quantize precomputed_modulation fused_qk_rope merged_projections"
     ids = f"float8_rowwise {fused} whole_loop_graph fast_encode fast_decode no_gemm_workspace"
-    last = "split_attention_tail no_host_waits subpixel_upsampling fused_residuals"
+    last = "split_attention_tail no_host_waits subpixel_upsampling fused_residuals hadamard_qk"
     assert " ".join(level.id for level in BEYOND) == f"{ids} {last} gemm_search"
     assert [level.parent for level in BEYOND] == ["fa3_fp8", *(level.id for level in BEYOND[:-1])]
     assert not set(BEYOND) & set(LADDER) and all(level.packaging == "jit" for level in BEYOND)

@@ -131,6 +131,7 @@ def cases() -> list[Case]:
         ),
         case("qk_norm_rope", M * D * 9, lambda: qk_arguments(0, M), v64, qkv, "qk_norm_rope_quantize"),
         case("qk_norm_rope_two", M * D * 9, lambda: qk_arguments(TEXT, IMAGE), v64, qkv, "qk_norm_rope_quantize"),
+        case("qk_hadamard", M * D * 9, lambda: qk_arguments(0, M), v64, qkv, "qk_norm_rope_hadamard_quantize"),
         *(
             case(
                 f"group_norm_{channels}_{side}",

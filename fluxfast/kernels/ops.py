@@ -29,7 +29,7 @@ class BlockOps:
         quantize: (..., D) -> (q, scale). gelu: (rows) -> (q, scale). gelu_concat: (attention, mlp) -> (q, scale).
         layernorm_modulate: (rows, shift, scale, eps) -> (q, scale).
         residual_layernorm_modulate: (residual, y, gate, shift, scale, eps) -> (new residual, q, scale).
-        qk_norm_rope: see `reference.qk_norm_rope_quantize`.
+        qk_norm_rope: see `reference.qk_norm_rope_quantize`, and `reference.hadamard` for what may follow.
     """
 
     linear: Op
@@ -52,7 +52,9 @@ REFERENCE = BlockOps(
 )
 
 
-def triton_ops(*, quantize: bool = True, qk_rope: bool = True, quantize_rows: bool = True) -> BlockOps:
+def triton_ops(
+    *, quantize: bool = True, qk_rope: bool = True, quantize_rows: bool = True, hadamard: bool = False
+) -> BlockOps:
     """`REFERENCE` with Triton kernels instead.
 
     Args:
@@ -60,6 +62,7 @@ def triton_ops(*, quantize: bool = True, qk_rope: bool = True, quantize_rows: bo
         qk_rope: for QK norm and RoPE.
         quantize_rows: for what is quantised as it is, the attention output of the double blocks. Inductor makes two
             kernels of it: the row maxima, then the codes with the two streams apart.
+        hadamard: `qk_rope` with the Hadamard transform of q and k in front of the cast.
 
     Raises:
         ImportError: if Triton is not installed.
@@ -74,8 +77,8 @@ def triton_ops(*, quantize: bool = True, qk_rope: bool = True, quantize_rows: bo
             layernorm_modulate=norms.layernorm_modulate_quantize,
             residual_layernorm_modulate=norms.residual_layernorm_modulate_quantize,
         )
-    if qk_rope:
-        changes.update(qk_norm_rope=qkv.qk_norm_rope_quantize)
+    if qk_rope or hadamard:
+        changes.update(qk_norm_rope=qkv.qk_norm_rope_hadamard_quantize if hadamard else qkv.qk_norm_rope_quantize)
     if quantize_rows:
         changes.update(quantize=activations.quantize_rows)
     return dataclasses.replace(REFERENCE, **changes)

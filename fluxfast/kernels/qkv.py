@@ -1,7 +1,9 @@
 """QK RMSNorm + RoPE + concatenation of the text and image streams + e4m3 cast, in front of FlashAttention-3 in fp8.
 
 Traffic at FLUX's size (4352 tokens, 24 heads x 128): 80 MB of qkv read, 40 MB of e4m3 written, a floor of 28 us at
-4.3 TB/s; cos and sin (4.5 MB in float32) stay in the L2 cache.
+4.3 TB/s; cos and sin (4.5 MB in float32) stay in the L2 cache. The Hadamard transform adds nothing
+to that: a thread mixes the eight neighbours that it has loaded, then each head goes through shared memory, for it to
+mix eight that were far apart.
 """
 
 from __future__ import annotations
@@ -28,9 +30,28 @@ def _norm_rope(x, weight, cos, sin, eps, GROUP: tl.constexpr, HEAD_DIM: tl.const
 
 
 @triton.jit
+def _mix_eight(x):
+    """The Hadamard matrix of order 8, unscaled, along the last three of five axes, each of length 2."""
+    for _ in tl.static_range(3):
+        first, second = tl.split(x)
+        # The next of the three axes comes last; after three rounds they stand as before.
+        x = tl.permute(tl.join(first + second, first - second), (0, 1, 4, 2, 3))
+    return x
+
+
+@triton.jit
+def _hadamard(x, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """`reference.hadamard` of (GROUP, HEAD_DIM)."""
+    x = _mix_eight(tl.reshape(x, [GROUP, HEAD_DIM // 8, 2, 2, 2]))
+    x = tl.permute(tl.reshape(x, [GROUP, 8, HEAD_DIM // 8]), (0, 2, 1))
+    x = _mix_eight(tl.reshape(x, [GROUP, HEAD_DIM // 8, 2, 2, 2]))
+    return tl.reshape(x, [GROUP, HEAD_DIM]) * 0.125
+
+
+@triton.jit
 def _one_stream(
     qkv, weight_q_ptr, weight_k_ptr, cos, sin, q, k, v, offsets, mask, dims, eps,
-    WIDTH: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HADAMARD: tl.constexpr,
 ):  # fmt: skip
     """One token of one stream: `qkv` points at its 3 * WIDTH values, q, k, v at its heads in the outputs."""
     value_q = tl.load(qkv + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -38,8 +59,12 @@ def _one_stream(
     value_v = tl.load(qkv + 2 * WIDTH + offsets, mask=mask, other=0.0).to(tl.float32)
     weight_q = tl.load(weight_q_ptr + dims).to(tl.float32)
     weight_k = tl.load(weight_k_ptr + dims).to(tl.float32)
-    tl.store(q + offsets, to_e4m3(_norm_rope(value_q, weight_q, cos, sin, eps, GROUP, HEAD_DIM)), mask=mask)
-    tl.store(k + offsets, to_e4m3(_norm_rope(value_k, weight_k, cos, sin, eps, GROUP, HEAD_DIM)), mask=mask)
+    turned_q = _norm_rope(value_q, weight_q, cos, sin, eps, GROUP, HEAD_DIM)
+    turned_k = _norm_rope(value_k, weight_k, cos, sin, eps, GROUP, HEAD_DIM)
+    if HADAMARD:
+        turned_q, turned_k = _hadamard(turned_q, GROUP, HEAD_DIM), _hadamard(turned_k, GROUP, HEAD_DIM)
+    tl.store(q + offsets, to_e4m3(turned_q), mask=mask)
+    tl.store(k + offsets, to_e4m3(turned_k), mask=mask)
     tl.store(v + offsets, to_e4m3(value_v), mask=mask)
 
 
@@ -68,6 +93,7 @@ def _qk_norm_rope_kernel(
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    HADAMARD: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     sample = program // tokens
@@ -87,14 +113,26 @@ def _qk_norm_rope_kernel(
     # Two inlined bodies, not a selected pointer: each keeps what the compiler knows of its pointer's alignment.
     if token < text_tokens:
         text = text_ptr + sample * text_batch_stride + token * text_stride
-        _one_stream(text, text_norm_q, text_norm_k, cos, sin, q, k, v, offsets, mask, dims, eps, WIDTH, GROUP, HEAD_DIM)
+        _one_stream(
+            text, text_norm_q, text_norm_k, cos, sin, q, k, v, offsets, mask, dims, eps,
+            WIDTH, GROUP, HEAD_DIM, HADAMARD,
+        )  # fmt: skip
     else:
         image = image_ptr + sample * image_batch_stride + (token - text_tokens) * image_stride
-        _one_stream(image, norm_q, norm_k, cos, sin, q, k, v, offsets, mask, dims, eps, WIDTH, GROUP, HEAD_DIM)
+        _one_stream(
+            image, norm_q, norm_k, cos, sin, q, k, v, offsets, mask, dims, eps,
+            WIDTH, GROUP, HEAD_DIM, HADAMARD,
+        )  # fmt: skip
 
 
 def _check(
-    qkv: torch.Tensor, head_dim: int, cos: torch.Tensor, sin: torch.Tensor, text: tuple[torch.Tensor | None, ...]
+    qkv: torch.Tensor,
+    head_dim: int,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    text: tuple[torch.Tensor | None, ...],
+    *,
+    hadamard: bool,
 ) -> None:
     if any(t is None for t in text) != all(t is None for t in text):
         raise ValueError("text_qkv, text_norm_q and text_norm_k are given together or not at all")
@@ -104,43 +142,31 @@ def _check(
             f"cos and sin must be ({tokens}, {head_dim}) for text and image tokens together, got {tuple(cos.shape)} "
             f"and {tuple(sin.shape)}"
         )
-    if qkv.shape[2] % (3 * head_dim) or (head_dim & (head_dim - 1)) or head_dim < 2:
+    least = 64 if hadamard else 2
+    if qkv.shape[2] % (3 * head_dim) or (head_dim & (head_dim - 1)) or head_dim < least:
         raise ValueError(
-            f"qkv of width {qkv.shape[2]} is not 3 x heads x head_dim with head_dim {head_dim} a power of 2"
+            f"qkv of width {qkv.shape[2]} is not 3 x heads x head_dim with head_dim {head_dim} a power of 2, "
+            f"at least {least}"
         )
     if text[0] is not None and (text[0].shape[0] != qkv.shape[0] or text[0].shape[2] != qkv.shape[2]):
         raise ValueError(f"text_qkv {tuple(text[0].shape)} does not match qkv {tuple(qkv.shape)}")
 
 
-@triton_op("fluxfast::qk_norm_rope_quantize", mutates_args={})
-def qk_norm_rope_quantize(
+def _launch(
     qkv: torch.Tensor,
     norm_q: torch.Tensor,
     norm_k: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    eps: float = 1e-6,
-    text_qkv: torch.Tensor | None = None,
-    text_norm_q: torch.Tensor | None = None,
-    text_norm_k: torch.Tensor | None = None,
+    eps: float,
+    text_qkv: torch.Tensor | None,
+    text_norm_q: torch.Tensor | None,
+    text_norm_k: torch.Tensor | None,
+    *,
+    hadamard: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k, v for FlashAttention-3 from the outputs of the QKV GEMMs of one or two streams.
-
-    Args:
-        qkv: (B, S, 3 * H * Dh) of the image stream (of the joint stream in a single block); batch and token axes may be
-            strided. text_qkv: (B, S_txt, 3 * H * Dh) or None.
-        norm_q, norm_k, text_norm_q, text_norm_k: (Dh,) RMSNorm weights; Dh a power of two.
-        cos, sin: (S_txt + S, Dh) as `FluxPosEmbed` returns them: each angle twice in a row, text tokens first.
-
-    Returns:
-        q, k, v (B, S_txt + S, H, Dh) float8_e4m3fn, unscaled: magnitudes past 448 and infinities in v saturate at 448,
-        NaN stays NaN; an infinity in q or k makes its head NaN, because RMSNorm divides it by itself.
-
-    Raises:
-        ValueError: for shapes that do not fit and tensors that Triton cannot reach.
-    """
     head_dim = norm_q.shape[0]
-    _check(qkv, head_dim, cos, sin, (text_qkv, text_norm_q, text_norm_k))
+    _check(qkv, head_dim, cos, sin, (text_qkv, text_norm_q, text_norm_k), hadamard=hadamard)
     text_tokens = 0 if text_qkv is None else text_qkv.shape[1]
     # Without text the text pointers are never read.
     text = qkv if text_qkv is None else text_qkv
@@ -173,12 +199,63 @@ def qk_norm_rope_quantize(
         heads,
         HEADS_PER_PROGRAM,
         head_dim,
+        hadamard,
         num_warps=NUM_WARPS,
     )
     return q, k, v
 
 
+@triton_op("fluxfast::qk_norm_rope_quantize", mutates_args={})
+def qk_norm_rope_quantize(
+    qkv: torch.Tensor,
+    norm_q: torch.Tensor,
+    norm_k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float = 1e-6,
+    text_qkv: torch.Tensor | None = None,
+    text_norm_q: torch.Tensor | None = None,
+    text_norm_k: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k, v for FlashAttention-3 from the outputs of the QKV GEMMs of one or two streams.
+
+    Args:
+        qkv: (B, S, 3 * H * Dh) of the image stream (of the joint stream in a single block); batch and token axes may be
+            strided. text_qkv: (B, S_txt, 3 * H * Dh) or None.
+        norm_q, norm_k, text_norm_q, text_norm_k: (Dh,) RMSNorm weights; Dh a power of two.
+        cos, sin: (S_txt + S, Dh) as `FluxPosEmbed` returns them: each angle twice in a row, text tokens first.
+
+    Returns:
+        q, k, v (B, S_txt + S, H, Dh) float8_e4m3fn, unscaled: magnitudes past 448 and infinities in v saturate at 448,
+        NaN stays NaN; an infinity in q or k makes its head NaN, because RMSNorm divides it by itself.
+
+    Raises:
+        ValueError: for shapes that do not fit and tensors that Triton cannot reach.
+    """
+    return _launch(qkv, norm_q, norm_k, cos, sin, eps, text_qkv, text_norm_q, text_norm_k, hadamard=False)
+
+
+@triton_op("fluxfast::qk_norm_rope_hadamard_quantize", mutates_args={})
+def qk_norm_rope_hadamard_quantize(
+    qkv: torch.Tensor,
+    norm_q: torch.Tensor,
+    norm_k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float = 1e-6,
+    text_qkv: torch.Tensor | None = None,
+    text_norm_q: torch.Tensor | None = None,
+    text_norm_k: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `qk_norm_rope_quantize`, q and k behind a Hadamard transform of their channels, see `reference.hadamard`.
+
+    Dh is a power of two, 64 at least. An infinity in q or k makes its head NaN here too.
+    """
+    return _launch(qkv, norm_q, norm_k, cos, sin, eps, text_qkv, text_norm_q, text_norm_k, hadamard=True)
+
+
 @qk_norm_rope_quantize.register_fake
+@qk_norm_rope_hadamard_quantize.register_fake
 def _(qkv, norm_q, norm_k, cos, sin, eps=1e-6, text_qkv=None, text_norm_q=None, text_norm_k=None):
     head_dim = norm_q.shape[0]
     shape = (qkv.shape[0], cos.shape[0], qkv.shape[2] // (3 * head_dim), head_dim)

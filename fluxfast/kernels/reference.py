@@ -84,6 +84,25 @@ def qk_norm_rope(
     return tuple(torch.cat(part, dim=1) for part in zip(*parts, strict=True))
 
 
+def hadamard(x: torch.Tensor) -> torch.Tensor:
+    """Mixes the channels of a head by the orthonormal Hadamard matrix of order 64.
+
+    Products of two vectors so treated are what they were, and a channel that is large in both, whose rounding would be
+    most of a product's error, is spread over 64.
+
+    Args:
+        x: (..., Dh), Dh a multiple of 64. As (8, Dh / 64, 8) it is mixed along the first and the last axis.
+
+    Returns:
+        (..., Dh) in another order of channels: what was (8, Dh / 8) is (Dh / 8, 8).
+    """
+    x = x.unflatten(-1, (2, 2, 2, -1, 2, 2, 2))
+    for axis in (-7, -6, -5, -3, -2, -1):
+        first, second = x.unbind(axis)
+        x = torch.stack([first + second, first - second], dim=axis)
+    return (x / 8).flatten(-7).unflatten(-1, (8, -1)).transpose(-1, -2).flatten(-2)
+
+
 def gelu_quantize(x: torch.Tensor) -> Quantized:
     """Reference of `activations.gelu_quantize`."""
     return quantize_rowwise(F.gelu(x.float(), approximate="tanh"))
@@ -141,6 +160,22 @@ def qk_norm_rope_quantize(
     """Reference of `qkv.qk_norm_rope_quantize`."""
     parts = qk_norm_rope(qkv, norm_q, norm_k, cos, sin, eps, text_qkv, text_norm_q, text_norm_k)
     return tuple(cast_e4m3(part) for part in parts)
+
+
+def qk_norm_rope_hadamard_quantize(
+    qkv: torch.Tensor,
+    norm_q: torch.Tensor,
+    norm_k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float = 1e-6,
+    text_qkv: torch.Tensor | None = None,
+    text_norm_q: torch.Tensor | None = None,
+    text_norm_k: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Reference of `qkv.qk_norm_rope_hadamard_quantize`."""
+    q, k, v = qk_norm_rope(qkv, norm_q, norm_k, cos, sin, eps, text_qkv, text_norm_q, text_norm_k)
+    return cast_e4m3(hadamard(q)), cast_e4m3(hadamard(k)), cast_e4m3(v)
 
 
 def group_norm_silu(

@@ -1,0 +1,98 @@
+"""Every Triton kernel compiled for a Hopper by the installed Triton and its ptxas, which needs no GPU.
+
+The interpreter runs Python: what the compiler or the assembler refuses, it does not see.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from test_kernels import INTERPRETER, OPERATIONS, normal, operation
+
+triton = pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[dev]'")
+pytestmark = pytest.mark.skipif(INTERPRETER, reason="there are no kernels to compile in Triton's interpreter")
+
+HOPPER = ("cuda", 90, 32)
+D = 3072
+LOCAL_LOADS = ("LDL", "STL")
+"""What a kernel with more values than registers does."""
+
+
+class Compiling:
+    """A kernel that is compiled where it would be launched."""
+
+    def __init__(self, kernel: Any, compiled: list[Any]) -> None:
+        self._kernel, self._compiled = kernel, compiled
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **kwargs: self._compiled.append(self._kernel.warmup(*args, grid=grid, **kwargs))
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
+    """What the operations of the test compile, kernel by kernel; nothing is launched, and no cache is asked."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from fluxfast.kernels import activations, group_norm, norms, qkv
+
+    kernels: list[Any] = []
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    hopper = SimpleNamespace(
+        get_current_target=lambda: GPUTarget(*HOPPER),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+    )
+    monkeypatch.setattr(driver, "_active", hopper)
+    for module in (activations, group_norm, norms, qkv):
+        monkeypatch.setattr(module, "wrap_triton", lambda kernel: Compiling(kernel, kernels))
+        # Tensors on a CPU pass for such that the kernels can reach.
+        monkeypatch.setattr(module, "require_runnable", lambda *tensors: None, raising=False)
+    monkeypatch.setattr(group_norm, "INTERPRETED", True)
+    return kernels
+
+
+def arguments(name: str) -> tuple[Any, ...]:
+    """Of FLUX.1's widths, which decide how many registers a kernel takes, and of few rows, which do not."""
+    rows, vectors, head = normal(4, D), [normal(2, D) for _ in range(3)], [normal(128) for _ in range(4)]
+    angles = [normal(4, 128, dtype=torch.float32) for _ in range(2)]
+    two_streams = (normal(1, 2, 3 * D), *head[:2], *angles, 1e-6, normal(1, 2, 3 * D), *head[2:])
+    norm = normal(1, 8, 8, 512).movedim(-1, 1), normal(512), normal(512), 32, 1e-6, True, normal(512)
+    return {
+        "gelu_concat_quantize": (rows, normal(4, 4 * D)),
+        "gelu_quantize": (normal(4, 4 * D),),
+        "quantize_rows": (rows,),
+        "layernorm_modulate_quantize": (rows, *vectors[:2]),
+        "layernorm_modulate_quantize_with_value": (rows, *vectors[:2]),
+        "residual_layernorm_modulate_quantize": (rows, rows, *vectors),
+        "qk_norm_rope_quantize": two_streams,
+        "qk_norm_rope_hadamard_quantize": two_streams,
+        "group_norm_silu": norm,
+    }[name]
+
+
+def assembly(kernel: Any, folder: Path) -> str:
+    """What the GPU would run, by NVIDIA's disassembler, which Triton brings."""
+    from triton import knobs
+
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(kernel.asm["cubin"])
+    tool = knobs.nvidia.nvdisasm.path
+    return subprocess.run([tool, "-c", str(binary)], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("name", [*OPERATIONS, "group_norm_silu"])
+def test_kernels_compile(name: str, compiled: list[Any], tmp_path: Path) -> None:
+    """To machine code of a Hopper, in whose registers all values find room."""
+    operation("triton", name)(*arguments(name))
+    assert compiled
+    for kernel in compiled:
+        code = assembly(kernel, tmp_path)
+        assert "EXIT" in code and not any(load in code for load in LOCAL_LOADS), kernel.name
+    assert torch.cuda.is_available() or all(kernel.module is None for kernel in compiled)
