@@ -36,7 +36,7 @@ def fuse(transformer: nn.Module, level: Level) -> list[nn.Module]:
         "quantize": level.fused_quantize,
         "qk_rope": level.fused_qk_rope,
         "quantize_rows": level.fused_residuals,
-        "hadamard": level.hadamard_qk,
+        "hadamard": level.hadamard_qk and level.fused_qk_rope,
     }
     ops = triton_ops(**kernels) if any(kernels.values()) else REFERENCE
     if attention is sdpa:

@@ -65,8 +65,8 @@ class Level:
             norm, and one Triton kernel that quantises a double block's attention output. Blocks hand on what is still
             to be added, and the first of either kind gets a zero gate, so that it is compiled like the others.
         hadamard_qk: q and k of every head through the same Hadamard transform in front of the e4m3 cast, in the kernel
-            of `fused_qk_rope`. Their products are what they were, and channels that are large in both, whose rounding
-            is most of the attention's error, are spread over 64.
+            of `fused_qk_rope` ("incoherent processing"). Their products are what they were, and channels that are large
+            in both, whose rounding is most of the attention's error, are spread over 64.
         gemm_search: max-autotune times Triton's GEMM templates beside the libraries' kernels, up to 106 for a shape in
             float8.
         coordinate_descent: Inductor's search for the launch parameters of every kernel it writes, which flux-fast

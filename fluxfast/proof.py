@@ -204,7 +204,7 @@ def fused_block_facts(built: Built, calls: int, loops: int, forwards: int) -> li
         Fact("fused_qk_rope", "launches of Triton's QK norm and RoPE kernel",
              compiler.calls_of("fluxfast::qk_norm_rope_quantize", HADAMARD),
              _all_if(level.fused_qk_rope, forwards * (double + single))),
-        Fact("hadamard_qk", "launches of it with a Hadamard transform of q and k",
+        Fact("hadamard_qk", "launches of Triton's QK norm and RoPE kernel with a Hadamard transform",
              compiler.calls_of(HADAMARD), _all_if(level.hadamard_qk, forwards * (double + single))),
         # Once for the one resolution of all calls.
         Fact("fused_qk_rope", "RoPE tables computed",

@@ -273,11 +273,12 @@ def test_triton_blocks_equal_reference_blocks(transformer):
     exact = run(transformer, batch=2)
     transformer.to(torch.bfloat16)
     options = {"attention": attention_bf16, "merged_projections": True, "chained": True}
-    want = run(fused(transformer, ops=REFERENCE, **options), batch=2)
-    error = relative_error(want, exact)
+    transformed = dataclasses.replace(REFERENCE, qk_norm_rope=reference.qk_norm_rope_hadamard_quantize)
     choices = ({}, {"qk_rope": False}, {"quantize": False}, {"hadamard": True})
-    for operations in (triton_ops(**choice) for choice in choices):
-        got = run(fused(transformer, ops=operations, **options), batch=2)
+    for choice in choices:
+        want = run(fused(transformer, ops=transformed if choice.get("hadamard") else REFERENCE, **options), batch=2)
+        error = relative_error(want, exact)
+        got = run(fused(transformer, ops=triton_ops(**choice), **options), batch=2)
         assert relative_error(got, exact) < 1.1 * error
         assert relative_error(got, want) < error
 

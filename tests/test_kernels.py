@@ -222,6 +222,19 @@ def test_qk_norm_rope(kind, name, batch, text, image, heads, dim):
     assert torch.equal(parts[2].float(), cast_e4m3(v).float()) and parts[2].float().abs().max() <= 448
 
 
+@implementations
+@pytest.mark.parametrize(("name", "lost"), [("qk_norm_rope_quantize", 2), ("qk_norm_rope_hadamard_quantize", 64)])
+def test_special_heads(kind, name, lost):
+    """What is not finite in q or k stays in its head, and in every product with it."""
+    qkv, ones = normal(1, 2, 3 * 3 * 128), torch.ones(128, device=DEVICE)
+    angles = torch.rand(2, 64, device=DEVICE).repeat_interleave(2, -1)
+    qkv[0, 0, 128 + 5], qkv[0, 1, 3 * 128 + 7] = float("inf"), float("nan")
+    q, k, v = (x.float() for x in operation(kind, name)(qkv, ones, ones, angles.cos(), angles.sin()))
+    assert q[0, 0, 1].isnan().sum() == lost and k[0, 1, 0].isnan().all() and v.isfinite().all()
+    q[0, 0, 1], k[0, 1, 0] = 0.0, 0.0
+    assert q.isfinite().all() and k.isfinite().all()
+
+
 def test_hadamard_keeps_products():
     """Of any two vectors; a channel that stands out does no more."""
     q, k = normal(3, 5, 2, 128, dtype=torch.float64), normal(3, 5, 2, 128, dtype=torch.float64)

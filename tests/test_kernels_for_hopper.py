@@ -6,6 +6,7 @@ The interpreter runs Python: what the compiler or the assembler refuses, it does
 from __future__ import annotations
 
 import subprocess
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +14,18 @@ from typing import Any
 
 import pytest
 import torch
-from test_kernels import INTERPRETER, OPERATIONS, normal, operation
+from test_kernels import OPERATIONS, normal, operation
 
-triton = pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[dev]'")
-pytestmark = pytest.mark.skipif(INTERPRETER, reason="there are no kernels to compile in Triton's interpreter")
+pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[dev]'")
+
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from fluxfast.kernels import activations, group_norm, norms, qkv
+from fluxfast.kernels.device import INTERPRETED
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="there are no kernels to compile in Triton's interpreter")
 
 HOPPER = ("cuda", 90, 32)
 D = 3072
@@ -25,10 +34,11 @@ LOCAL_LOADS = ("LDL", "STL")
 
 
 class Compiling:
-    """A kernel that is compiled where it would be launched."""
+    """A kernel that is compiled where it would be launched, whatever this process compiled of it before."""
 
-    def __init__(self, kernel: Any, compiled: list[Any]) -> None:
+    def __init__(self, kernel: Any, compiled: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
         self._kernel, self._compiled = kernel, compiled
+        monkeypatch.setattr(kernel, "device_caches", defaultdict(kernel.create_binder))
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda *args, **kwargs: self._compiled.append(self._kernel.warmup(*args, grid=grid, **kwargs))
@@ -36,12 +46,7 @@ class Compiling:
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
-    """What the operations of the test compile, kernel by kernel; nothing is launched, and no cache is asked."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-
-    from fluxfast.kernels import activations, group_norm, norms, qkv
-
+    """What the operations of the test compile, kernel by kernel; nothing is launched, and no cache on disk is asked."""
     kernels: list[Any] = []
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     hopper = SimpleNamespace(
@@ -51,7 +56,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
     )
     monkeypatch.setattr(driver, "_active", hopper)
     for module in (activations, group_norm, norms, qkv):
-        monkeypatch.setattr(module, "wrap_triton", lambda kernel: Compiling(kernel, kernels))
+        monkeypatch.setattr(module, "wrap_triton", lambda kernel: Compiling(kernel, kernels, monkeypatch))
         # Tensors on a CPU pass for such that the kernels can reach.
         monkeypatch.setattr(module, "require_runnable", lambda *tensors: None, raising=False)
     monkeypatch.setattr(group_norm, "INTERPRETED", True)
@@ -79,8 +84,6 @@ def arguments(name: str) -> tuple[Any, ...]:
 
 def assembly(kernel: Any, folder: Path) -> str:
     """What the GPU would run, by NVIDIA's disassembler, which Triton brings."""
-    from triton import knobs
-
     binary = folder / "kernel.cubin"
     binary.write_bytes(kernel.asm["cubin"])
     tool = knobs.nvidia.nvdisasm.path
@@ -94,5 +97,5 @@ def test_kernels_compile(name: str, compiled: list[Any], tmp_path: Path) -> None
     assert compiled
     for kernel in compiled:
         code = assembly(kernel, tmp_path)
+        assert kernel.metadata.target == GPUTarget(*HOPPER)
         assert "EXIT" in code and not any(load in code for load in LOCAL_LOADS), kernel.name
-    assert torch.cuda.is_available() or all(kernel.module is None for kernel in compiled)

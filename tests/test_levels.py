@@ -9,7 +9,7 @@ import re
 import pytest
 
 from fluxfast.levels import BEYOND, DEFAULTS, FIELDS, FLUX_FAST, FP32, LADDER, LEVELS, Level, get_level
-from fluxfast.machine import FA3_MODULES, Machine, effective, unavailable, why_not
+from fluxfast.machine import FA3_MODULES, TRITON_FIELDS, Machine, effective, unavailable, why_not
 from fluxfast.workloads import TINY, WORKLOADS, Workload, get_workload
 
 CPU = Machine(device="cpu", capability=None, fa3_module=None, triton=True)
@@ -106,6 +106,7 @@ def test_unavailable_fields_say_what_is_missing(machine: Machine, words: dict[st
     assert all(re.search(words[field], reason) for field, reason in reasons.items())
 
 
+@pytest.mark.parametrize("field", TRITON_FIELDS)
 @pytest.mark.parametrize(
     ("machine", "words"),
     [
@@ -115,10 +116,19 @@ def test_unavailable_fields_say_what_is_missing(machine: Machine, words: dict[st
         (AMPERE, "is built on float8_rowwise: needs compute capability 8.9"),
     ],
 )
-def test_triton_rung_says_what_is_missing(machine: Machine, words: str) -> None:
+def test_triton_rung_says_what_is_missing(machine: Machine, words: str, field: str) -> None:
     """Neither a machine without Hopper nor one without Triton times PyTorch's operations as the kernels'."""
-    reason = why_not(get_level("fused_quantize"), machine)
-    assert reason is not None and reason.startswith("fused_quantize: ") and words in reason
+    reason = why_not(get_level(field), machine)
+    assert reason is not None and reason.startswith(f"{field}: ")
+    # The decoder has nothing in float8.
+    assert words in reason or (field == "fast_decode" and "found 8.0" in reason)
+
+
+@pytest.mark.parametrize("field", ["fused_qk_rope", "hadamard_qk", "split_attention_tail"])
+def test_rung_of_float8_attention_says_that_there_is_none(field: str) -> None:
+    """What is cast for FlashAttention-3, or launches it, is nothing without it."""
+    reason = why_not(get_level(field), HOPPER_WITHOUT_FA3)
+    assert reason is not None and reason.startswith(f"{field}: ") and "fa3_fp8: needs compute capability 9.0" in reason
 
 
 @pytest.mark.parametrize(

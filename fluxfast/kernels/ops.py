@@ -66,7 +66,10 @@ def triton_ops(
 
     Raises:
         ImportError: if Triton is not installed.
+        ValueError: for `hadamard` without `qk_rope`, whose kernel it is in.
     """
+    if hadamard and not qk_rope:
+        raise ValueError("hadamard is done by the kernel of qk_rope: ask for both")
     from fluxfast.kernels import activations, norms, qkv
 
     changes: dict[str, Op] = {}
@@ -77,7 +80,7 @@ def triton_ops(
             layernorm_modulate=norms.layernorm_modulate_quantize,
             residual_layernorm_modulate=norms.residual_layernorm_modulate_quantize,
         )
-    if qk_rope or hadamard:
+    if qk_rope:
         changes.update(qk_norm_rope=qkv.qk_norm_rope_hadamard_quantize if hadamard else qkv.qk_norm_rope_quantize)
     if quantize_rows:
         changes.update(quantize=activations.quantize_rows)

@@ -227,7 +227,8 @@ def qk_norm_rope_quantize(
 
     Returns:
         q, k, v (B, S_txt + S, H, Dh) float8_e4m3fn, unscaled: magnitudes past 448 and infinities in v saturate at 448,
-        NaN stays NaN; an infinity in q or k makes its head NaN, because RMSNorm divides it by itself.
+        NaN stays NaN; an infinity in q or k, which RMSNorm divides by itself, makes its channel and the one that RoPE
+        turns with it NaN, and so every product with the head.
 
     Raises:
         ValueError: for shapes that do not fit and tensors that Triton cannot reach.
@@ -249,7 +250,7 @@ def qk_norm_rope_hadamard_quantize(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `qk_norm_rope_quantize`, q and k behind a Hadamard transform of their channels, see `reference.hadamard`.
 
-    Dh is a power of two, 64 at least. An infinity in q or k makes its head NaN here too.
+    Dh is a power of two, 64 at least. An infinity in q or k makes 64 channels NaN.
     """
     return _launch(qkv, norm_q, norm_k, cos, sin, eps, text_qkv, text_norm_q, text_norm_k, hadamard=True)
 

@@ -88,7 +88,8 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
     """Mixes the channels of a head by the orthonormal Hadamard matrix of order 64.
 
     Products of two vectors so treated are what they were, and a channel that is large in both, whose rounding would be
-    most of a product's error, is spread over 64.
+    most of a product's error, is spread over 64. FlashAttention-3's paper (arXiv 2407.08608) calls it incoherent
+    processing and flips signs at random first, lest equal channels end up in one; q and k have no such channels.
 
     Args:
         x: (..., Dh), Dh a multiple of 64. As (8, Dh / 64, 8) it is mixed along the first and the last axis.
