@@ -1,9 +1,9 @@
 """QK RMSNorm + RoPE + concatenation of the text and image streams + e4m3 cast, in front of FlashAttention-3 in fp8.
 
-Traffic at FLUX's size (4352 tokens, 24 heads x 128): 80 MB of qkv read, 40 MB of e4m3 written, a floor of 28 us at
-4.3 TB/s; cos and sin (4.5 MB in float32) stay in the L2 cache. The Hadamard transform adds nothing
-to that: a thread mixes the eight neighbours that it has loaded, then each head goes through shared memory, for it to
-mix eight that were far apart.
+Traffic at FLUX's size (4352 tokens, 24 heads x 128): 80 MB of qkv read, 40 MB of e4m3 written, a floor of 28 us at 4.3
+TB/s; cos and sin (4.5 MB in float32) stay in the L2 cache. The Hadamard transform adds nothing to that: a thread mixes
+the eight neighbours that it has loaded, then each head goes through shared memory, for it to mix eight that were far
+apart.
 """
 
 from __future__ import annotations
