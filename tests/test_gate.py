@@ -634,6 +634,17 @@ def test_step_error_is_bounded_by_roundoff_and_by_the_baseline():
         assert judge("compile", 0.019, 0.01, base).rule == otherwise
 
 
+@pytest.mark.parametrize(
+    ("runs", "floor"), [([0.02] * 5, 0.05), ([0.0200, 0.0202], 0.05), ([0.04, 0.05], 2 / 9), ([0.01, 0.05], 0.25)]
+)
+def test_step_errors_may_move_by_what_compilations_round_otherwise(runs: list[float], floor: float):
+    """Of whatever level: another version may do to this one what compiling anew does to that one, within bounds."""
+    base = with_level(baseline(), "float8", step_error=runs)
+    for error, is_within in ((0.02 * (1 + floor) - 1e-4, True), (0.02 * (1 + floor) + 1e-4, False)):
+        found = gate.judge_step_error("compile", [samples.result("compile")], error, 0.02, base, GPU)
+        assert found.ok == is_within and f"({floor:.0%} at least)" in found.message
+
+
 def test_memory_is_exact_for_weights_and_tolerant_for_the_peak():
     """One byte of weights is red; a per cent of peak is not; less peak is an improvement."""
     judge = gate.judge_memory

@@ -44,6 +44,7 @@ MUTATIONS = {
     "improvement over a published number": ("gate", '.faster and first.baseline.source == "recorded"', ".faster"),
     "throttling ignored": ("obstacles", '"hw_slowdown_ns", "power_brake_ns"', '"power_brake_ns"'),
     "fidelity upside down": ("exact", '1.0 if direction(metric) == "higher', '1.0 if direction(metric) != "higher'),
+    "step errors of other levels ignored": ("exact", "min(max(ranges), policy.step_error_cap)", "ranges[0]"),
     "weights only bounded": ("exact", "observed != expected.transformer", "observed > expected.transformer"),
 }  # fmt: skip
 

@@ -186,9 +186,10 @@ def judge_step_error(
     )
     if baseline and not found and baseline.levels[level].step_error:
         known = np.array([_clamped(one) for one in baseline.levels[level].step_error])
-        floor = policy.step_error_floor * float(known.mean())
-        bounds["baseline"] = float(known.mean()) + _prediction_margin(known, floor, policy)
+        floor = _step_error_floor(baseline, policy)
+        bounds["baseline"] = float(known.mean()) + _prediction_margin(known, floor * float(known.mean()), policy)
         text += f", and {bounds['baseline']:.3g} from {len(known)} baseline runs around {known.mean():.3g}"
+        text += f" ({floor:.0%} at least)"
     else:
         text += "; no baseline's step error to compare with, so only this bound applies"
     numbers |= {f"{name}_limit": bound for name, bound in bounds.items()}
@@ -291,6 +292,20 @@ def _rounding(metric: str, level: LevelBaseline | None) -> float:
     if not known:
         return 0.0
     return abs(float(np.mean([_clamped(one) for one in known])) - (0.0 if _sign(metric) > 0 else 1.0))
+
+
+def _step_error_floor(baseline: Baseline, policy: Policy) -> float:
+    """The relative change of a step error that another way to round explains, at any level.
+
+    Runs of one level differ by what its compilations round otherwise. Another version may do that to a level
+    whose own compilations agree, so the one that differs most speaks for all.
+    """
+    ranges = [policy.step_error_floor]
+    for level in baseline.levels.values():
+        runs = np.array([_clamped(one) for one in level.step_error])
+        if len(runs) and runs.mean() > 0:
+            ranges.append(float(np.ptp(runs) / runs.mean()))
+    return min(max(ranges), policy.step_error_cap)
 
 
 def _prediction_margin(known: noise.Array, floor: float, policy: Policy) -> float:
