@@ -9,6 +9,7 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from history_samples import level_night, night, nights
 from report_samples import RUN, replace, stored_run
@@ -22,6 +23,7 @@ from perf_tests.history import changes, cli, store
 from perf_tests.history.night import Judged, read_night, read_record, write_record
 from perf_tests.history.store import HistoryError, append, points, rebuild
 from perf_tests.report import cli as report_cli
+from tools import simulate_changes
 
 
 def judge(run: Path, *verdicts: Verdict) -> None:
@@ -365,3 +367,9 @@ def test_quiet_and_odd_nights_are_no_change(tmp_path: Path) -> None:
     append(path, [*quiet, *odd])
     assert changes.find_changes(points(path), [], {}) == []
     assert changes.find_changes(points(path)[:19], [], {}) == []
+
+
+def test_simulated_series_are_ones_that_the_history_takes() -> None:
+    """`tools.simulate_changes` makes its own points."""
+    series = simulate_changes.points(np.repeat([0.0, 0.1], 30) + 0.01 * np.sin(np.arange(60)))
+    assert [change.run for change in changes.find_changes(series, [], {})] == ["run30"]

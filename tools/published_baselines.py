@@ -11,8 +11,8 @@ of GEMMs bought nothing on an H200 (docs/performance.md).
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,8 @@ def write(folder: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Path(__file__).resolve().parents[1] / "baselines"
-    for path in write(Path(sys.argv[1]) if len(sys.argv) > 1 else default):
+    parser.add_argument("folder", nargs="?", type=Path, default=default, help="of baselines: %(default)s")
+    for path in write(parser.parse_args().folder):
         print(path)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+
 import numpy as np
 
 from perf_tests.history.changes import find_changes
 from perf_tests.history.store import Point
 
 SERIES = 400
+FIRST_NIGHT = np.datetime64("2026-01-01")
 YEARS = {"60 nights": 60, "1 year": 365, "3 years": 1095}
 
 
 def points(logs: np.ndarray) -> list[Point]:
     return [
-        Point(f"run{i}", str(np.datetime64("2026-01-01") + i), "cpu", "tiny", "compile", float(np.exp(log)), "s", None,
+        Point(f"run{i}", f"{FIRST_NIGHT + i}T00:00:00Z", "cpu", "tiny", "compile", float(np.exp(log)), "s", None,
               None, None, "", None, "")
         for i, log in enumerate(logs)
     ]  # fmt: skip
@@ -29,6 +32,7 @@ def noise(random: np.random.Generator, kind: str, count: int) -> np.ndarray:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     random = np.random.default_rng(20261124)
     for kind in ("normal", "heavy-tailed", "one night in fifty 12 sd off"):
         for name, count in YEARS.items():

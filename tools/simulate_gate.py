@@ -7,6 +7,7 @@ verdicts. All values are logarithms of process medians.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 import time
@@ -250,6 +251,7 @@ def power(effect: float | str, policy: Policy, sd: float, count: int = NIGHTS, h
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     started = time.perf_counter()
     print("| null nights | levels | red before confirmation, per 1,000 | false alarms | per 1,000 | 95 % bound |")
     print("|---|---|---|---|---|---|")

@@ -17,6 +17,7 @@ from perf_tests.bisect.environments import Recipe, recipe_here
 from perf_tests.harness.culprit import AXES
 from perf_tests.harness.files import StoreError
 from perf_tests.harness.runner import ROOT
+from perf_tests.harness.session import with_references
 from perf_tests.sweep.cells import AS_INSTALLED, Cell, Node, Record, all_cells, choose_kinds
 from perf_tests.sweep.dispatch import stored_sweep
 from perf_tests.sweep.driver import Sweep, describe_runs
@@ -34,7 +35,9 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument(
         "--ray", choices=("auto", "local"), required=True, help="the running cluster, or one of this machine"
     )
-    own.add_argument("--levels", metavar="A,B", help="default: every level that the machines can run")
+    own.add_argument(
+        "--levels", metavar="A,B", help="of the ladder, references come along; default: all that the machines can run"
+    )
     own.add_argument("--workloads", metavar="A,B", default="tiny")
     own.add_argument("--axis", choices=AXES, help="the component whose --versions are swept")
     own.add_argument("--versions", metavar="A,B", help="default: what is installed")
@@ -64,6 +67,7 @@ def main(arguments: Sequence[str]) -> int:
         kinds = choose_kinds(workloads, nodes, begun.begun_on())
         folder.mkdir(parents=True, exist_ok=True)
         of_kind = {name: next(node for node in nodes if node.kind == kind) for name, kind in kinds.items()}
+        levels = _with_references(levels, of_kind)
         cells = _runnable(all_cells(workloads, names, levels, asked.processes), of_kind)
         _say(f"{len(cells)} cells on {sum(node.slots for node in nodes)} slot(s) of {len(nodes)} machine(s): {folder}")
         runs = describe_runs(folder, cells, of_kind, asked.processes)
@@ -102,6 +106,14 @@ def _plan(asked: argparse.Namespace) -> tuple[list[str], list[str], list[str], R
     recipe = recipe_here(asked.axis, index_url=asked.index_url, over_base=asked.base_env)
     swept = dict.fromkeys(versions.parse(name) for name in asked.versions.split(","))
     return workloads, [str(version) for version in swept], chosen, recipe
+
+
+def _with_references(levels: Sequence[str], nodes: Mapping[str, Node]) -> list[str]:
+    """`levels` and what judging them takes: fp32, bf16 and the nearest level below each, or a replay is refused."""
+    needed = {*levels}
+    for node in nodes.values():
+        needed |= {*with_references([id for id in levels if id not in node.unavailable], node.unavailable)}
+    return [level.id for level in LADDER if level.id in needed]
 
 
 def _runnable(cells: Sequence[Cell], nodes: Mapping[str, Node]) -> list[Cell]:
