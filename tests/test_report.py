@@ -23,6 +23,7 @@ from history_samples import night, nights
 from report_samples import LEVELS, RUN, replace, stored_run, write_baseline
 from suite_samples import changed, failed, run_suite
 
+from fluxfast.levels import get_level
 from perf_tests import export
 from perf_tests.harness.replay import judge, open_run
 from perf_tests.harness.schema import AnnotatedStep, ErrorKind, Outcome
@@ -113,6 +114,20 @@ def test_green_report_and_what_moved(tmp: Path) -> None:
     assert "torch 2.13.0 → 2.14.0" in render_html(report, tmp / "r.html")
     assert "torch 2.13.0 → 2.14.0" in render_markdown(report)
     assert [rung.step and round(rung.step, 1) for rung in report.rungs] == [None, 0.8, 0.8, 0.8]
+    assert all(rung.smallest_visible and rung.limit and rung.smallest_visible > rung.limit for rung in report.rungs)
+
+
+def test_rungs_past_the_ladder_are_in_its_table(tmp_path: Path) -> None:
+    """In the order in which they stand, behind what they stand on, with the field that they add."""
+    folder = stored_run(tmp_path)
+    facts = json.loads((folder / "run.json").read_text())
+    more = ["channels_last", "float8_rowwise", "fused_quantize"]
+    (folder / "run.json").write_text(json.dumps(facts | {"levels": facts["levels"] + more}))
+    for level in more:
+        replace(folder, changed("compile", result={"level": level, "fields": get_level(level).fields()}))
+    report = build(tmp_path)
+    assert [rung.adds for rung in report.rungs[len(LEVELS) :]] == ["memory_format", "quantization", "fused_quantize"]
+    assert "| fused\\_quantize | fused\\_quantize | " in render_markdown(report)
 
 
 def test_red_report_shows_the_worst_image_and_leaves_the_run_alone(tmp: Path) -> None:

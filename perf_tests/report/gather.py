@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fluxfast.levels import LADDER
+from fluxfast.levels import LEVELS
 from perf_tests.harness.files import StoreError
 from perf_tests.harness.obstacles import measured
 from perf_tests.harness.replay import TESTS, ReadOnlySession, judge, open_run
@@ -129,7 +129,7 @@ def _rungs(session: ReadOnlySession, findings: dict[str, dict[str, Finding]]) ->
             times[level] = statistics.geometric_mean(medians)
     slowest = max(times.values(), default=1.0) * 1.1  # room for a baseline that was slower
     rungs = []
-    for known in LADDER:
+    for known in LEVELS.values():
         if known.id not in session.results:
             continue
         latency = findings.get(known.id, {}).get("test_latency")
@@ -148,7 +148,7 @@ def _rungs(session: ReadOnlySession, findings: dict[str, dict[str, Finding]]) ->
                 if sound
                 else {},
                 peak_memory_bytes=min((m.peak_memory_bytes for m in sound), default=None),
-                **{name: numbers.get(name) for name in ("ratio", "low", "high", "limit")},
+                **{name: numbers.get(name) for name in ("ratio", "low", "high", "limit", "smallest_visible")},
             )
         )
     return rungs

@@ -6,12 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from fluxfast.levels import LADDER
+from fluxfast.levels import LEVELS
 from perf_tests.harness.schema import Outcome, Verdict
 from perf_tests.report.nights import Nights
 from perf_tests.report.pictures import Comparison, Shown
 
-ORDER = {level.id: number for number, level in enumerate(LADDER)}
+ORDER = {level.id: number for number, level in enumerate(LEVELS.values())}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,13 +32,14 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rung:
-    """One level of the ladder chart.
+    """One level of the ladder chart, on the ladder or past it.
 
     Attributes:
         seconds: geometric mean of the process medians; None if a process failed.
         share: of the slowest level, 0 to 1, for the bar.
         step: time over the parent's; 0.8 is a fifth less.
-        ratio, low, high, limit: of the latency verdict, over the baseline; None if it was not compared.
+        ratio, low, high, limit, smallest_visible: of the latency verdict, over the baseline, the last two less one;
+            None if it was not compared.
         setup_s: `load_s`, `apply_s`, `warmup_s`, medians of the processes.
     """
 
@@ -52,6 +53,7 @@ class Rung:
     low: float | None = None
     high: float | None = None
     limit: float | None = None
+    smallest_visible: float | None = None
     setup_s: dict[str, float] = dataclasses.field(default_factory=dict)
     peak_memory_bytes: int | None = None
 

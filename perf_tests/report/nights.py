@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from fluxfast.levels import LADDER
+from fluxfast.levels import LEVELS
 from perf_tests.harness.files import StoreError
 from perf_tests.harness.schema import AnnotatedStep
 from perf_tests.history import changes, store
@@ -43,7 +43,7 @@ def read_nights(history: Path, night: Night, steps: Sequence[AnnotatedStep]) -> 
         method=night.method,
     )
     documents = store.documents(history)
-    order = [level.id for level in LADDER]
+    order = [*LEVELS]
     by_level: dict[str, list[store.Point]] = {}
     for point in points:
         by_level.setdefault(point.level, []).append(point)
