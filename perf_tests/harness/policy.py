@@ -102,7 +102,8 @@ def policy_for(slug: str, unavailable: Collection[str] = ()) -> Policy:
     A level whose parent is `unavailable` is compared with the nearest one below that runs.
 
     GPU: the floor is a quarter of the 2 % that has to be found; the spread is assumed, at two degrees of freedom (the
-    quietest levels of the H100 baseline show 0.5 to 0.6 % between processes).
+    quietest levels of the H100 baseline show 0.5 to 0.6 % between processes). A night there has up to 23 levels, whose
+    two-mode noise takes two more processes to confirm.
     CPU: shared machines move by several per cent between processes, and seconds do not travel between them. Nor does
     the last bit: other caches and cores may add in another order, so images may differ as float32's does from bf16's,
     a step error by a quarter.
@@ -119,7 +120,9 @@ def policy_for(slug: str, unavailable: Collection[str] = ()) -> Policy:
             step_error_floor=0.25,
             rounding_level="fp32",
         )
-    return Policy(slug=slug, parents=parents, relative_to=None, floor=0.005, cap=0.03, prior_sd=0.003)
+    return Policy(
+        slug=slug, parents=parents, relative_to=None, floor=0.005, cap=0.03, prior_sd=0.003, confirmation_processes=12
+    )
 
 
 def direction(metric: str) -> Direction:
