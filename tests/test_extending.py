@@ -12,6 +12,7 @@ import pytest
 from baseline_samples import ENVIRONMENT, sample_baseline, sample_run
 from suite_samples import LEVELS, SPEED_S, UNAVAILABLE, changed, picture, put, run_suite, sample, write_run
 
+from fluxfast.levels import get_level
 from perf_tests.harness.recording import stock_json
 from perf_tests.harness.schema import Baseline, Outcome, Proof, Verdict
 from perf_tests.harness.store import BaselineError, read_baseline, write_baseline
@@ -49,6 +50,15 @@ def test_the_new_level_is_taken_and_the_rest_stays() -> None:
     assert updated.levels["bf16"] == new.levels["bf16"]
     assert without(updated, "bf16") == old
     assert lines == ["bf16: added, 0.605408 s in 5 processes"]
+
+
+def test_a_level_that_widens_others_is_told() -> None:
+    """Its runs say how far the step errors of levels of its format may move, which is no number of theirs."""
+    old = sample_baseline().model_copy(update={"slug": "h200-700w"})
+    noisy = {"step_error": [0.02, 0.022], "fields": get_level("fused_qkv").fields()}
+    levels = {**old.levels, "fused_qkv": old.levels["compile"].model_copy(update=noisy)}
+    _, lines = extend_baseline(old, old.model_copy(update={"levels": levels}), ["fused_qkv"], WITNESSES)
+    assert lines[1:] == ["step errors of compile: may move by 9.5%, by 5.0% before"]
 
 
 def test_what_only_came_along_is_not_added() -> None:

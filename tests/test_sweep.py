@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import sys
@@ -13,6 +14,7 @@ import pytest
 from perf_tests.harness.cpu import cpu_name
 from perf_tests.harness.lease import GpuBusy
 from perf_tests.harness.progress import CPU_DEADLINES
+from perf_tests.harness.replay import open_run
 from perf_tests.harness.runner import run_level
 from perf_tests.harness.stored_run import read_facts, read_run
 from perf_tests.sweep import cli
@@ -225,6 +227,15 @@ def test_cluster_without_a_machine_is_a_sentence(
     assert "no machine that answers" in capsys.readouterr().err
 
 
+def test_levels_that_no_machine_can_run_are_refused(
+    on: Callable[..., int], files: dict[str, bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """References alone answer nothing."""
+    pool = MadeUpPool([dataclasses.replace(node("a"), unavailable={"fa3_fp8": "no Hopper"})], files)
+    assert on(pool, "--levels", "fa3_fp8") == cli.BAD_INPUT and not pool.ran
+    assert "tiny: h200-700w can run none of fa3_fp8: no Hopper" in capsys.readouterr().err
+
+
 def test_machine_tells_of_the_ladder_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """What else the package can build is no test of the suite, and a replay would refuse it."""
     levels = {"bf16": None, "fa3_fp8": "no Hopper", "flux_fast": "no Hopper"}
@@ -285,6 +296,7 @@ def test_without_ray_cells_run_one_after_another(
     assert "Ray is not installed" in told.err and "fa3_fp8 is left out on a cpu: no Hopper" in told.err
     assert "8 of 8 cells have a result; 0 lost a machine" in told.out
     run = out / AS_INSTALLED / "tiny"
-    # References come along, and without FA3 float8 stands over channels_last.
-    assert read_facts(run).levels == ["fp32", "bf16", "channels_last", "float8"]
+    assert read_facts(run).levels == ["float8"]
+    # References came along, and without FA3 float8 stands over channels_last.
+    assert list(open_run(run, None).results) == ["fp32", "bf16", "channels_last", "float8"]
     assert len(read_run(run, ["bf16"], 2)["bf16"]) == 2

@@ -186,8 +186,9 @@ def judge_step_error(
     )
     if baseline and not found and baseline.levels[level].step_error:
         known = np.array([_clamped(one) for one in baseline.levels[level].step_error])
-        floor = _step_error_floor(baseline, policy)
-        bounds["baseline"] = float(known.mean()) + _prediction_margin(known, floor * float(known.mean()), policy)
+        floor, mean = step_error_floor(level, baseline, policy), float(known.mean())
+        own = _prediction_margin(known, policy.step_error_floor * mean, policy)
+        bounds["baseline"] = mean + max(floor * mean, own)
         text += f", and {bounds['baseline']:.3g} from {len(known)} baseline runs around {known.mean():.3g}"
         text += f" ({floor:.0%} at least)"
     else:
@@ -294,16 +295,18 @@ def _rounding(metric: str, level: LevelBaseline | None) -> float:
     return abs(float(np.mean([_clamped(one) for one in known])) - (0.0 if _sign(metric) > 0 else 1.0))
 
 
-def _step_error_floor(baseline: Baseline, policy: Policy) -> float:
-    """The relative change of a step error that another way to round explains, at any level.
+def step_error_floor(level: str, baseline: Baseline, policy: Policy) -> float:
+    """The relative change of `level`'s step error that another way to round explains.
 
-    Runs of one level differ by what its compilations round otherwise. Another version may do that to a level
-    whose own compilations agree, so the one that differs most speaks for all.
+    Runs of one compiled level differ by what its compilations round otherwise. Another version may do that to a level
+    whose own compilations agree, so of those with the same coarsest format the one that differs most speaks for all.
     """
+    own = baseline.levels[level].fields
     ranges = [policy.step_error_floor]
-    for level in baseline.levels.values():
-        runs = np.array([_clamped(one) for one in level.step_error])
-        if len(runs) and runs.mean() > 0:
+    for other in baseline.levels.values() if own.get("compile_mode") != "none" else ():
+        runs = np.array([_clamped(one) for one in other.step_error])
+        is_alike = other.fields.get("compile_mode") != "none" and roundoff_factor(other.fields) == roundoff_factor(own)
+        if is_alike and len(runs) and runs.mean() > 0:
             ranges.append(float(np.ptp(runs) / runs.mean()))
     return min(max(ranges), policy.step_error_cap)
 

@@ -11,7 +11,9 @@ import statistics
 from collections.abc import Collection, Mapping
 
 from fluxfast.levels import DEFAULTS, LEVELS
+from perf_tests.harness.exact import step_error_floor
 from perf_tests.harness.obstacles import command, facts_of, record_command
+from perf_tests.harness.policy import policy_for
 from perf_tests.harness.schema import AnnotatedStep, Baseline, Environment, LevelBaseline, Verdict
 from perf_tests.harness.store import BaselineError
 
@@ -127,7 +129,8 @@ def update_baseline(
         for level in moved
     ]
     update = {"environment": new.environment, "levels": levels, "steps": [*old.steps, *steps]}
-    return old.model_copy(update=update), lines
+    updated = old.model_copy(update=update)
+    return updated, lines + _moved_floors(old, updated)
 
 
 def extend_baseline(
@@ -173,7 +176,19 @@ def extend_baseline(
         for level in ordered
         if level in added
     ]
-    return old.model_copy(update={"levels": ordered}), lines
+    extended = old.model_copy(update={"levels": ordered})
+    return extended, lines + _moved_floors(old, extended)
+
+
+def _moved_floors(old: Baseline, new: Baseline) -> list[str]:
+    """A line for each floor of a step error that the runs of other levels have moved: it is no number of its own."""
+    policy = policy_for(new.slug)
+    moved: dict[str, list[str]] = {}
+    for level in [id for id in new.levels if id in old.levels]:
+        was, now = (step_error_floor(level, baseline, policy) for baseline in (old, new))
+        if was != now:
+            moved.setdefault(f"may move by {now:.1%}, by {was:.1%} before", []).append(level)
+    return [f"step errors of {', '.join(levels)}: {told}" for told, levels in moved.items()]
 
 
 def other_environment(old: Baseline, environment: Environment | None) -> str | None:

@@ -121,6 +121,10 @@ def _headline(report: Report) -> tuple[str, str]:
     return "green", f"Green: {count} tests{more}"
 
 
+OF_THE_CALL = ("ratio", "low", "high", "limit", "smallest_visible")
+"""Numbers of a latency verdict. Where loops are judged too, those without a prefix are of the part that decided."""
+
+
 def _rungs(session: ReadOnlySession, findings: dict[str, dict[str, Finding]]) -> list[Rung]:
     times = {}
     for level, own in session.results.items():
@@ -148,7 +152,8 @@ def _rungs(session: ReadOnlySession, findings: dict[str, dict[str, Finding]]) ->
                 if sound
                 else {},
                 peak_memory_bytes=min((m.peak_memory_bytes for m in sound), default=None),
-                **{name: numbers.get(name) for name in ("ratio", "low", "high", "limit", "smallest_visible")},
+                loop_visible=numbers.get("loop_smallest_visible"),
+                **{name: numbers.get(f"call_{name}", numbers.get(name)) for name in OF_THE_CALL},
             )
         )
     return rungs

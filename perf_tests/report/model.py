@@ -38,8 +38,9 @@ class Rung:
         seconds: geometric mean of the process medians; None if a process failed.
         share: of the slowest level, 0 to 1, for the bar.
         step: time over the parent's; 0.8 is a fifth less.
-        ratio, low, high, limit, smallest_visible: of the latency verdict, over the baseline, the last two less one;
-            None if it was not compared.
+        ratio, low, high, limit, smallest_visible: of the whole call, over the baseline, the last two less one; None if
+            it was not compared.
+        loop_visible: the smallest visible change of the denoising loop, less one; None where loops are not judged.
         setup_s: `load_s`, `apply_s`, `warmup_s`, medians of the processes.
     """
 
@@ -54,6 +55,7 @@ class Rung:
     high: float | None = None
     limit: float | None = None
     smallest_visible: float | None = None
+    loop_visible: float | None = None
     setup_s: dict[str, float] = dataclasses.field(default_factory=dict)
     peak_memory_bytes: int | None = None
 

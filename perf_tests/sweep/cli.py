@@ -67,10 +67,9 @@ def main(arguments: Sequence[str]) -> int:
         kinds = choose_kinds(workloads, nodes, begun.begun_on())
         folder.mkdir(parents=True, exist_ok=True)
         of_kind = {name: next(node for node in nodes if node.kind == kind) for name, kind in kinds.items()}
-        levels = _with_references(levels, of_kind)
-        cells = _runnable(all_cells(workloads, names, levels, asked.processes), of_kind)
+        cells = _runnable(all_cells(workloads, names, _with_references(levels, of_kind), asked.processes), of_kind)
         _say(f"{len(cells)} cells on {sum(node.slots for node in nodes)} slot(s) of {len(nodes)} machine(s): {folder}")
-        runs = describe_runs(folder, cells, of_kind, asked.processes)
+        runs = describe_runs(folder, cells, levels, of_kind, asked.processes)
         records = Sweep(folder, cells, kinds, recipe, asked.cache.resolve(), _say).run(pool)
     except KeyboardInterrupt:
         _say(f"stopped; the same command with --out {folder} goes on from here")
@@ -109,10 +108,17 @@ def _plan(asked: argparse.Namespace) -> tuple[list[str], list[str], list[str], R
 
 
 def _with_references(levels: Sequence[str], nodes: Mapping[str, Node]) -> list[str]:
-    """`levels` and what judging them takes: fp32, bf16 and the nearest level below each, or a replay is refused."""
+    """`levels` and what a replay needs to judge them: fp32, bf16 and the nearest level below each.
+
+    Raises:
+        ValueError: for a workload whose machines can run none of `levels`.
+    """
     needed = {*levels}
-    for node in nodes.values():
-        needed |= {*with_references([id for id in levels if id not in node.unavailable], node.unavailable)}
+    for name, node in nodes.items():
+        runnable = [id for id in levels if id not in node.unavailable]
+        if not runnable:
+            raise ValueError(f"{name}: {node.kind} can run none of {', '.join(levels)}: {node.unavailable[levels[0]]}")
+        needed |= {*with_references(runnable, node.unavailable)}
     return [level.id for level in LADDER if level.id in needed]
 
 

@@ -72,23 +72,23 @@ class Sweep(Dispatch):
         return ("failed", failure.message) if failure else ("measured", "")
 
 
-def describe_runs(folder: Path, cells: Sequence[Cell], nodes: Mapping[str, Node], processes: int) -> list[Path]:
+def describe_runs(
+    folder: Path, cells: Sequence[Cell], levels: Sequence[str], nodes: Mapping[str, Node], processes: int
+) -> list[Path]:
     """Write `run.json` for each version and workload, so that `pytest perf_tests --replay` judges it.
 
     Args:
+        levels: that were asked for; `cells` has their references too.
         nodes: workload -> a machine of its kind.
     """
-    runs: dict[tuple[str, str], list[str]] = {}
-    for cell in cells:
-        runs.setdefault((cell.version, cell.workload), []).append(cell.level)
     written = []
-    for (version, name), levels in runs.items():
+    for version, name in dict.fromkeys((cell.version, cell.workload) for cell in cells):
         workload, node = get_workload(name), nodes[name]
         facts = RunFacts(
             slug=node.slug,
             workload=name,
             workload_digest=workload.digest,
-            levels=list(dict.fromkeys(levels)),
+            levels=[level for level in levels if level not in node.unavailable],
             unavailable=dict(node.unavailable),
             processes=processes,
         )
