@@ -218,6 +218,12 @@ once more for every rung while they change.
 """
 
 LEVELS: dict[str, Level] = {level.id: level for level in (*LADDER, *BESIDE, *BEYOND)}
+_PLACES = {id: place for place, id in enumerate(LEVELS)}
+
+
+def place_of(id: str) -> int:
+    """Where a level stands in a list of any: the ladder first, what the project no longer has last."""
+    return _PLACES.get(id, len(_PLACES))
 
 
 def get_level(id: str) -> Level:

@@ -102,9 +102,9 @@ def heads64(
     hadamard: bool = False,
 ) -> torch.Tensor:
     """q, k and v (3, B, S, H, Dh) as FlashAttention-3 should get them."""
-    streams = (
-        [(image, (norm_q, norm_k))] if text is None else [(text, (text_norm_q, text_norm_k)), (image, (norm_q, norm_k))]
-    )
+    streams = [(image, (norm_q, norm_k))]
+    if text is not None:
+        streams.insert(0, (text, (text_norm_q, text_norm_k)))
     parts = []
     for stream, weights in streams:
         q, k, v = stream.double().unflatten(-1, (3, HEADS, HEAD_DIM)).unbind(2)

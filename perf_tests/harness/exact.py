@@ -302,10 +302,12 @@ def step_error_floor(level: str, baseline: Baseline, policy: Policy) -> float:
     whose own compilations agree, so of those with the same coarsest format the one that differs most speaks for all.
     """
     own = baseline.levels[level].fields
+    if own.get("compile_mode") == "none":
+        return policy.step_error_floor
     ranges = [policy.step_error_floor]
-    for other in baseline.levels.values() if own.get("compile_mode") != "none" else ():
-        runs = np.array([_clamped(one) for one in other.step_error])
+    for other in baseline.levels.values():
         is_alike = other.fields.get("compile_mode") != "none" and roundoff_factor(other.fields) == roundoff_factor(own)
+        runs = np.array([_clamped(one) for one in other.step_error])
         if is_alike and len(runs) and runs.mean() > 0:
             ranges.append(float(np.ptp(runs) / runs.mean()))
     return min(max(ranges), policy.step_error_cap)

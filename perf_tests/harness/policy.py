@@ -50,8 +50,8 @@ class Policy:
         published_margin: log ratio above a published number that counts as clearly slower.
         exact_alpha: one-sided error of one limit on fidelity or step error; these are never retried.
         memory_floor: relative rise of peak memory that is never red.
-        step_error_floor: relative change of a step error that is never red; where compilations of one level differ by
-            more in the baseline, that, up to `step_error_cap`.
+        step_error_floor: relative change of a step error that is never red; where compilations of one level of
+            the same format differ by more in the baseline, that, up to `step_error_cap`.
         rounding_level: level whose distance from bf16 in the baseline says how far rounding alone moves an image; no
             image limit is tighter. None where the machine that recorded is the machine that is judged.
         parents, own_fields: the ladder as data: level -> level below, level -> the field that it changes.

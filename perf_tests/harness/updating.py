@@ -10,7 +10,7 @@ import math
 import statistics
 from collections.abc import Collection, Mapping
 
-from fluxfast.levels import DEFAULTS, LEVELS
+from fluxfast.levels import DEFAULTS, place_of
 from perf_tests.harness.exact import step_error_floor
 from perf_tests.harness.obstacles import command, facts_of, record_command
 from perf_tests.harness.policy import policy_for
@@ -169,8 +169,7 @@ def extend_baseline(
             f"belong beside its: measure again on a quiet machine or, if the machine changed, {anew}"
         )
     levels = {**old.levels, **{level: new.levels[level] for level in added}}
-    known = [*LEVELS, *levels]  # a baseline may hold what the project no longer has
-    ordered = {level: levels[level] for level in sorted(levels, key=known.index)}
+    ordered = {level: levels[level] for level in sorted(levels, key=place_of)}
     lines = [
         f"{level}: added, {_median_s(new, level):.6g} s in {len(new.levels[level].processes)} processes"
         for level in ordered

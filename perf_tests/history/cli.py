@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fluxfast.levels import LEVELS
+from fluxfast.levels import place_of
 from perf_tests.harness import store as baselines
 from perf_tests.harness.files import StoreError, printable
 from perf_tests.harness.replay import ROOT
@@ -80,8 +80,7 @@ def _table(found: Sequence[Point], asked: argparse.Namespace) -> list[str]:
         return ["no night fits"]
     if asked.json:
         return [json.dumps(vars(point)) for point in found]
-    order = [*LEVELS]
-    found = sorted(found, key=lambda p: (p.date, p.run, order.index(p.level) if p.level in order else len(order)))
+    found = sorted(found, key=lambda p: (p.date, p.run, place_of(p.level)))
     runs = [list(own) for _, own in itertools.groupby(found, key=lambda point: point.run)][-asked.last :]
     if asked.level or asked.run:
         header = [

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fluxfast.levels import LEVELS
+from fluxfast.levels import LEVELS, place_of
 from perf_tests.harness.files import StoreError
 from perf_tests.harness.obstacles import measured
 from perf_tests.harness.replay import TESTS, ReadOnlySession, judge, open_run
 from perf_tests.harness.schema import AnnotatedStep, Environment, Outcome
 from perf_tests.history.night import VERDICTS_FILE, Night, RunRecord, night_of, read_record
-from perf_tests.report.model import ORDER, Fact, Finding, Report, Rung, Stages
+from perf_tests.report.model import Fact, Finding, Report, Rung, Stages
 from perf_tests.report.nights import Nights, read_nights
 from perf_tests.report.pictures import comparisons
 
@@ -114,7 +114,7 @@ def _headline(report: Report) -> tuple[str, str]:
     more = f"; {excused} excused by quarantine" if excused else ""
     more += f"; {improved} improved, so the baseline is stale" if improved else ""
     if report.red:
-        levels = sorted({finding.level for finding in report.red}, key=lambda level: ORDER.get(level, len(ORDER)))
+        levels = sorted({finding.level for finding in report.red}, key=place_of)
         return "red", f"Red: {len(report.red)} of {count} tests, at {', '.join(levels)}{more}"
     if void:
         return "inconclusive", f"Inconclusive: {void} of {count} tests were disturbed{more}"

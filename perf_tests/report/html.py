@@ -31,7 +31,14 @@ def templates(**filters: Callable[..., Any]) -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    own.filters |= {"seconds": seconds, "percent": percent, "times": times, "number": number, "mebibytes": mebibytes}
+    own.filters |= {
+        "seconds": seconds,
+        "percent": percent,
+        "change": change,
+        "times": times,
+        "number": number,
+        "mebibytes": mebibytes,
+    }
     own.filters |= {"moment": lambda date: date.replace("T", " ").replace("Z", " UTC"), **filters}
     return own
 
@@ -68,6 +75,11 @@ def seconds(value: float | None) -> str:
 def percent(ratio: float | None) -> str:
     """1.02 as "+2.00 %"; nothing for None."""
     return "" if ratio is None else f"{100 * (ratio - 1):+z.2f} %"
+
+
+def change(by: float | None) -> str:
+    """0.02 as "+2.00 %"; nothing for None."""
+    return "" if by is None else percent(1 + by)
 
 
 def times(ratio: float | None) -> str:

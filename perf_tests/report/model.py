@@ -6,12 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from fluxfast.levels import LEVELS
 from perf_tests.harness.schema import Outcome, Verdict
 from perf_tests.report.nights import Nights
 from perf_tests.report.pictures import Comparison, Shown
-
-ORDER = {level.id: number for number, level in enumerate(LEVELS.values())}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from fluxfast.levels import LEVELS
+from fluxfast.levels import place_of
 from perf_tests.harness.files import StoreError
 from perf_tests.harness.schema import AnnotatedStep
 from perf_tests.history import changes, store
@@ -43,12 +43,11 @@ def read_nights(history: Path, night: Night, steps: Sequence[AnnotatedStep]) -> 
         method=night.method,
     )
     documents = store.documents(history)
-    order = [*LEVELS]
     by_level: dict[str, list[store.Point]] = {}
     for point in points:
         by_level.setdefault(point.level, []).append(point)
     trends, no_changes = [], None
-    for level in sorted(by_level, key=lambda level: (order.index(level) if level in order else len(order), level)):
+    for level in sorted(by_level, key=lambda level: (place_of(level), level)):
         try:
             found = changes.find_changes(by_level[level], steps, documents)
         except StoreError as error:
