@@ -1,8 +1,8 @@
 """Swaps diffusers' blocks for the fused ones of `fluxfast.kernels`, with the operations that a level asks for.
 
 Without `fused_quantize`, `fused_qk_rope` or `fused_residuals` an operation is the plain PyTorch one, which Inductor
-fuses as well as it can: a rung changes which kernel computes something, not what is computed. `hadamard_qk` changes
-that: products of q and k are what they were, but their float8 codes are not.
+fuses as well as it can: a rung changes which kernel computes something, not what is computed. Two rungs change float8
+codes too: `hadamard_qk`, in another basis of q and k, and `gelu_epilogue`, with scales that are known beforehand.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def fuse(transformer: nn.Module, level: Level) -> list[nn.Module]:
         "qk_rope": level.fused_qk_rope,
         "quantize_rows": level.fused_residuals,
         "hadamard": level.hadamard_qk and level.fused_qk_rope,
+        "gelu_epilogue": level.gelu_epilogue,
     }
     ops = triton_ops(**kernels) if any(kernels.values()) else REFERENCE
     if attention is sdpa:
@@ -45,7 +46,7 @@ def fuse(transformer: nn.Module, level: Level) -> list[nn.Module]:
         transformer,
         attention=attention,
         ops=ops,
-        merged_projections=level.merged_projections,
+        merged_projections=level.merged_projections and not level.gelu_epilogue,
         chained=True,
         fused_residuals=level.fused_residuals,
     )

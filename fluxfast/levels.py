@@ -67,6 +67,9 @@ class Level:
         hadamard_qk: q and k of every head through the same Hadamard transform in front of the e4m3 cast, in the kernel
             of `fused_qk_rope` ("incoherent processing"). Their products are what they were, and channels that are large
             in both, whose rounding is most of the attention's error, are spread over 64.
+        gelu_epilogue: GELU and its quantisation in the GEMM in front of it, which is quack's instead of cuBLASLt's. Its
+            rows have scales that are known before the product is, from a bound. The MLP of a single block has a GEMM of
+            its own again: `merged_projections` would put QKV through the same epilogue.
         gemm_search: max-autotune times Triton's GEMM templates beside the libraries' kernels, up to 106 for a shape in
             float8.
         coordinate_descent: Inductor's search for the launch parameters of every kernel it writes, which flux-fast
@@ -96,6 +99,7 @@ class Level:
     subpixel_upsampling: bool = False
     fused_residuals: bool = False
     hadamard_qk: bool = False
+    gelu_epilogue: bool = False
     gemm_search: bool = False
     coordinate_descent: bool = False
 
@@ -135,6 +139,7 @@ FUSED_BLOCK_FIELDS: tuple[str, ...] = (
     "merged_projections",
     "fused_residuals",
     "hadamard_qk",
+    "gelu_epilogue",
 )
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Level) if f.name in FIELDS}
 
@@ -191,7 +196,8 @@ NO_HOST_WAITS = SPLIT_ATTENTION_TAIL.then("no_host_waits", no_host_waits=True)
 SUBPIXEL_UPSAMPLING = NO_HOST_WAITS.then("subpixel_upsampling", subpixel_upsampling=True)
 FUSED_RESIDUALS = SUBPIXEL_UPSAMPLING.then("fused_residuals", fused_residuals=True)
 HADAMARD_QK = FUSED_RESIDUALS.then("hadamard_qk", hadamard_qk=True)
-GEMM_SEARCH = HADAMARD_QK.then("gemm_search", gemm_search=True)
+GELU_EPILOGUE = HADAMARD_QK.then("gelu_epilogue", gelu_epilogue=True)
+GEMM_SEARCH = GELU_EPILOGUE.then("gemm_search", gemm_search=True)
 
 BEYOND: tuple[Level, ...] = (
     FLOAT8_ROWWISE,
@@ -208,6 +214,7 @@ BEYOND: tuple[Level, ...] = (
     SUBPIXEL_UPSAMPLING,
     FUSED_RESIDUALS,
     HADAMARD_QK,
+    GELU_EPILOGUE,
     GEMM_SEARCH,
 )
 """Rungs past flux-fast: a chain of their own, so that the ladder stays flux-fast's and its numbers compare.

@@ -30,6 +30,7 @@ class Machine:
         cuda: version of CUDA that torch was built for, None without a GPU.
         fa3_module: the first of `FA3_MODULES` that is installed, None if neither is.
         triton: whether Triton is installed.
+        quack: whether quack-kernels is installed.
     """
 
     device: str
@@ -37,6 +38,7 @@ class Machine:
     fa3_module: str | None
     triton: bool
     cuda: tuple[int, ...] | None = None
+    quack: bool = False
 
     @property
     def found(self) -> str:
@@ -53,13 +55,13 @@ class Machine:
 def this_machine() -> Machine:
     """The machine this process runs on; device 0 of CUDA where there is one."""
     fa3_module = next((name for name in FA3_MODULES if importlib.util.find_spec(name) is not None), None)
-    triton = importlib.util.find_spec("triton") is not None
+    triton, quack = (importlib.util.find_spec(name) is not None for name in ("triton", "quack"))
     if not torch.cuda.is_available():
-        return Machine(device="cpu", capability=None, fa3_module=fa3_module, triton=triton)
+        return Machine(device="cpu", capability=None, fa3_module=fa3_module, triton=triton, quack=quack)
     capability = torch.cuda.get_device_capability()
     # None in a ROCm build.
     cuda = tuple(map(int, torch.version.cuda.split(".")[:2])) if torch.version.cuda else None
-    return Machine(device="cuda", capability=capability, fa3_module=fa3_module, triton=triton, cuda=cuda)
+    return Machine(device="cuda", capability=capability, fa3_module=fa3_module, triton=triton, cuda=cuda, quack=quack)
 
 
 def cpu_capability() -> str:
@@ -91,6 +93,12 @@ def unavailable(level: Level, machine: Machine) -> dict[str, str]:
             reasons[field] = (
                 f"{field}: its Triton kernels need compute capability 9.0 and Triton; found {machine.found_with_triton}"
             )
+    if level.gelu_epilogue and not (machine.capability == (9, 0) and machine.triton and machine.quack):
+        modules = f"{'Triton' if machine.triton else 'no Triton'} and {'quack' if machine.quack else 'no quack'}"
+        reasons["gelu_epilogue"] = (
+            "gelu_epilogue: needs compute capability 9.0, Triton and quack-kernels (pip install -e '.[gpu]'); "
+            f"found {machine.found}, {modules}"
+        )
     if level.no_gemm_workspace and (machine.capability != (9, 0) or machine.cuda is None or machine.cuda < ROWWISE_LT):
         found = f"CUDA {'.'.join(map(str, machine.cuda))}" if machine.cuda else "no CUDA"
         reasons["no_gemm_workspace"] = (

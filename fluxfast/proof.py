@@ -175,7 +175,7 @@ def quantization_facts(transformer: nn.Module, level: Level) -> list[Fact]:
 QUANTIZING = ("gelu_quantize", "layernorm_modulate_quantize", "residual_layernorm_modulate_quantize")
 """Triton operations of a double block, each once a stream; with `fused_residuals` the third instead of the second."""
 QUANTIZING_SINGLE = ("layernorm_modulate_quantize", "gelu_concat_quantize")
-"""Of a single block; with `fused_residuals` the norm is the one with the residual."""
+"""Of a single block; with `fused_residuals` the norm is the one with the residual. `gelu_epilogue` leaves the norms."""
 
 HADAMARD = "fluxfast::qk_norm_rope_hadamard_quantize"
 
@@ -188,11 +188,17 @@ def fused_block_facts(built: Built, calls: int, loops: int, forwards: int) -> li
     level, compiler = built.level, built.compiler
     double, single = (len(blocks) for blocks in block_lists(built.pipeline.transformer))
     kernels = {f"fluxfast::{name}" for name in QUANTIZING + QUANTIZING_SINGLE}
-    gemms = 8 * double + (2 if level.merged_projections else 3) * single
-    launches = forwards * (double * 2 * len(QUANTIZING) + single * len(QUANTIZING_SINGLE))
+    # A GEMM with GELU in its epilogue takes the place of one of cuBLASLt's and of a kernel of Triton's.
+    activated = _all_if(level.gelu_epilogue, 2 * double + single)
+    merged = level.merged_projections and not level.gelu_epilogue
+    gemms = 8 * double + (2 if merged else 3) * single - activated
+    launches = forwards * (double * 2 * len(QUANTIZING) + single * len(QUANTIZING_SINGLE) - activated)
     # In the middle of a double block anyway; with the field at the beginning of every block too.
     sums = 2 * double + _all_if(level.fused_residuals, 2 * double + single)
     facts = [
+        # Before the other fields', whose counts it changes.
+        Fact("gelu_epilogue", "GEMMs with GELU and its quantisation in their epilogue",
+             compiler.calls_of("fluxfast::gelu_linear_quantize"), forwards * activated),
         Fact("fused_quantize", "launches of Triton's quantising kernels",
              compiler.calls_of(*kernels), _all_if(level.fused_quantize, launches)),
         Fact("precomputed_modulation", "modulation tables computed",
@@ -211,7 +217,7 @@ def fused_block_facts(built: Built, calls: int, loops: int, forwards: int) -> li
              built.rotary.fills if built.rotary else 0, _all_if(level.fused_qk_rope, 1)),
         Fact("merged_projections", "single blocks with QKV and MLP in one GEMM",
              sum(getattr(block, "proj_mlp", block) is None for block in blocks_of(built.pipeline.transformer)),
-             _all_if(level.merged_projections, single)),
+             _all_if(merged, single)),
         Fact("merged_projections", "float8 GEMMs called by the fused blocks",
              compiler.calls_of("_scaled_mm"), _all_if(level.has_fused_blocks, forwards * gemms)),
         Fact("fused_residuals", "launches of Triton's gated residual and norm kernel",

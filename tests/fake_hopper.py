@@ -14,7 +14,9 @@ from fluxfast.kernels import reference
 from fluxfast.machine import Machine
 
 CPU = Machine(device="cpu", capability=None, fa3_module=None, triton=True)
-HOPPER = Machine(device="cpu", capability=(9, 0), cuda=(13, 0), fa3_module="flash_attn_interface", triton=True)
+HOPPER = Machine(
+    device="cpu", capability=(9, 0), cuda=(13, 0), fa3_module="flash_attn_interface", triton=True, quack=True
+)
 
 
 @torch.library.custom_op("fluxfast_tests::fp8_attention", mutates_args=())
@@ -51,7 +53,7 @@ def pretend_to_be(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def triton_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Triton operations compute as their references do; to Dynamo they stay what they are."""
+    """The operations of Triton and quack compute as their references do; to Dynamo they stay what they are."""
     for name, operation in triton_operations().items():
         # What a custom operator calls where no kernel of the device's own is registered.
         monkeypatch.setitem(operation._backend_fns, None, getattr(reference, name))
@@ -60,9 +62,11 @@ def triton_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def triton_operations() -> dict[str, Any]:
     """The operations that the fused blocks and the decoder use, by name."""
     pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[dev]'")
-    from fluxfast.kernels import activations, group_norm, norms, qkv
+    pytest.importorskip("quack", reason="quack is not installed: pip install -e '.[dev]'")
+    from fluxfast.kernels import activations, gemm, group_norm, norms, qkv
 
     operations = (
+        gemm.gelu_linear_quantize,
         activations.gelu_quantize,
         activations.gelu_concat_quantize,
         activations.quantize_rows,

@@ -15,7 +15,9 @@ from fluxfast.workloads import TINY, WORKLOADS, Workload, get_workload
 CPU = Machine(device="cpu", capability=None, fa3_module=None, triton=True)
 ADA_WITH_FA3 = Machine(device="cuda", capability=(8, 9), fa3_module="fa3_fwd_interface", triton=True)
 AMPERE = Machine(device="cuda", capability=(8, 0), fa3_module=None, triton=True)
-HOPPER = Machine(device="cuda", capability=(9, 0), cuda=(13, 0), fa3_module="flash_attn_interface", triton=True)
+HOPPER = Machine(
+    device="cuda", capability=(9, 0), cuda=(13, 0), fa3_module="flash_attn_interface", triton=True, quack=True
+)
 HOPPER_WITHOUT_FA3 = Machine(device="cuda", capability=(9, 0), fa3_module=None, triton=True)
 OTHER_VALUE = {int: 7, float: 1.25, str: "other", type(None): "other"}
 
@@ -38,7 +40,7 @@ def test_rungs_without_a_measurement_are_beside_the_ladder() -> None:
     """Their ids are frozen too; they form a chain of their own that branches off at fa3_fp8."""
     fused = "fused_quantize precomputed_modulation fused_qk_rope merged_projections"
     ids = f"float8_rowwise {fused} whole_loop_graph fast_encode fast_decode no_gemm_workspace"
-    last = "split_attention_tail no_host_waits subpixel_upsampling fused_residuals hadamard_qk"
+    last = "split_attention_tail no_host_waits subpixel_upsampling fused_residuals hadamard_qk gelu_epilogue"
     assert " ".join(level.id for level in BEYOND) == f"{ids} {last} gemm_search"
     assert [level.parent for level in BEYOND] == ["fa3_fp8", *(level.id for level in BEYOND[:-1])]
     assert not set(BEYOND) & set(LADDER) and all(level.packaging == "jit" for level in BEYOND)
@@ -122,6 +124,23 @@ def test_triton_rung_says_what_is_missing(machine: Machine, words: str, field: s
     assert reason is not None and reason.startswith(f"{field}: ")
     # The decoder has nothing in float8.
     assert words in reason or (field == "fast_decode" and "found 8.0" in reason)
+
+
+@pytest.mark.parametrize(
+    ("machine", "found"),
+    [
+        (CPU, "found cpu, Triton and no quack"),
+        (dataclasses.replace(HOPPER, quack=False), "found 9.0, Triton and no quack"),
+        (dataclasses.replace(HOPPER, triton=False), "found 9.0, no Triton and quack"),
+        (dataclasses.replace(HOPPER, capability=(10, 0)), "found 10.0, Triton and quack"),
+    ],
+)
+def test_epilogue_rung_says_what_is_missing(machine: Machine, found: str) -> None:
+    """A library that is not there is named, with the command that installs it."""
+    reason = why_not(get_level("gelu_epilogue"), machine)
+    assert reason is not None and reason.startswith("gelu_epilogue: ") and reason.endswith(found)
+    assert "pip install -e '.[gpu]'" in reason
+    assert why_not(get_level("gelu_epilogue"), HOPPER) is None
 
 
 @pytest.mark.parametrize("field", ["fused_qk_rope", "hadamard_qk", "split_attention_tail"])

@@ -78,7 +78,8 @@ def test_environment(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) ->
     assert run(tmp_path, "environment", cache=tmp_path / "cache").failure is None
     lines = (tmp_path / "compile/0/environment").read_text().splitlines()
     assert {"CUBLAS_WORKSPACE_CONFIG=:4096:8", "HF_HUB_OFFLINE=1", "PYTHONFAULTHANDLER=1"} <= set(lines)
-    assert f"TORCHINDUCTOR_CACHE_DIR={tmp_path / 'cache/inductor'}" in lines
+    for name, folder in (("TORCHINDUCTOR", "inductor"), ("TRITON", "triton"), ("QUACK", "quack")):
+        assert f"{name}_CACHE_DIR={tmp_path / 'cache' / folder}" in lines
     assert not [line for line in lines if line.startswith("FLUXFAST_")]
 
 

@@ -3,7 +3,7 @@
 One program holds a whole row in registers, so every element is read once and written once. Traffic at FLUX's size
 (M = 4352 rows): single block 4352 * 15360 * (2 + 1) bytes = 200 MB, a floor of 47 us at 4.3 TB/s; double block, image
 stream, 4096 * 12288 * 3 = 151 MB, 35 us. Without GELU and concatenation it quantises a double block's attention output,
-4352 * 3072 * 3 = 40 MB, 9.3 us.
+4352 * 3072 * 3 = 40 MB, 9.3 us; a second kernel does that for a single block's, beside codes that are there already.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fluxfast.kernels.device import (
     row_scale,
     split_row,
     store_span,
+    to_e4m3,
 )
 from fluxfast.kernels.rowwise import E4M3
 
@@ -171,6 +172,71 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         raise ValueError(f"expected (..., K) with two axes or more, got {tuple(x.shape)}")
     q, scale = _launch_alone(x.flatten(0, -2), gelu=False, num_warps=ROWS_NUM_WARPS)
     return q.view(x.shape), scale.view(*x.shape[:-1], 1)
+
+
+@triton.jit
+def _quantize_beside_kernel(
+    x_ptr,
+    codes_ptr,
+    scale_ptr,
+    x_stride,
+    D: tl.constexpr,
+    D_HEAD: tl.constexpr,
+    D_TAIL: tl.constexpr,
+    H: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    x = x_ptr + row * x_stride
+    codes = codes_ptr + row * (D + H)
+    head = load_span(x, 0, D, D_HEAD)
+    max_bits = tl.max(magnitude_bits(head), axis=0)
+    if D_TAIL > 0:
+        tail = load_span(x, D_HEAD, D, D_TAIL)
+        max_bits = tl.maximum(max_bits, tl.max(magnitude_bits(tail), axis=0))
+
+    known = tl.load(scale_ptr + row)
+    needed = row_scale(max_bits)
+    scale = known
+    # NaN in x wins; NaN in the known scale stays, because it is not below anything.
+    if (needed > known) | (needed != needed):
+        scale = needed
+        tl.store(scale_ptr + row, scale)
+        for start in range(0, H, STEP):
+            columns = start + tl.arange(0, STEP)
+            beside = codes + D + columns
+            old = tl.load(beside, mask=columns < H, other=0.0).to(tl.float32)
+            tl.store(beside, to_e4m3(old * (known / needed)), mask=columns < H)
+    inverse = tl.div_rn(1.0, scale)
+    store_span(codes, head, inverse, 0, D, D_HEAD)
+    if D_TAIL > 0:
+        store_span(codes, tail, inverse, D_HEAD, D, D_TAIL)
+
+
+@triton_op("fluxfast::quantize_beside", mutates_args={"codes", "scale"})
+def quantize_beside(x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> None:
+    """x quantised into the first columns of rows whose other columns are quantised already.
+
+    Args:
+        x: (M, D) bfloat16 or float32, rows may be strided.
+        codes: (M, D + H) float8_e4m3fn, contiguous; the last H columns are codes of `scale`.
+        scale: (M, 1) float32, contiguous. Where a row of x is too large for it, it becomes that of x alone, and the H
+            codes are rounded again to go with it. An infinity or NaN in x does to the row what it does to
+            `quantize_rowwise`'s.
+
+    Raises:
+        ValueError: for shapes that do not fit and tensors that Triton cannot reach.
+    """
+    (rows, d), width = x.shape, codes.shape[1]
+    if len(codes) != rows or width < d or scale.shape != (rows, 1) or not codes.is_contiguous():
+        raise ValueError(
+            f"expected (M, D), contiguous (M, D + H) and (M, 1), got {tuple(x.shape)}, {tuple(codes.shape)} of strides "
+            f"{codes.stride()} and {tuple(scale.shape)}"
+        )
+    require_runnable(x, codes, scale)
+    wrap_triton(_quantize_beside_kernel)[(rows,)](
+        x, codes, scale, x.stride(0), d, *split_row(d), width - d, 1024, num_warps=ROWS_NUM_WARPS
+    )
 
 
 @gelu_quantize.register_fake

@@ -132,8 +132,9 @@ class FusedFluxTransformerBlock(_ModulatedBlock):
         self.to_out, self.to_add_out = ops.linear([attn.to_out[0]]), ops.linear([attn.to_add_out])
         self.norm_q, self.norm_k = attn.norm_q, attn.norm_k
         self.norm_added_q, self.norm_added_k = attn.norm_added_q, attn.norm_added_k
-        self.ff_in, self.ff_out = ops.linear([block.ff.net[0].proj]), ops.linear([block.ff.net[2]])
-        self.ff_context_in = ops.linear([block.ff_context.net[0].proj])
+        up = ops.gelu_linear or ops.linear
+        self.ff_in, self.ff_out = up([block.ff.net[0].proj]), ops.linear([block.ff.net[2]])
+        self.ff_context_in = up([block.ff_context.net[0].proj])
         self.ff_context_out = ops.linear([block.ff_context.net[2]])
 
     def forward(
@@ -185,6 +186,8 @@ class FusedFluxTransformerBlock(_ModulatedBlock):
         """The first residual addition of a stream's rows and the MLP behind it: the sum, and what its gate lets in."""
         gate, shift, scale = vectors[2:5]
         residual, q, q_scale = self.ops.residual_layernorm_modulate(x, attended, gate, shift, scale, EPS)
+        if self.ops.gelu_linear is not None:
+            return residual, down.forward_quantized(*up.forward_gelu(q, q_scale))
         return residual, down.forward_quantized(*self.ops.gelu(up.forward_quantized(q, q_scale)))
 
 
@@ -192,7 +195,7 @@ class FusedFluxSingleTransformerBlock(_ModulatedBlock):
     """A single-stream block: `FluxSingleTransformerBlock` with one or two GEMMs in front of attention and MLP.
 
     Attributes:
-        merged_projections: QKV and MLP as one GEMM (3072 -> 21504 in FLUX.1).
+        merged_projections: QKV and MLP as one GEMM (3072 -> 21504 in FLUX.1), not with `BlockOps.gelu_linear`.
         chained: `hidden_states` is the joint stream, text first, on the way in and out, and `encoder_hidden_states`
             goes along untouched, as the reminder of how many text tokens there are. Otherwise the block concatenates
             the two streams first and takes them apart at its end, as diffusers' does. `fused_residuals` needs it.
@@ -212,11 +215,13 @@ class FusedFluxSingleTransformerBlock(_ModulatedBlock):
     ) -> None:
         if fused_residuals and not chained:
             raise ValueError("fused_residuals needs chained: a residual that is not added yet cannot be taken apart")
+        if merged_projections and ops.gelu_linear is not None:
+            raise ValueError("merged_projections has QKV in the GEMM whose every output gelu_linear would activate")
         super().__init__([block.norm], attention, ops, fused_residuals=fused_residuals)
         qkv = qkv_linears(block.attn)
         self.merged_projections, self.chained = merged_projections, chained
         self.to_qkv = ops.linear([*qkv, block.proj_mlp] if merged_projections else qkv)
-        self.proj_mlp = None if merged_projections else ops.linear([block.proj_mlp])
+        self.proj_mlp = None if merged_projections else (ops.gelu_linear or ops.linear)([block.proj_mlp])
         self.proj_out = ops.linear([block.proj_out])
         self.norm_q, self.norm_k = block.attn.norm_q, block.attn.norm_k
         self.qkv_width = sum(linear.out_features for linear in qkv)
@@ -245,12 +250,20 @@ class FusedFluxSingleTransformerBlock(_ModulatedBlock):
         sizes = sizes_of(x)
         residual, q, q_scale = self._norm(x, shift, scale)
         projected = self.to_qkv.forward_quantized(q, q_scale)
-        if self.proj_mlp is None:
-            mlp, projected = projected[:, self.qkv_width :], projected[:, : self.qkv_width]
+        if self.ops.gelu_linear is not None:
+            attended = self._attend(projected, sizes, rotary)
+            quantized = self.proj_mlp.forward_gelu(q, q_scale, attended)
         else:
-            mlp = self.proj_mlp.forward_quantized(q, q_scale)
-        qkv = projected.unflatten(0, sizes)
-        q, k, v = self.ops.qk_norm_rope(qkv, self.norm_q.weight, self.norm_k.weight, *rotary, EPS)
-        attended = rows(self.attention(q, k, v).flatten(2))
-        y = self.proj_out.forward_quantized(*self.ops.gelu_concat(attended, mlp))
+            if self.proj_mlp is None:
+                mlp, projected = projected[:, self.qkv_width :], projected[:, : self.qkv_width]
+            else:
+                mlp = self.proj_mlp.forward_quantized(q, q_scale)
+            quantized = self.ops.gelu_concat(self._attend(projected, sizes, rotary), mlp)
+        y = self.proj_out.forward_quantized(*quantized)
         return self._leave(residual, y, modulation, "hidden_states", sizes)
+
+    def _attend(self, qkv: torch.Tensor, sizes: torch.Size, rotary: Rotary) -> torch.Tensor:
+        """QKV as rows (B * S, 3 * D) -> what attention makes of them, rows (B * S, D)."""
+        weights = (self.norm_q.weight, self.norm_k.weight)
+        q, k, v = self.ops.qk_norm_rope(qkv.unflatten(0, sizes), *weights, *rotary, EPS)
+        return rows(self.attention(q, k, v).flatten(2))

@@ -7,6 +7,7 @@ quantise at all and exists to test the blocks' wiring against diffusers.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from fluxfast.kernels import reference
-from fluxfast.kernels.linear import DenseLinear, RowwiseFloat8Linear
+from fluxfast.kernels.linear import DenseLinear, RowwiseFloat8GeluLinear, RowwiseFloat8Linear
 from fluxfast.kernels.rowwise import quantize_rowwise
 
 Op = Callable[..., Any]
@@ -30,6 +31,8 @@ class BlockOps:
         layernorm_modulate: (rows, shift, scale, eps) -> (q, scale).
         residual_layernorm_modulate: (residual, y, gate, shift, scale, eps) -> (new residual, q, scale).
         qk_norm_rope: see `reference.qk_norm_rope_quantize`, and `reference.hadamard` for what may follow.
+        gelu_linear: (linears) -> module with `forward_gelu(q, scale, left)`, for the Linears in front of a GELU. None:
+            they are of `linear`, and `gelu` or `gelu_concat` follows.
     """
 
     linear: Op
@@ -39,6 +42,7 @@ class BlockOps:
     layernorm_modulate: Op
     residual_layernorm_modulate: Op
     qk_norm_rope: Op
+    gelu_linear: Op | None = None
 
 
 REFERENCE = BlockOps(
@@ -52,8 +56,18 @@ REFERENCE = BlockOps(
 )
 
 
+def gelu_linears(operation: Op) -> Op:
+    """`BlockOps.gelu_linear` of an operation: `gemm.gelu_linear_quantize`, or its reference."""
+    return functools.partial(RowwiseFloat8GeluLinear.from_linears, operation=operation)
+
+
 def triton_ops(
-    *, quantize: bool = True, qk_rope: bool = True, quantize_rows: bool = True, hadamard: bool = False
+    *,
+    quantize: bool = True,
+    qk_rope: bool = True,
+    quantize_rows: bool = True,
+    hadamard: bool = False,
+    gelu_epilogue: bool = False,
 ) -> BlockOps:
     """`REFERENCE` with Triton kernels instead.
 
@@ -63,9 +77,10 @@ def triton_ops(
         quantize_rows: for what is quantised as it is, the attention output of the double blocks. Inductor makes two
             kernels of it: the row maxima, then the codes with the two streams apart.
         hadamard: `qk_rope` with the Hadamard transform of q and k in front of the cast.
+        gelu_epilogue: for GELU and its quantisation, in quack's GEMM in front.
 
     Raises:
-        ImportError: if Triton is not installed.
+        ImportError: if Triton, or quack for `gelu_epilogue`, is not installed.
         ValueError: for `hadamard` without `qk_rope`, whose kernel it is in.
     """
     if hadamard and not qk_rope:
@@ -84,6 +99,10 @@ def triton_ops(
         changes.update(qk_norm_rope=qkv.qk_norm_rope_hadamard_quantize if hadamard else qkv.qk_norm_rope_quantize)
     if quantize_rows:
         changes.update(quantize=activations.quantize_rows)
+    if gelu_epilogue:
+        from fluxfast.kernels import gemm
+
+        changes.update(gelu_linear=gelu_linears(gemm.gelu_linear_quantize))
     return dataclasses.replace(REFERENCE, **changes)
 
 

@@ -119,6 +119,24 @@ def gelu_concat_quantize(attn_out: torch.Tensor, mlp: torch.Tensor) -> Quantized
     return quantize_rowwise(gelu_concat(attn_out, mlp))
 
 
+def gelu_linear_quantize(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor,
+    bound: torch.Tensor,
+    left: torch.Tensor | None = None,
+) -> Quantized:
+    """Reference of `gemm.gelu_linear_quantize`."""
+    y = (q.float() @ weight.float().t()) * scale * weight_scale + bias.float()
+    value, scale = F.gelu(y, approximate="tanh"), scale * bound[0] + bound[1]
+    if left is not None:
+        value = torch.cat([left.float(), value], dim=-1)
+        scale = torch.maximum(scale, quantize_rowwise(left)[1])
+    return cast_e4m3(value / scale), scale
+
+
 def layernorm_modulate_quantize(
     x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float = 1e-6
 ) -> Quantized:

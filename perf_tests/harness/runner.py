@@ -190,6 +190,7 @@ def _variables(cache: Path | None, gpu: int | str | None) -> dict[str, str]:
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         variables["TORCHINDUCTOR_CACHE_DIR"] = str(cache.resolve() / "inductor")
         variables["TRITON_CACHE_DIR"] = str(cache.resolve() / "triton")
+        variables["QUACK_CACHE_DIR"] = str(cache.resolve() / "quack")
     return variables
 
 
