@@ -38,6 +38,7 @@ def fuse(transformer: nn.Module, level: Level) -> list[nn.Module]:
         "quantize_rows": level.fused_residuals,
         "hadamard": level.hadamard_qk and level.fused_qk_rope,
         "gelu_epilogue": level.gelu_epilogue,
+        "residual_epilogue": level.residual_epilogue,
     }
     ops = triton_ops(**kernels) if any(kernels.values()) else REFERENCE
     if attention is sdpa:
@@ -48,7 +49,7 @@ def fuse(transformer: nn.Module, level: Level) -> list[nn.Module]:
         ops=ops,
         merged_projections=level.merged_projections and not level.gelu_epilogue,
         chained=True,
-        fused_residuals=level.fused_residuals,
+        fused_residuals=level.fused_residuals and not level.residual_epilogue,
     )
 
 

@@ -70,6 +70,8 @@ class Level:
         gelu_epilogue: GELU and its quantisation in the GEMM in front of it, which is quack's instead of cuBLASLt's. Its
             rows have scales that are known before the product is, from a bound. The MLP of a single block has a GEMM of
             its own again: `merged_projections` would put QKV through the same epilogue.
+        residual_epilogue: every gated residual of the blocks in the GEMM in front of it, quack's again, so that a norm
+            reads one stream and a block leaves nothing to be added: of `fused_residuals` its quantising kernel stays.
         gemm_search: max-autotune times Triton's GEMM templates beside the libraries' kernels, up to 106 for a shape in
             float8.
         coordinate_descent: Inductor's search for the launch parameters of every kernel it writes, which flux-fast
@@ -100,6 +102,7 @@ class Level:
     fused_residuals: bool = False
     hadamard_qk: bool = False
     gelu_epilogue: bool = False
+    residual_epilogue: bool = False
     gemm_search: bool = False
     coordinate_descent: bool = False
 
@@ -140,6 +143,7 @@ FUSED_BLOCK_FIELDS: tuple[str, ...] = (
     "fused_residuals",
     "hadamard_qk",
     "gelu_epilogue",
+    "residual_epilogue",
 )
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Level) if f.name in FIELDS}
 
@@ -197,7 +201,8 @@ SUBPIXEL_UPSAMPLING = NO_HOST_WAITS.then("subpixel_upsampling", subpixel_upsampl
 FUSED_RESIDUALS = SUBPIXEL_UPSAMPLING.then("fused_residuals", fused_residuals=True)
 HADAMARD_QK = FUSED_RESIDUALS.then("hadamard_qk", hadamard_qk=True)
 GELU_EPILOGUE = HADAMARD_QK.then("gelu_epilogue", gelu_epilogue=True)
-GEMM_SEARCH = GELU_EPILOGUE.then("gemm_search", gemm_search=True)
+RESIDUAL_EPILOGUE = GELU_EPILOGUE.then("residual_epilogue", residual_epilogue=True)
+GEMM_SEARCH = RESIDUAL_EPILOGUE.then("gemm_search", gemm_search=True)
 
 BEYOND: tuple[Level, ...] = (
     FLOAT8_ROWWISE,
@@ -215,6 +220,7 @@ BEYOND: tuple[Level, ...] = (
     FUSED_RESIDUALS,
     HADAMARD_QK,
     GELU_EPILOGUE,
+    RESIDUAL_EPILOGUE,
     GEMM_SEARCH,
 )
 """Rungs past flux-fast: a chain of their own, so that the ladder stays flux-fast's and its numbers compare.

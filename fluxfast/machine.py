@@ -15,6 +15,7 @@ FA3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")
 """FlashAttention-3's own build, and the forward-only wheel of PyPI's `fa3-fwd`."""
 
 TRITON_FIELDS = ("fused_quantize", "fused_qk_rope", "fast_decode", "fused_residuals", "hadamard_qk")
+EPILOGUE_FIELDS = ("gelu_epilogue", "residual_epilogue")
 SEARCH_FIELDS = ("gemm_search", "coordinate_descent")
 ROWWISE_LT = (12, 9)
 """CUDA from which torch's row-wise float8 GEMM on a Hopper is cuBLASLt's; before, it is CUTLASS's."""
@@ -93,12 +94,13 @@ def unavailable(level: Level, machine: Machine) -> dict[str, str]:
             reasons[field] = (
                 f"{field}: its Triton kernels need compute capability 9.0 and Triton; found {machine.found_with_triton}"
             )
-    if level.gelu_epilogue and not (machine.capability == (9, 0) and machine.triton and machine.quack):
-        modules = f"{'Triton' if machine.triton else 'no Triton'} and {'quack' if machine.quack else 'no quack'}"
-        reasons["gelu_epilogue"] = (
-            "gelu_epilogue: needs compute capability 9.0, Triton and quack-kernels (pip install -e '.[gpu]'); "
-            f"found {machine.found}, {modules}"
-        )
+    for field in EPILOGUE_FIELDS:
+        if getattr(level, field) and not (machine.capability == (9, 0) and machine.triton and machine.quack):
+            modules = f"{'Triton' if machine.triton else 'no Triton'} and {'quack' if machine.quack else 'no quack'}"
+            reasons[field] = (
+                f"{field}: needs compute capability 9.0, Triton and quack-kernels (pip install -e '.[gpu]'); "
+                f"found {machine.found}, {modules}"
+            )
     if level.no_gemm_workspace and (machine.capability != (9, 0) or machine.cuda is None or machine.cuda < ROWWISE_LT):
         found = f"CUDA {'.'.join(map(str, machine.cuda))}" if machine.cuda else "no CUDA"
         reasons["no_gemm_workspace"] = (

@@ -191,14 +191,17 @@ def fused_block_facts(built: Built, calls: int, loops: int, forwards: int) -> li
     # A GEMM with GELU in its epilogue takes the place of one of cuBLASLt's and of a kernel of Triton's.
     activated = _all_if(level.gelu_epilogue, 2 * double + single)
     merged = level.merged_projections and not level.gelu_epilogue
-    gemms = 8 * double + (2 if merged else 3) * single - activated
+    added = _all_if(level.residual_epilogue, 4 * double + single)
+    gemms = 8 * double + (2 if merged else 3) * single - activated - added
     launches = forwards * (double * 2 * len(QUANTIZING) + single * len(QUANTIZING_SINGLE) - activated)
     # In the middle of a double block anyway; with the field at the beginning of every block too.
-    sums = 2 * double + _all_if(level.fused_residuals, 2 * double + single)
+    sums = 2 * double + _all_if(level.fused_residuals, 2 * double + single) if added == 0 else 0
     facts = [
         # Before the other fields', whose counts it changes.
         Fact("gelu_epilogue", "GEMMs with GELU and its quantisation in their epilogue",
              compiler.calls_of("fluxfast::gelu_linear_quantize"), forwards * activated),
+        Fact("residual_epilogue", "GEMMs with a gated residual in their epilogue",
+             compiler.calls_of("fluxfast::residual_linear"), forwards * added),
         Fact("fused_quantize", "launches of Triton's quantising kernels",
              compiler.calls_of(*kernels), _all_if(level.fused_quantize, launches)),
         Fact("precomputed_modulation", "modulation tables computed",

@@ -67,6 +67,7 @@ def triton_operations() -> dict[str, Any]:
 
     operations = (
         gemm.gelu_linear_quantize,
+        gemm.residual_linear,
         activations.gelu_quantize,
         activations.gelu_concat_quantize,
         activations.quantize_rows,

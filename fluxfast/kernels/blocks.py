@@ -17,6 +17,8 @@ from fluxfast.kernels.ops import BlockOps
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(q, k, v), each (B, S, H, Dh) in e4m3 (unquantised for `ops.EXACT`) -> (B, S, H, Dh) in bfloat16."""
 Rotary = tuple[torch.Tensor, torch.Tensor]
+Quantized = tuple[torch.Tensor, torch.Tensor | None]
+"""Rows (M, K) and their scales (M, 1); None for the latter if nothing is quantised."""
 EPS = 1e-6
 
 
@@ -76,7 +78,8 @@ class _ModulatedBlock(nn.Module):
             While it is set, `temb` is not looked at. It is a plain attribute, not a buffer, because it is a view into
             one static tensor for all blocks that is refreshed between steps, under a captured CUDA graph too.
         fused_residuals: streams come and go as `Pending`: the norm at the beginning adds what the block before left
-            over. Hooks in front of the first and behind the last block, see `fuse.py`, make and add them.
+            over. Hooks in front of the first and behind the last block, see `fuse.py`, make and add them. Not with
+            `BlockOps.residual_linear`, which leaves nothing over.
         GATES: the arguments that are streams, and the `Pending.gate` with which each leaves the block.
     """
 
@@ -86,6 +89,10 @@ class _ModulatedBlock(nn.Module):
         self, adaln: Sequence[nn.Module], attention: Attention, ops: BlockOps, *, fused_residuals: bool
     ) -> None:
         super().__init__()
+        if fused_residuals and ops.residual_linear is not None:
+            raise ValueError(
+                "fused_residuals is for what a block leaves to be added, and residual_linear leaves nothing"
+            )
         self.fused_residuals = fused_residuals
         self.adaln_linears = nn.ModuleList(norm.linear for norm in adaln)
         self.modulation_width = sum(linear.out_features for linear in self.adaln_linears)
@@ -111,10 +118,20 @@ class _ModulatedBlock(nn.Module):
             return self.ops.residual_layernorm_modulate(rows(x.residual), rows(x.y), gate_of(x), shift, scale, EPS)
         return rows(x), *self.ops.layernorm_modulate(rows(x), shift, scale, EPS)
 
+    def _project_back(
+        self, linear: nn.Module, quantized: Quantized, residual: torch.Tensor, gate: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A Linear into a stream: its rows (B * S, D), and what `gate` lets in, None if the GEMM has added it."""
+        if self.ops.residual_linear is None:
+            return residual, linear.forward_quantized(*quantized)
+        return linear.forward_residual(*quantized, residual, gate), None
+
     def _leave(
-        self, residual: torch.Tensor, y: torch.Tensor, modulation: torch.Tensor, stream: str, sizes: torch.Size
+        self, residual: torch.Tensor, y: torch.Tensor | None, modulation: torch.Tensor, stream: str, sizes: torch.Size
     ) -> Stream:
-        """The last gated residual of a stream, from rows (B * S, D), added or left to the next block."""
+        """A stream from rows (B * S, D), its last gated residual, if any is left, added or left to the next block."""
+        if y is None:
+            return residual.unflatten(0, sizes)
         x = Pending(residual.unflatten(0, sizes), y.unflatten(0, sizes), modulation, self.GATES[stream])
         return x if self.fused_residuals else x.residual + gate_of(x)[:, None] * x.y
 
@@ -129,13 +146,12 @@ class FusedFluxTransformerBlock(_ModulatedBlock):
         attn = block.attn
         self.to_qkv = ops.linear(qkv_linears(attn))
         self.to_added_qkv = ops.linear(qkv_linears(attn, text=True))
-        self.to_out, self.to_add_out = ops.linear([attn.to_out[0]]), ops.linear([attn.to_add_out])
+        up, down = ops.gelu_linear or ops.linear, ops.residual_linear or ops.linear
+        self.to_out, self.to_add_out = down([attn.to_out[0]]), down([attn.to_add_out])
         self.norm_q, self.norm_k = attn.norm_q, attn.norm_k
         self.norm_added_q, self.norm_added_k = attn.norm_added_q, attn.norm_added_k
-        up = ops.gelu_linear or ops.linear
-        self.ff_in, self.ff_out = up([block.ff.net[0].proj]), ops.linear([block.ff.net[2]])
-        self.ff_context_in = up([block.ff_context.net[0].proj])
-        self.ff_context_out = ops.linear([block.ff_context.net[2]])
+        self.ff_in, self.ff_out = up([block.ff.net[0].proj]), down([block.ff.net[2]])
+        self.ff_context_in, self.ff_context_out = up([block.ff_context.net[0].proj]), down([block.ff_context.net[2]])
 
     def forward(
         self,
@@ -162,12 +178,14 @@ class FusedFluxTransformerBlock(_ModulatedBlock):
 
         attended, scale = self.ops.quantize(self.attention(q, k, v).flatten(2))
         tokens = text_qkv.shape[1]
-        text_out, image_out = (
-            linear.forward_quantized(rows(attended[:, part]), None if scale is None else rows(scale[:, part]))
-            for linear, part in ((self.to_add_out, slice(0, tokens)), (self.to_out, slice(tokens, None)))
+        text_attended, image_attended = (
+            (rows(attended[:, part]), None if scale is None else rows(scale[:, part]))
+            for part in (slice(0, tokens), slice(tokens, None))
         )
-        image_ends = self._feed_forward(self.ff_in, self.ff_out, image_rows, image_out, image_vectors)
-        text_ends = self._feed_forward(self.ff_context_in, self.ff_context_out, text_rows, text_out, text_vectors)
+        linears = self.to_out, self.ff_in, self.ff_out
+        text_linears = self.to_add_out, self.ff_context_in, self.ff_context_out
+        image_ends = self._behind_attention(*linears, image_rows, image_attended, image_vectors)
+        text_ends = self._behind_attention(*text_linears, text_rows, text_attended, text_vectors)
         return (
             self._leave(*text_ends, modulation, "encoder_hidden_states", sizes_of(text)),
             self._leave(*image_ends, modulation, "hidden_states", sizes_of(image)),
@@ -180,15 +198,27 @@ class FusedFluxTransformerBlock(_ModulatedBlock):
         residual, q, q_scale = self._norm(x, *vectors[:2])
         return residual, linear.forward_quantized(q, q_scale).unflatten(0, sizes_of(x))
 
-    def _feed_forward(
-        self, up: nn.Module, down: nn.Module, x: torch.Tensor, attended: torch.Tensor, vectors: tuple[torch.Tensor, ...]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first residual addition of a stream's rows and the MLP behind it: the sum, and what its gate lets in."""
-        gate, shift, scale = vectors[2:5]
-        residual, q, q_scale = self.ops.residual_layernorm_modulate(x, attended, gate, shift, scale, EPS)
-        if self.ops.gelu_linear is not None:
-            return residual, down.forward_quantized(*up.forward_gelu(q, q_scale))
-        return residual, down.forward_quantized(*self.ops.gelu(up.forward_quantized(q, q_scale)))
+    def _behind_attention(
+        self,
+        out: nn.Module,
+        up: nn.Module,
+        down: nn.Module,
+        x: torch.Tensor,
+        attended: Quantized,
+        vectors: tuple[torch.Tensor, ...],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A stream's rows through the attention's output projection and the MLP, as `_project_back` returns them."""
+        gate, shift, scale, last_gate = vectors[2:]
+        x, y = self._project_back(out, attended, x, gate)
+        if y is None:
+            q, q_scale = self.ops.layernorm_modulate(x, shift, scale, EPS)
+        else:
+            x, q, q_scale = self.ops.residual_layernorm_modulate(x, y, gate, shift, scale, EPS)
+        if self.ops.gelu_linear is None:
+            activated = self.ops.gelu(up.forward_quantized(q, q_scale))
+        else:
+            activated = up.forward_gelu(q, q_scale)
+        return self._project_back(down, activated, x, last_gate)
 
 
 class FusedFluxSingleTransformerBlock(_ModulatedBlock):
@@ -221,8 +251,9 @@ class FusedFluxSingleTransformerBlock(_ModulatedBlock):
         qkv = qkv_linears(block.attn)
         self.merged_projections, self.chained = merged_projections, chained
         self.to_qkv = ops.linear([*qkv, block.proj_mlp] if merged_projections else qkv)
-        self.proj_mlp = None if merged_projections else (ops.gelu_linear or ops.linear)([block.proj_mlp])
-        self.proj_out = ops.linear([block.proj_out])
+        up = ops.gelu_linear or ops.linear
+        self.proj_mlp: Any = None if merged_projections else up([block.proj_mlp])
+        self.proj_out = (ops.residual_linear or ops.linear)([block.proj_out])
         self.norm_q, self.norm_k = block.attn.norm_q, block.attn.norm_k
         self.qkv_width = sum(linear.out_features for linear in qkv)
 
@@ -246,7 +277,7 @@ class FusedFluxSingleTransformerBlock(_ModulatedBlock):
 
     def forward_modulated(self, x: Stream, modulation: torch.Tensor, rotary: Rotary) -> Stream:
         """The joint stream (B, T + S, D) through the block, as a function of tensors, or of `Pending`."""
-        shift, scale, _ = modulation.chunk(3, dim=-1)
+        shift, scale, gate = modulation.chunk(3, dim=-1)
         sizes = sizes_of(x)
         residual, q, q_scale = self._norm(x, shift, scale)
         projected = self.to_qkv.forward_quantized(q, q_scale)
@@ -259,8 +290,8 @@ class FusedFluxSingleTransformerBlock(_ModulatedBlock):
             else:
                 mlp = self.proj_mlp.forward_quantized(q, q_scale)
             quantized = self.ops.gelu_concat(self._attend(projected, sizes, rotary), mlp)
-        y = self.proj_out.forward_quantized(*quantized)
-        return self._leave(residual, y, modulation, "hidden_states", sizes)
+        ends = self._project_back(self.proj_out, quantized, residual, gate)
+        return self._leave(*ends, modulation, "hidden_states", sizes)
 
     def _attend(self, qkv: torch.Tensor, sizes: torch.Size, rotary: Rotary) -> torch.Tensor:
         """QKV as rows (B * S, 3 * D) -> what attention makes of them, rows (B * S, D)."""

@@ -1,12 +1,16 @@
-"""A float8 GEMM with GELU and the e4m3 cast in its epilogue, of the quack library (CuTe DSL), for Hopper.
+"""Float8 GEMMs of the quack library (CuTe DSL) for Hopper, with what a kernel behind them did in their epilogue.
 
-cuBLASLt writes what a single block's MLP projects in bfloat16, and a kernel behind it reads it again: at FLUX's size
-4352 * 12288 * (2 + 2 + 1) bytes = 267 MB a block, where the epilogue writes 53. A row's largest element is not known
-before the row is, so its scale comes from a bound: see `linear.RowwiseFloat8GeluLinear`.
+GELU and the e4m3 cast: cuBLASLt writes what a single block's MLP projects in bfloat16, and a kernel behind it reads it
+again, at FLUX's size 4352 * 12288 * (2 + 2 + 1) bytes = 267 MB a block, where the epilogue writes 53. A row's largest
+element is not known before the row is, so its scale comes from a bound: see `linear.RowwiseFloat8GeluLinear`.
+
+The gated residual: the norm behind it then reads one stream and writes its codes, 40 MB at 4352 x 3072 instead of 93,
+and the epilogue reads 27 that the GEMM did not.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -21,18 +25,18 @@ from fluxfast.kernels.rowwise import E4M3
 
 SLOPE = math.sqrt(2 / math.pi)
 CUBIC = 0.044715 * SLOPE
-FEW_ROWS = 1024
-"""Up to here a GEMM has too few tiles for all processors, and the text stream's 256 or 512 rows are its whole time."""
+TILE_ROWS = 128
+GELU_WIDTHS = (128, 160)
+"""Columns of a tile that a warp group can hold beside this epilogue without spilling registers."""
+WIDTHS = (128, 160, 176, 192, 208)
 
 
-@gemm_epilogue(
-    ops={
-        "scale": ColVecLoad("scale"),
-        "weight_scale": RowVecLoad("weight_scale"),
-        "bias": RowVecLoad("bias"),
-        "out_scale": ColVecLoad("out_scale"),
-    }
-)
+def _vectors(*, columns: tuple[str, ...], rows: tuple[str, ...]) -> dict[str, ColVecLoad | RowVecLoad]:
+    """Operands with an element a row of the product (quack's column vectors), and with one a column."""
+    return {name: ColVecLoad(name) for name in columns} | {name: RowVecLoad(name) for name in rows}
+
+
+@gemm_epilogue(ops=_vectors(columns=("scale", "out_scale"), rows=("weight_scale", "bias")))
 def _gelu(acc, scale, weight_scale, bias, out_scale):
     """gelu_tanh(acc * scale * weight_scale + bias) / out_scale, an element; the store rounds and saturates."""
     y = acc * scale * weight_scale + bias
@@ -40,14 +44,71 @@ def _gelu(acc, scale, weight_scale, bias, out_scale):
     return {"D": half * tanh(y * (y * y * CUBIC + SLOPE)) + half}
 
 
-def tiles(rows: int) -> dict[str, Any]:
-    """How quack cuts a product of so many rows; measured, see docs/performance.md.
+@gemm_epilogue(ops=_vectors(columns=("scale",), rows=("weight_scale", "bias", "gate")))
+def _gated_residual(acc, c, scale, weight_scale, bias, gate):
+    """c + gate * (acc * scale * weight_scale + bias), an element; the store rounds."""
+    return {"D": c + gate * (acc * scale * weight_scale + bias)}
 
-    Two consumer warp groups take turns, one multiplies while the other runs its epilogue ("ping-pong"); 128 x 160 is
-    the widest tile whose epilogue finds room in the registers.
+
+def tiles(rows: int, columns: int, widths: tuple[int, ...], processors: int) -> dict[str, Any]:
+    """How quack cuts a product: the width of a tile with which all waves of tiles together are the shortest.
+
+    Where there is more than one wave, two consumer warp groups of a processor take turns: one multiplies while the
+    other runs its epilogue ("ping-pong"). Where there is not, both work on the one tile, which leaves each room for
+    any width. Measured, see docs/performance.md.
+
+    Args:
+        widths: to choose from. processors: of the GPU (SMs).
     """
-    width = 160 if rows > FEW_ROWS else 192
-    return {"tile_M": 128, "tile_N": width, "cluster_M": 2, "cluster_N": 1, "pingpong": True}
+    high = -(-rows // TILE_ROWS)
+
+    def waves(width: int) -> int:
+        return -(-high * -(-columns // width) // processors)
+
+    if single := [width for width in WIDTHS if waves(width) == 1]:
+        width = min(single)
+    else:
+        width = min(widths, key=lambda width: (waves(width) * width, -width))
+    return {"tile_M": TILE_ROWS, "tile_N": width, "cluster_M": 2, "cluster_N": 1, "pingpong": not single}
+
+
+@functools.cache
+def _processors() -> int:
+    return torch.cuda.get_device_properties(0).multi_processor_count
+
+
+def _multiply(
+    epilogue: Any,
+    widths: tuple[int, ...],
+    q: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    *c: torch.Tensor,
+    **vectors: torch.Tensor,
+) -> None:
+    """`out` (M, N) = epilogue(q @ weight.T, ...), c a tensor like `out`, vectors of M or N elements."""
+    epilogue.gemm(
+        q,
+        weight,
+        out,
+        *c,
+        epi_args={name: vector.view(1, -1) for name, vector in vectors.items()},
+        # As `use_fast_accum` of `torch._scaled_mm`; quack's default adds up in registers after every 128 columns.
+        post_init_attrs=(("fp8_slow_accum", False),),
+        **tiles(len(q), len(weight), widths, _processors()),
+    )
+
+
+def _check(rows: int, width: int, **given: tuple[torch.Tensor, tuple[int, ...]]) -> None:
+    """
+    Raises:
+        ValueError: for tensors that are not of the shape beside them, or not on CUDA.
+    """
+    if wrong := {name: tuple(x.shape) for name, (x, shape) in given.items() if x.shape != shape}:
+        expected = {name: shape for name, (_, shape) in given.items()}
+        raise ValueError(f"expected {expected} for {rows} rows and {width} outputs, got {wrong}")
+    if elsewhere := {x.device.type for x, _ in given.values()} - {"cuda"}:
+        raise ValueError(f"quack's GEMM got tensors on {', '.join(elsewhere)}; it runs on CUDA, `reference` anywhere")
 
 
 @torch.library.custom_op("fluxfast::gelu_linear_quantize", mutates_args=())
@@ -77,30 +138,14 @@ def gelu_linear_quantize(
     Raises:
         ValueError: for shapes that do not fit, and for tensors that are not on CUDA.
     """
-    if q.device.type != "cuda":
-        raise ValueError(f"quack's GEMM got a tensor on {q.device}; it runs on CUDA, `reference` anywhere")
     rows, width = len(q), len(weight)
     d = 0 if left is None else left.shape[1]
-    shapes = {"scale": (rows, 1), "weight_scale": (1, width), "bias": (width,), "bound": (2,)}
-    given = {"scale": scale, "weight_scale": weight_scale, "bias": bias, "bound": bound}
-    if wrong := {name: tuple(given[name].shape) for name, shape in shapes.items() if given[name].shape != shape}:
-        raise ValueError(f"expected {shapes} for {rows} rows and {width} outputs, got {wrong}")
+    vectors = {"scale": (scale, (rows, 1)), "weight_scale": (weight_scale, (1, width)), "bias": (bias, (width,))}
+    _check(rows, width, **vectors, bound=(bound, (2,)))
     codes = torch.empty((rows, d + width), dtype=E4M3, device=q.device)
     out_scale = torch.addcmul(bound[1], scale, bound[0])
-    _gelu.gemm(
-        q,
-        weight,
-        codes[:, d:],
-        epi_args={
-            "scale": scale.view(1, rows),
-            "weight_scale": weight_scale,
-            "bias": bias.view(1, width),
-            "out_scale": out_scale.view(1, rows),
-        },
-        # As `use_fast_accum` of `torch._scaled_mm`; quack's default adds up in registers after every 128 columns.
-        post_init_attrs=(("fp8_slow_accum", False),),
-        **tiles(rows),
-    )
+    given = {name: vector for name, (vector, _) in vectors.items()}
+    _multiply(_gelu, GELU_WIDTHS, q, weight, codes[:, d:], **given, out_scale=out_scale)
     if left is not None:
         quantize_beside(left, codes, out_scale)
     return codes, out_scale
@@ -110,3 +155,42 @@ def gelu_linear_quantize(
 def _(q, scale, weight, weight_scale, bias, bound, left=None):
     width = len(weight) + (0 if left is None else left.shape[1])
     return q.new_empty((len(q), width), dtype=E4M3), q.new_empty((len(q), 1), dtype=torch.float32)
+
+
+@torch.library.custom_op("fluxfast::residual_linear", mutates_args=())
+def residual_linear(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor,
+    gate: torch.Tensor,
+) -> torch.Tensor:
+    """residual + gate * (a @ w.T + bias), rounded once.
+
+    Args:
+        q, scale, weight, weight_scale, bias: as for `gelu_linear_quantize`.
+        residual: (M, N) bfloat16 or float32. gate: (B, N), M a multiple of B; rows may be strided.
+
+    Returns:
+        (M, N) in the type of the residual.
+
+    Raises:
+        ValueError: for shapes that do not fit, and for tensors that are not on CUDA.
+    """
+    rows, width, samples = len(q), len(weight), len(gate)
+    vectors = {"scale": (scale, (rows, 1)), "weight_scale": (weight_scale, (1, width)), "bias": (bias, (width,))}
+    _check(rows, width, **vectors, residual=(residual, (rows, width)), gate=(gate, (samples, width)))
+    if rows % samples:
+        raise ValueError(f"{rows} rows cannot be shared evenly by {samples} samples: M must be a multiple of B")
+    out = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    for a, a_scale, c, d, its_gate in zip(*(x.chunk(samples) for x in (q, scale, residual, out, gate)), strict=True):
+        vectors = {"scale": a_scale, "weight_scale": weight_scale, "bias": bias, "gate": its_gate}
+        _multiply(_gated_residual, WIDTHS, a, weight, d, c, **vectors)
+    return out
+
+
+@residual_linear.register_fake
+def _(q, scale, weight, weight_scale, bias, residual, gate):
+    return torch.empty_like(residual, memory_format=torch.contiguous_format)

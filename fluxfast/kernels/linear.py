@@ -83,8 +83,30 @@ class RowwiseFloat8Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias_in_gemm={self.bias_in_gemm}"
 
 
-class RowwiseFloat8GeluLinear(RowwiseFloat8Linear):
-    """A `RowwiseFloat8Linear` that gives GELU of its output, quantised with a scale known before the product is.
+class RowwiseFloat8EpilogueLinear(RowwiseFloat8Linear):
+    """A `RowwiseFloat8Linear` whose GEMM does more than to add a bias, of which it has one, zeros if need be.
+
+    Attributes:
+        operation: of `gemm`, or its reference.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *, operation: Callable[..., Any]) -> None:
+        super().__init__(weight, weight.new_zeros(len(weight)) if bias is None else bias)
+        self.operation = operation
+
+
+class RowwiseFloat8ResidualLinear(RowwiseFloat8EpilogueLinear):
+    """Adds its gated output to a residual stream."""
+
+    def forward_residual(
+        self, q: torch.Tensor, scale: torch.Tensor, residual: torch.Tensor, gate: torch.Tensor
+    ) -> torch.Tensor:
+        """(M, K) e4m3 with row scales (M, 1), (M, N) and (B, N) -> residual + gate * output, like the residual."""
+        return self.operation(q, scale, self.weight, self.weight_scale, self.bias, residual, gate)
+
+
+class RowwiseFloat8GeluLinear(RowwiseFloat8EpilogueLinear):
+    """Gives GELU of its output, quantised with a scale that is known before the product is.
 
     An output is at most the largest magnitude of its row of inputs times the sum of the magnitudes of its row of
     weights, plus its bias (Hoelder's inequality), and GELU enlarges nothing. No code of a row with scale s is past
@@ -94,20 +116,13 @@ class RowwiseFloat8GeluLinear(RowwiseFloat8Linear):
     Attributes:
         bound: (2,) float32: the largest sum of magnitudes of a row of weights; the largest magnitude of a bias / 448,
             not zero.
-        operation: `gemm.gelu_linear_quantize`, or its reference.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *, operation: Callable[..., Any]) -> None:
-        super().__init__(weight, weight.new_zeros(len(weight)) if bias is None else bias)
+        super().__init__(weight, bias, operation=operation)
         sums = dequantize_rowwise(self.weight, self.weight_scale.t()).abs().sum(dim=1)
         offset = self.bias.float().abs().max().clamp(min=AMAX_FLOOR) / E4M3_MAX
         self.register_buffer("bound", torch.stack([sums.max(), offset]))
-        self.operation = operation
-
-    @classmethod
-    def from_linears(cls, linears: Sequence[nn.Linear], *, operation: Callable[..., Any]) -> RowwiseFloat8GeluLinear:
-        """As `RowwiseFloat8Linear.from_linears`."""
-        return cls(*stack_linears(linears), operation=operation)
 
     def forward_gelu(
         self, q: torch.Tensor, scale: torch.Tensor, left: torch.Tensor | None = None

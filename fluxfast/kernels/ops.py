@@ -7,7 +7,6 @@ quantise at all and exists to test the blocks' wiring against diffusers.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from fluxfast.kernels import reference
-from fluxfast.kernels.linear import DenseLinear, RowwiseFloat8GeluLinear, RowwiseFloat8Linear
+from fluxfast.kernels.linear import (
+    DenseLinear,
+    RowwiseFloat8GeluLinear,
+    RowwiseFloat8Linear,
+    RowwiseFloat8ResidualLinear,
+    stack_linears,
+)
 from fluxfast.kernels.rowwise import quantize_rowwise
 
 Op = Callable[..., Any]
@@ -33,6 +38,8 @@ class BlockOps:
         qk_norm_rope: see `reference.qk_norm_rope_quantize`, and `reference.hadamard` for what may follow.
         gelu_linear: (linears) -> module with `forward_gelu(q, scale, left)`, for the Linears in front of a GELU. None:
             they are of `linear`, and `gelu` or `gelu_concat` follows.
+        residual_linear: (linears) -> module with `forward_residual(q, scale, residual, gate)`, for the Linears whose
+            output a gate lets into a stream. None: they are of `linear`, and the norm behind them adds it.
     """
 
     linear: Op
@@ -43,6 +50,7 @@ class BlockOps:
     residual_layernorm_modulate: Op
     qk_norm_rope: Op
     gelu_linear: Op | None = None
+    residual_linear: Op | None = None
 
 
 REFERENCE = BlockOps(
@@ -58,7 +66,12 @@ REFERENCE = BlockOps(
 
 def gelu_linears(operation: Op) -> Op:
     """`BlockOps.gelu_linear` of an operation: `gemm.gelu_linear_quantize`, or its reference."""
-    return functools.partial(RowwiseFloat8GeluLinear.from_linears, operation=operation)
+    return lambda linears: RowwiseFloat8GeluLinear(*stack_linears(linears), operation=operation)
+
+
+def residual_linears(operation: Op) -> Op:
+    """`BlockOps.residual_linear` of an operation: `gemm.residual_linear`, or its reference."""
+    return lambda linears: RowwiseFloat8ResidualLinear(*stack_linears(linears), operation=operation)
 
 
 def triton_ops(
@@ -68,6 +81,7 @@ def triton_ops(
     quantize_rows: bool = True,
     hadamard: bool = False,
     gelu_epilogue: bool = False,
+    residual_epilogue: bool = False,
 ) -> BlockOps:
     """`REFERENCE` with Triton kernels instead.
 
@@ -78,9 +92,10 @@ def triton_ops(
             kernels of it: the row maxima, then the codes with the two streams apart.
         hadamard: `qk_rope` with the Hadamard transform of q and k in front of the cast.
         gelu_epilogue: for GELU and its quantisation, in quack's GEMM in front.
+        residual_epilogue: for gated residuals, in quack's GEMMs in front.
 
     Raises:
-        ImportError: if Triton, or quack for `gelu_epilogue`, is not installed.
+        ImportError: if Triton, or quack for an epilogue, is not installed.
         ValueError: for `hadamard` without `qk_rope`, whose kernel it is in.
     """
     if hadamard and not qk_rope:
@@ -99,10 +114,13 @@ def triton_ops(
         changes.update(qk_norm_rope=qkv.qk_norm_rope_hadamard_quantize if hadamard else qkv.qk_norm_rope_quantize)
     if quantize_rows:
         changes.update(quantize=activations.quantize_rows)
-    if gelu_epilogue:
+    if gelu_epilogue or residual_epilogue:
         from fluxfast.kernels import gemm
 
-        changes.update(gelu_linear=gelu_linears(gemm.gelu_linear_quantize))
+        if gelu_epilogue:
+            changes.update(gelu_linear=gelu_linears(gemm.gelu_linear_quantize))
+        if residual_epilogue:
+            changes.update(residual_linear=residual_linears(gemm.residual_linear))
     return dataclasses.replace(REFERENCE, **changes)
 
 

@@ -119,6 +119,26 @@ def gelu_concat_quantize(attn_out: torch.Tensor, mlp: torch.Tensor) -> Quantized
     return quantize_rowwise(gelu_concat(attn_out, mlp))
 
 
+def residual_linear(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor,
+    gate: torch.Tensor,
+) -> torch.Tensor:
+    """Reference of `gemm.residual_linear`."""
+    return gated_residual(residual, scaled_product(q, scale, weight, weight_scale, bias), gate)
+
+
+def scaled_product(
+    q: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    """A row-wise float8 Linear without a rounding: (M, K), (M, 1), (N, K), (1, N), (N,) -> float32 (M, N)."""
+    return (q.float() @ weight.float().t()) * scale * weight_scale + bias.float()
+
+
 def gelu_linear_quantize(
     q: torch.Tensor,
     scale: torch.Tensor,
@@ -129,8 +149,8 @@ def gelu_linear_quantize(
     left: torch.Tensor | None = None,
 ) -> Quantized:
     """Reference of `gemm.gelu_linear_quantize`."""
-    y = (q.float() @ weight.float().t()) * scale * weight_scale + bias.float()
-    value, scale = F.gelu(y, approximate="tanh"), scale * bound[0] + bound[1]
+    value = F.gelu(scaled_product(q, scale, weight, weight_scale, bias), approximate="tanh")
+    scale = scale * bound[0] + bound[1]
     if left is not None:
         value = torch.cat([left.float(), value], dim=-1)
         scale = torch.maximum(scale, quantize_rowwise(left)[1])
