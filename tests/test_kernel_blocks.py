@@ -19,7 +19,7 @@ from fluxfast.kernels.blocks import FusedFluxSingleTransformerBlock, Pending, _M
 from fluxfast.kernels.fuse import fuse_blocks
 from fluxfast.kernels.linear import DenseLinear, RowwiseFloat8Linear
 from fluxfast.kernels.modulation import PrecomputedModulation
-from fluxfast.kernels.ops import EXACT, REFERENCE, triton_ops
+from fluxfast.kernels.ops import EXACT, REFERENCE, gelu_linears, residual_linears, triton_ops
 from fluxfast.kernels.rowwise import dequantize_rowwise, quantize_rowwise
 from fluxfast.levels import get_level
 from fluxfast.workloads import TINY
@@ -107,6 +107,57 @@ def test_unquantised_blocks_equal_diffusers(transformer, batch, merged, chain):
     """Without quantisation the fused blocks are diffusers' up to float32 rounding, in every arrangement."""
     model = fused(transformer, attention=attention, ops=EXACT, merged_projections=merged, **chain)
     assert relative_error(run(model, batch), run(transformer, batch)) < 1e-5
+
+
+class _ExactEpilogues(DenseLinear):
+    """An unquantised Linear with GELU or the gated residual behind it."""
+
+    def forward_gelu(self, x: torch.Tensor, scale: None, left: torch.Tensor | None = None) -> tuple[torch.Tensor, None]:
+        y = F.gelu(self.forward_quantized(x, scale), approximate="tanh")
+        return y if left is None else torch.cat([left, y], dim=-1), None
+
+    def forward_residual(
+        self, x: torch.Tensor, scale: None, residual: torch.Tensor, gate: torch.Tensor
+    ) -> torch.Tensor:
+        return reference.gated_residual(residual, self.forward_quantized(x, scale), gate)
+
+
+EPILOGUES = [("gelu_linear",), ("residual_linear",), ("gelu_linear", "residual_linear")]
+
+
+@pytest.mark.parametrize("chained", [False, True])
+@pytest.mark.parametrize("names", EPILOGUES, ids="+".join)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_unquantised_blocks_with_epilogues_equal_diffusers(transformer, batch, names, chained):
+    """Wherever a GEMM does what a kernel behind it did, every gate, residual and half of a row is where it was."""
+    operations = dataclasses.replace(EXACT, **dict.fromkeys(names, _ExactEpilogues.from_linears))
+    model = fused(transformer, attention=attention, ops=operations, chained=chained)
+    assert relative_error(run(model, batch), run(transformer, batch)) < 1e-5
+
+
+@pytest.mark.parametrize("names", EPILOGUES, ids="+".join)
+def test_float8_epilogues_lose_no_more_than_the_kernels(transformer, names):
+    """Scales from a bound cost nothing that shows, and a residual that is rounded once less gains nothing that does."""
+    exact = run(transformer, batch=2)
+    transformer.to(torch.bfloat16)
+    options = {"attention": attention_bf16, "chained": True}
+    error = relative_error(run(fused(transformer, ops=REFERENCE, **options), batch=2), exact)
+    made = {
+        "gelu_linear": gelu_linears(reference.gelu_linear_quantize),
+        "residual_linear": residual_linears(reference.residual_linear),
+    }
+    model = fused(transformer, ops=dataclasses.replace(REFERENCE, **{name: made[name] for name in names}), **options)
+    assert 0.01 < relative_error(run(model, batch=2), exact) < 1.1 * error
+
+
+def test_epilogues_refuse_what_they_replace(transformer):
+    """One GEMM for QKV and MLP has columns without GELU, and a residual that is added leaves none to hand on."""
+    gelu = dataclasses.replace(EXACT, gelu_linear=_ExactEpilogues.from_linears)
+    with pytest.raises(ValueError, match="merged_projections has QKV in the GEMM"):
+        fuse_blocks(copy.deepcopy(transformer), attention=attention, ops=gelu, merged_projections=True)
+    residual = dataclasses.replace(EXACT, residual_linear=_ExactEpilogues.from_linears)
+    with pytest.raises(ValueError, match="residual_linear leaves nothing"):
+        fuse_blocks(transformer, attention=attention, ops=residual, chained=True, fused_residuals=True)
 
 
 @pytest.mark.parametrize("batch", [1, 2])

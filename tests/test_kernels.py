@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from scipy.linalg import hadamard as sylvester
 
 from fluxfast.kernels import reference
+from fluxfast.kernels.linear import RowwiseFloat8GeluLinear
 from fluxfast.kernels.rowwise import E4M3, cast_e4m3, dequantize_rowwise, quantize_rowwise
 
 embeddings = pytest.importorskip("diffusers.models.embeddings")
@@ -27,7 +28,10 @@ INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if CUDA else "cpu"
 IN_REACH = TRITON and (CUDA or INTERPRETER)
 
-OPERATIONS = sorted(name for name in dir(reference) if "quantize" in name and name != "quantize_rowwise")
+OF_QUACK = ("gelu_linear_quantize", "residual_linear")
+OPERATIONS = sorted(
+    name for name in dir(reference) if "quantize" in name and name not in (*OF_QUACK, "quantize_rowwise")
+)
 
 # NumPy, which runs the interpreter, warns of the overflows and NaNs that these tests feed it.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -35,6 +39,11 @@ needs_kernels = pytest.mark.skipif(
     not IN_REACH, reason="no CUDA: run by test_kernels_in_the_interpreter (with Triton, from the extra 'dev')"
 )
 implementations = pytest.mark.parametrize("kind", ["reference", pytest.param("triton", marks=needs_kernels)])
+needs_quack = pytest.mark.skipif(
+    not CUDA or importlib.util.find_spec("quack") is None,
+    reason="quack's GEMMs run on a GPU (extra 'gpu') and nowhere else",
+)
+epilogues = pytest.mark.parametrize("kind", ["reference", pytest.param("quack", marks=needs_quack)])
 
 
 def test_kernels_in_the_interpreter():
@@ -55,6 +64,10 @@ def operation(kind: str, name: str):
     """The operation called `name`, from the reference or from the module of its kernel."""
     if kind == "reference":
         return getattr(reference, name)
+    if kind == "quack":
+        from fluxfast.kernels import gemm
+
+        return getattr(gemm, name)
     from fluxfast.kernels import activations, group_norm, norms, qkv
 
     return next(getattr(module, name) for module in (activations, group_norm, norms, qkv) if hasattr(module, name))
@@ -128,6 +141,129 @@ def test_gelu_tails(kind):
     """The far negative tail, where 1 + tanh has no digits left, row by row of one element; and the positive one."""
     x = torch.tensor([[-0.5], [-3.0], [-5.0], [-6.5], [-30.0], [0.0], [8.0], [300.0]], device=DEVICE)
     assert_quantized(*operation(kind, "gelu_quantize")(x), gelu64(x), 1e-5 if kind == "reference" else 0.0)
+
+
+def factors(rows: int, k: int, columns: int) -> tuple[torch.Tensor, ...]:
+    """q, scale, weight, weight scale and bias of a row-wise float8 Linear."""
+    weight, weight_scale = quantize_rowwise(normal(columns, k) / k**0.5)
+    return *quantize_rowwise(normal(rows, k)), weight, weight_scale.t().contiguous(), normal(columns)
+
+
+def product64(q, scale, weight, weight_scale, bias):
+    return (q.double() @ weight.double().t()) * scale.double() * weight_scale.double() + bias.double()
+
+
+def bound_of(weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    linear = RowwiseFloat8GeluLinear(weight.float() * weight_scale.t(), bias, operation=reference.gelu_linear_quantize)
+    torch.testing.assert_close(linear.weight.float() * linear.weight_scale.t(), weight.float() * weight_scale.t())
+    return linear.bound
+
+
+@epilogues
+@pytest.mark.parametrize(("rows", "k", "columns", "d"), [(5, 32, 48, 0), (257, 96, 160, 32), (130, 3072, 336, 16)])
+def test_gelu_linear(kind, rows, k, columns, d):
+    """Codes are within half a step of the float64 value, under scales that were known before the product."""
+    given, left = factors(rows, k, columns), normal(rows, d + 3)[:, 1 : 1 + d] if d else None
+    bound = bound_of(*given[2:])
+    q, scale = operation(kind, "gelu_linear_quantize")(*given, bound, left)
+    exact = gelu64(product64(*given))
+    exact = exact if left is None else torch.cat([left.double(), exact], -1)
+    torch.testing.assert_close(scale, given[1] * bound[0] + bound[1])
+    # The GPU's tanh has a relative error of 2^-11, the tensor cores' sums one of 2^-13.
+    allowed = exact.abs() * (2**-4 + 1e-4) + scale.double() * (2**-10 + 1e-4) + 2e-3
+    assert bool(((dequantize_rowwise(q, scale).double() - exact).abs() <= allowed).all())
+
+
+@epilogues
+def test_gelu_linear_never_saturates(kind):
+    """Where all of a row's products add up, the output reaches the bound and not the largest code, which is 448."""
+    given = list(factors(4, 64, 32))
+    given[0] = (given[2][0].float().sign() * 448).to(E4M3).expand(4, 64).contiguous()
+    given[4] = given[4].abs()
+    bound = bound_of(*given[2:])
+    q, scale = operation(kind, "gelu_linear_quantize")(*given, bound)
+    largest = product64(*given)[:, :1]
+    sums = (given[2].double() * given[3].t().double()).abs().sum(-1)
+    assert bool((largest <= 448.01 * scale).all()) and q.float().max() <= 448
+    assert bool((largest >= 448 * scale * (sums[0] / sums.max()) - given[4].max()).all())
+
+
+@epilogues
+def test_gelu_linear_of_special_rows(kind):
+    """A row that holds NaN or an infinity is NaN, one of zeros is GELU of the bias, and none touches another."""
+    x = normal(5, 64)
+    x[1, 3], x[2, 5], x[3] = float("nan"), float("inf"), 0.0
+    weight, weight_scale, bias = factors(1, 64, 32)[2:]
+    for left in (None, torch.zeros(5, 16, device=DEVICE)):
+        bound = bound_of(weight, weight_scale, bias)
+        got = operation(kind, "gelu_linear_quantize")(*quantize_rowwise(x), weight, weight_scale, bias, bound, left)
+        value = dequantize_rowwise(*got)[:, 0 if left is None else 16 :]
+        assert value[1:3].isnan().all() and value[[0, 3, 4]].isfinite().all()
+        torch.testing.assert_close(value[3].double(), gelu64(bias), rtol=2**-4, atol=got[1][3].item() * 2**-9 + 2e-3)
+
+
+@epilogues
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("samples", "tokens", "k", "columns"), [(1, 5, 32, 48), (2, 129, 96, 208), (3, 1, 64, 16)])
+def test_residual_linear(kind, samples, tokens, k, columns, dtype):
+    """What each sample's gate lets in is added to the stream and rounded once."""
+    given = factors(samples * tokens, k, columns)
+    residual, gate = normal(samples * tokens, columns, dtype=dtype), normal(samples, 2 * columns, dtype=dtype)
+    gate = gate[:, columns:]
+    got = operation(kind, "residual_linear")(*given, residual, gate)
+    exact = residual.double() + gate.double().repeat_interleave(tokens, 0) * product64(*given)
+    assert got.dtype == dtype and got.is_contiguous()
+    torch.testing.assert_close(got.double(), exact, rtol=2**-8 if dtype == torch.bfloat16 else 1e-4, atol=5e-3)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("quack") is None, reason="quack is not installed: pip install -e '.[dev]'")
+def test_epilogues_refuse_what_does_not_fit():
+    """Shapes that are not a Linear's, rows that samples cannot share, and a CPU, in one sentence each."""
+    *given, bias = factors(4, 32, 48)
+    gelu, residual = operation("quack", "gelu_linear_quantize"), operation("quack", "residual_linear")
+    with pytest.raises(ValueError, match=r"'bias': \(48,\).* for 4 rows and 48 outputs, got \{'bias': \(47,\)\}"):
+        gelu(*given, bias[1:], torch.ones(2))
+    with pytest.raises(ValueError, match=r"got \{'residual': \(4, 32\)\}"):
+        residual(*given, bias, normal(4, 32), normal(1, 48))
+    if not CUDA:
+        with pytest.raises(ValueError, match="tensors on cpu; it runs on CUDA"):
+            gelu(*given, bias, torch.ones(2))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("d", "h"), [(48, 192), (7, 33), (1, 1), (129, 2049)])
+def test_triton_quantize_beside(d, h, dtype):
+    """With a scale that is known it writes its own columns; too large a row enlarges the scale and all codes follow."""
+    left, right = normal(6, d + 2, dtype=dtype, spread=3.0)[:, 1:-1], normal(6, h, dtype=torch.float32)
+    left[2:] /= 1000
+    left[2, 0], left[3, 0] = float("nan"), float("inf")
+    scale = torch.full((6, 1), 2.0 / 448, device=DEVICE)
+    left[1] = left[1].sign() * 1e4
+    scale[5] = float("nan")
+    codes = torch.cat([torch.full((6, d), 9.0, device=DEVICE), right.clamp(-2, 2) / scale.nan_to_num(1)], -1).to(E4M3)
+    before, known = codes.clone(), scale.clone()
+    operation("triton", "quantize_beside")(left, codes, scale)
+    needed = quantize_rowwise(left)[1]
+    assert torch.equal(scale[[0, 1, 3, 4]], torch.maximum(known, needed)[[0, 1, 3, 4]])
+    assert scale[2].isnan() and scale[5].isnan() and scale[3].isinf() and scale[1] > 20 * known[1]
+    kept = codes.view(torch.uint8)[:, d:] == before.view(torch.uint8)[:, d:]
+    assert kept[4].all() and kept[5].all() and not kept[1].all()
+    exact = torch.cat([left.double(), dequantize_rowwise(before, known)[:, d:].double()], -1)[[0, 1, 4]]
+    got = dequantize_rowwise(codes, scale).double()[[0, 1, 4]]
+    bound = exact.abs() * (2**-4 + 1e-4) + scale[[0, 1, 4]].double() * (2**-10 + 1e-4)
+    assert bool(((got - exact).abs() <= bound).all())
+    assert codes.float()[3, 0].isnan() and (codes.float()[3, 1:].nan_to_num() == 0).all()
+
+
+@needs_kernels
+def test_triton_quantize_beside_refuses_what_does_not_fit():
+    """Codes of other rows, narrower than what goes beside them, or in strided memory."""
+    beside, scale = operation("triton", "quantize_beside"), torch.ones(2, 1, device=DEVICE)
+    codes = torch.zeros(2, 8, device=DEVICE).to(E4M3)
+    for wrong in (codes[:1], codes[:, :3].contiguous(), codes[:, ::2]):
+        with pytest.raises(ValueError, match="expected"):
+            beside(normal(2, 4), wrong, scale)
 
 
 @implementations

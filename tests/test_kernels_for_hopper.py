@@ -5,7 +5,10 @@ The interpreter runs Python: what the compiler or the assembler refuses, it does
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +91,20 @@ def assembly(kernel: Any, folder: Path) -> str:
     binary.write_bytes(kernel.asm["cubin"])
     tool = knobs.nvidia.nvdisasm.path
     return subprocess.run([tool, "-c", str(binary)], capture_output=True, text=True, check=True).stdout
+
+
+def test_epilogues_compile(tmp_path: Path) -> None:
+    """quack's GEMMs with our epilogues too: tensor cores multiply, and at FLUX.1's sizes nothing spills."""
+    pytest.importorskip("quack", reason="quack is not installed: pip install -e '.[dev]'")
+    script = Path(__file__).with_name("epilogues_for_hopper.py")
+    settings = {"QUACK_ARCH": "90", "CUTE_DSL_ARCH": "sm_90a", "QUACK_CACHE_ENABLED": "0"}
+    settings |= {"CUTE_DSL_KEEP": "cubin", "CUTE_DSL_DUMP_DIR": str(tmp_path)}
+    command, environment = [sys.executable, script, tmp_path], {**os.environ, **settings}
+    result = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert len(found) == 5
+    assert all(counts["products"] > 0 and counts["local"] == 0 for counts in found.values()), found
 
 
 @pytest.mark.parametrize("name", [*OPERATIONS, "group_norm_silu"])

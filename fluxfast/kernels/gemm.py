@@ -26,9 +26,15 @@ from fluxfast.kernels.rowwise import E4M3
 SLOPE = math.sqrt(2 / math.pi)
 CUBIC = 0.044715 * SLOPE
 TILE_ROWS = 128
-GELU_WIDTHS = (128, 160)
-"""Columns of a tile that a warp group can hold beside this epilogue without spilling registers."""
 WIDTHS = (128, 160, 176, 192, 208)
+"""Columns of a tile that one warp group can hold; with half the rows each, two can hold any of them."""
+GELU_WIDTHS = (128, 160)
+"""Those among them beside which GELU finds registers."""
+FEW_TILES_WIDTHS = (48, 64, 96, *WIDTHS)
+"""For products with so few rows that there is one tile a processor at most: the narrowest is shared by the most."""
+
+FAST_ACCUMULATION = (("fp8_slow_accum", False),)
+"""As `use_fast_accum` of `torch._scaled_mm`; quack's default adds up in registers after every 128 columns."""
 
 
 def _vectors(*, columns: tuple[str, ...], rows: tuple[str, ...]) -> dict[str, ColVecLoad | RowVecLoad]:
@@ -51,25 +57,23 @@ def _gated_residual(acc, c, scale, weight_scale, bias, gate):
 
 
 def tiles(rows: int, columns: int, widths: tuple[int, ...], processors: int) -> dict[str, Any]:
-    """How quack cuts a product: the width of a tile with which all waves of tiles together are the shortest.
+    """How quack cuts a product: by the width of a tile with which all waves of tiles together are the shortest.
 
-    Where there is more than one wave, two consumer warp groups of a processor take turns: one multiplies while the
-    other runs its epilogue ("ping-pong"). Where there is not, both work on the one tile, which leaves each room for
-    any width. Measured, see docs/performance.md.
+    Where there is more than one wave, the two consumer warp groups of a processor take turns: one multiplies while the
+    other runs its epilogue ("ping-pong"). Where one wave is enough, both work on one tile. On the shapes of FLUX.1 this
+    finds what was the fastest of those measured, see docs/performance.md.
 
     Args:
-        widths: to choose from. processors: of the GPU (SMs).
+        widths: to choose from where there is more than one wave. processors: of the GPU (SMs).
     """
     high = -(-rows // TILE_ROWS)
 
     def waves(width: int) -> int:
         return -(-high * -(-columns // width) // processors)
 
-    if single := [width for width in WIDTHS if waves(width) == 1]:
-        width = min(single)
-    else:
-        width = min(widths, key=lambda width: (waves(width) * width, -width))
-    return {"tile_M": TILE_ROWS, "tile_N": width, "cluster_M": 2, "cluster_N": 1, "pingpong": not single}
+    one_wave = [width for width in FEW_TILES_WIDTHS if waves(width) == 1]
+    width = min(one_wave or widths, key=lambda width: (waves(width) * width, -width))
+    return {"tile_M": TILE_ROWS, "tile_N": width, "cluster_M": 2, "cluster_N": 1, "pingpong": not one_wave}
 
 
 @functools.cache
@@ -93,8 +97,7 @@ def _multiply(
         out,
         *c,
         epi_args={name: vector.view(1, -1) for name, vector in vectors.items()},
-        # As `use_fast_accum` of `torch._scaled_mm`; quack's default adds up in registers after every 128 columns.
-        post_init_attrs=(("fp8_slow_accum", False),),
+        post_init_attrs=FAST_ACCUMULATION,
         **tiles(len(q), len(weight), widths, _processors()),
     )
 
