@@ -40,7 +40,7 @@ def compiled(epilogue: str, rows: int, columns: int) -> dict[str, int]:
     q, weight = torch.empty(rows, D, dtype=E4M3), torch.empty(columns, D, dtype=E4M3)
     vectors = {"scale": torch.empty(1, rows), "weight_scale": torch.empty(1, columns)}
     vectors["bias"] = torch.empty(1, columns, dtype=torch.bfloat16)
-    if epilogue == "_gelu":
+    if epilogue == "gelu":
         widths, c = gemm.GELU_WIDTHS, ()
         out = torch.empty(rows, D + columns, dtype=E4M3)[:, D:]
         vectors["out_scale"] = torch.empty(1, rows)
@@ -63,6 +63,6 @@ def compiled(epilogue: str, rows: int, columns: int) -> dict[str, int]:
 
 
 # Of the ones with the same tiles, one: quack compiles the others no more.
-sizes = {"_gelu": [(4352, 12288), (256, 12288)], "_gated_residual": [(4352, 3072), (4096, 3072), (256, 3072)]}
+sizes = {"gelu": [(4352, 12288), (256, 12288)], "gated_residual": [(4352, 3072), (4096, 3072), (256, 3072)]}
 found = {f"{name} {rows} x {n}": compiled(name, rows, n) for name, given in sizes.items() for rows, n in given}
 print(json.dumps(found))

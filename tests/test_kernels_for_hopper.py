@@ -27,6 +27,7 @@ from triton.runtime import driver
 
 from fluxfast.kernels import activations, group_norm, norms, qkv
 from fluxfast.kernels.device import INTERPRETED
+from fluxfast.kernels.rowwise import E4M3
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="there are no kernels to compile in Triton's interpreter")
 
@@ -76,6 +77,7 @@ def arguments(name: str) -> tuple[Any, ...]:
         "gelu_concat_quantize": (rows, normal(4, 4 * D)),
         "gelu_quantize": (normal(4, 4 * D),),
         "quantize_rows": (rows,),
+        "quantize_beside": (rows, normal(4, 5 * D).to(E4M3), normal(4, 1, dtype=torch.float32)),
         "layernorm_modulate_quantize": (rows, *vectors[:2]),
         "layernorm_modulate_quantize_with_value": (rows, *vectors[:2]),
         "residual_layernorm_modulate_quantize": (rows, rows, *vectors),
@@ -107,7 +109,7 @@ def test_epilogues_compile(tmp_path: Path) -> None:
     assert all(counts["products"] > 0 and counts["local"] == 0 for counts in found.values()), found
 
 
-@pytest.mark.parametrize("name", [*OPERATIONS, "group_norm_silu"])
+@pytest.mark.parametrize("name", [*OPERATIONS, "quantize_beside", "group_norm_silu"])
 def test_kernels_compile(name: str, compiled: list[Any], tmp_path: Path) -> None:
     """To machine code of a Hopper, in whose registers all values find room."""
     operation("triton", name)(*arguments(name))

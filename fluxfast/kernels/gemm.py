@@ -43,7 +43,7 @@ def _vectors(*, columns: tuple[str, ...], rows: tuple[str, ...]) -> dict[str, Co
 
 
 @gemm_epilogue(ops=_vectors(columns=("scale", "out_scale"), rows=("weight_scale", "bias")))
-def _gelu(acc, scale, weight_scale, bias, out_scale):
+def gelu(acc, scale, weight_scale, bias, out_scale):
     """gelu_tanh(acc * scale * weight_scale + bias) / out_scale, an element; the store rounds and saturates."""
     y = acc * scale * weight_scale + bias
     half = y * (0.5 * cute.arch.rcp_approx(out_scale))
@@ -51,7 +51,7 @@ def _gelu(acc, scale, weight_scale, bias, out_scale):
 
 
 @gemm_epilogue(ops=_vectors(columns=("scale",), rows=("weight_scale", "bias", "gate")))
-def _gated_residual(acc, c, scale, weight_scale, bias, gate):
+def gated_residual(acc, c, scale, weight_scale, bias, gate):
     """c + gate * (acc * scale * weight_scale + bias), an element; the store rounds."""
     return {"D": c + gate * (acc * scale * weight_scale + bias)}
 
@@ -81,16 +81,16 @@ def _processors() -> int:
     return torch.cuda.get_device_properties(0).multi_processor_count
 
 
-def _multiply(
+def multiply(
     epilogue: Any,
-    widths: tuple[int, ...],
+    cut: dict[str, Any],
     q: torch.Tensor,
     weight: torch.Tensor,
     out: torch.Tensor,
     *c: torch.Tensor,
     **vectors: torch.Tensor,
 ) -> None:
-    """`out` (M, N) = epilogue(q @ weight.T, ...), c a tensor like `out`, vectors of M or N elements."""
+    """`out` (M, N) = epilogue(q @ weight.T, ...), cut as `tiles` says; c is like `out`, vectors have M or N elements."""
     epilogue.gemm(
         q,
         weight,
@@ -98,7 +98,7 @@ def _multiply(
         *c,
         epi_args={name: vector.view(1, -1) for name, vector in vectors.items()},
         post_init_attrs=FAST_ACCUMULATION,
-        **tiles(len(q), len(weight), widths, _processors()),
+        **cut,
     )
 
 
@@ -148,7 +148,8 @@ def gelu_linear_quantize(
     codes = torch.empty((rows, d + width), dtype=E4M3, device=q.device)
     out_scale = torch.addcmul(bound[1], scale, bound[0])
     given = {name: vector for name, (vector, _) in vectors.items()}
-    _multiply(_gelu, GELU_WIDTHS, q, weight, codes[:, d:], **given, out_scale=out_scale)
+    cut = tiles(rows, width, GELU_WIDTHS, _processors())
+    multiply(gelu, cut, q, weight, codes[:, d:], **given, out_scale=out_scale)
     if left is not None:
         quantize_beside(left, codes, out_scale)
     return codes, out_scale
@@ -188,9 +189,10 @@ def residual_linear(
     if rows % samples:
         raise ValueError(f"{rows} rows cannot be shared evenly by {samples} samples: M must be a multiple of B")
     out = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    cut = tiles(rows // samples, width, WIDTHS, _processors())
     for a, a_scale, c, d, its_gate in zip(*(x.chunk(samples) for x in (q, scale, residual, out, gate)), strict=True):
         vectors = {"scale": a_scale, "weight_scale": weight_scale, "bias": bias, "gate": its_gate}
-        _multiply(_gated_residual, WIDTHS, a, weight, d, c, **vectors)
+        multiply(gated_residual, cut, a, weight, d, c, **vectors)
     return out
 
 

@@ -1,0 +1,153 @@
+"""Times the GEMMs with epilogues at FLUX.1's sizes on a Hopper, beside cuBLASLt's and the kernels that they replace.
+
+    python -m tools.bench_gemms --out results/gemms [--seconds 0.5]
+
+Every figure is the mean over so many seconds of replays of a CUDA graph that runs the operation on input sets in turn,
+because a GEMM that runs for milliseconds only has another clock than one at the power limit. Each width of a tile that
+`gemm.tiles` may choose is timed, and the one that it does choose is marked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from fluxfast import workspace
+from fluxfast.kernels import activations, gemm, norms
+from fluxfast.kernels.rowwise import E4M3, dequantize_rowwise, quantize_rowwise
+
+SETS = 4
+ROWS = (4352, 4096, 256)
+"""Of a single block, and of a double block's image and text streams."""
+SHAPES = (("gelu", 3072, 12288), ("gated_residual", 15360, 3072), ("gated_residual", 12288, 3072))
+DEVICE = "cuda"
+Set = dict[str, torch.Tensor]
+
+
+def make(rows: int, k: int, columns: int) -> Set:
+    """One set of operands, random, and what stands behind the GEMM."""
+    q, scale = quantize_rowwise(torch.randn(rows, k, device=DEVICE))
+    weight, weight_scale = quantize_rowwise(torch.randn(columns, k, device=DEVICE) / k**0.5)
+    sums = dequantize_rowwise(weight, weight_scale).abs().sum(1).max()
+    given = {"q": q, "scale": scale, "weight": weight, "weight_scale": weight_scale.t().contiguous()}
+    for name, size in (
+        ("bias", columns),
+        ("gate", (1, columns)),
+        ("shift", (1, columns)),
+        ("residual", (rows, columns)),
+    ):
+        given[name] = torch.randn(size, device=DEVICE, dtype=torch.bfloat16)
+    return given | {"bound": torch.stack([sums, given["bias"].abs().max() / 448])}
+
+
+def cublaslt(s: Set) -> torch.Tensor:
+    return torch._scaled_mm(
+        s["q"],
+        s["weight"].t(),
+        scale_a=s["scale"],
+        scale_b=s["weight_scale"],
+        bias=s["bias"],
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+
+
+def with_kernel(epilogue: str, s: Set) -> tuple[torch.Tensor, ...]:
+    """cuBLASLt's GEMM and the kernel behind it."""
+    if epilogue == "gelu":
+        return activations.gelu_quantize(cublaslt(s))
+    return norms.residual_layernorm_modulate_quantize(s["residual"], cublaslt(s), s["gate"], s["shift"], s["shift"])
+
+
+def with_epilogue(epilogue: str, cut: dict[str, Any], s: Set) -> tuple[torch.Tensor, ...]:
+    """quack's GEMM cut this way, and what is left of the kernel behind it."""
+    vectors = {name: s[name] for name in ("scale", "weight_scale", "bias")}
+    if epilogue == "gelu":
+        codes = torch.empty(len(s["q"]), len(s["weight"]), dtype=E4M3, device=DEVICE)
+        out_scale = torch.addcmul(s["bound"][1], s["scale"], s["bound"][0])
+        gemm.multiply(gemm.gelu, cut, s["q"], s["weight"], codes, **vectors, out_scale=out_scale)
+        return codes, out_scale
+    out = torch.empty_like(s["residual"])
+    gemm.multiply(gemm.gated_residual, cut, s["q"], s["weight"], out, s["residual"], **vectors, gate=s["gate"])
+    return out, *norms.layernorm_modulate_quantize(out, s["shift"], s["shift"])
+
+
+def exact(epilogue: str, s: Set) -> torch.Tensor:
+    y = dequantize_rowwise(s["q"], s["scale"]) @ dequantize_rowwise(s["weight"], s["weight_scale"].t()).t() + s["bias"]
+    return F.gelu(y, approximate="tanh") if epilogue == "gelu" else s["residual"] + s["gate"] * y
+
+
+def error(epilogue: str, got: tuple[torch.Tensor, ...], want: torch.Tensor) -> float:
+    """Relative, in L2."""
+    value = dequantize_rowwise(*got) if epilogue == "gelu" else got[0].float()
+    return ((value - want).norm() / want.norm()).item()
+
+
+def sustained_us(call: Callable[[Set], Any], sets: list[Set], seconds: float) -> float:
+    """Microseconds a call, from a CUDA graph of all sets that is replayed for a while, a quarter of it before."""
+    for s in sets[:2]:
+        call(s)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [call(s) for s in sets]
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def replayed_ms(replays: int) -> float:
+        start.record()
+        for _ in range(replays):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    replayed_ms(3)
+    replays = max(3, int(seconds * 1e3 / (replayed_ms(3) / 3)))
+    replayed_ms(replays // 4)
+    del kept
+    return replayed_ms(replays) * 1e3 / replays / len(sets)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for gemms.json")
+    parser.add_argument("--seconds", type=float, default=0.5, help="of replays for each figure: %(default)s")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    workspace.drop()
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    found: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "gemms": []}
+    print(f"{found['device']}, torch {found['torch']}; microseconds, and the width that `tiles` chooses: *")
+    for epilogue, k, columns in SHAPES:
+        for rows in ROWS:
+            sets = [make(rows, k, columns) for _ in range(SETS)]
+            want = exact(epilogue, sets[0])
+            behind = functools.partial(with_kernel, epilogue)
+            row = {"epilogue": epilogue, "rows": rows, "k": k, "columns": columns, "cut": []}
+            row |= {"gemm_us": sustained_us(cublaslt, sets, options.seconds)}
+            row |= {"kernel_us": sustained_us(behind, sets, options.seconds)}
+            row |= {"kernel_error": error(epilogue, behind(sets[0]), want)}
+            size = f"{epilogue} {rows} x {k} x {columns}"
+            print(f"{size}: cuBLASLt {row['gemm_us']:.1f}, with the kernel {row['kernel_us']:.1f}")
+            chosen = gemm.tiles(rows, columns, gemm.GELU_WIDTHS if epilogue == "gelu" else gemm.WIDTHS, processors)
+            for width in gemm.WIDTHS if chosen["pingpong"] else gemm.FEW_TILES_WIDTHS:
+                cut = chosen | {"tile_N": width}
+                call = functools.partial(with_epilogue, epilogue, cut)
+                timed = {"cut": cut, "us": sustained_us(call, sets, options.seconds)}
+                timed["error"] = error(epilogue, call(sets[0]), want)
+                row["cut"].append(timed)
+                mark = " *" if cut == chosen else ""
+                print(f"  {width:4d} columns {timed['us']:7.1f}, error {timed['error']:.4f}{mark}", flush=True)
+            found["gemms"].append(row)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "gemms.json").write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
