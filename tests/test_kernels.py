@@ -169,8 +169,9 @@ def test_gelu_linear(kind, rows, k, columns, d):
     exact = gelu64(product64(*given))
     exact = exact if left is None else torch.cat([left.double(), exact], -1)
     torch.testing.assert_close(scale, given[1] * bound[0] + bound[1])
-    # The GPU's tanh has a relative error of 2^-11, the tensor cores' sums one of 2^-13.
-    allowed = exact.abs() * (2**-4 + 1e-4) + scale.double() * (2**-10 + 1e-4) + 2e-3
+    # The GPU's tanh has a relative error of 2^-11; tensor cores keep 13 bits of a sum that they add to every 32 columns.
+    atol = (k / 32 * 2**-11 + 2e-3) if kind == "quack" else 1e-5
+    allowed = exact.abs() * (2**-4 + 1e-4) + scale.double() * (2**-10 + 1e-4) + atol
     assert bool(((dequantize_rowwise(q, scale).double() - exact).abs() <= allowed).all())
 
 

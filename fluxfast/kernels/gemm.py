@@ -90,7 +90,7 @@ def multiply(
     *c: torch.Tensor,
     **vectors: torch.Tensor,
 ) -> None:
-    """`out` (M, N) = epilogue(q @ weight.T, ...), cut as `tiles` says; c is like `out`, vectors have M or N elements."""
+    """`out` (M, N) = epilogue(q @ weight.T, ...), cut by `tiles`; c is like `out`, vectors have M or N elements."""
     epilogue.gemm(
         q,
         weight,
