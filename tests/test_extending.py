@@ -16,7 +16,7 @@ from fluxfast.levels import get_level
 from perf_tests.harness.recording import stock_json
 from perf_tests.harness.schema import Baseline, Outcome, Proof, Verdict
 from perf_tests.harness.store import BaselineError, read_baseline, write_baseline
-from perf_tests.harness.updating import extend_baseline
+from perf_tests.harness.updating import extend_baseline, other_environment
 
 GPU = "h200-700w"
 NEW = "float8"
@@ -40,7 +40,7 @@ def without(baseline: Baseline, level: str) -> Baseline:
 
 
 def test_the_new_level_is_taken_and_the_rest_stays() -> None:
-    """In the project's order, what it does not know last; from the new run neither times, image nor environment."""
+    """In the project's order, what it does not know last; from the new run neither times nor image."""
     whole = sample_baseline()
     levels = {"gone": whole.levels["fp32"], "compile": whole.levels["compile"], "fp32": whole.levels["fp32"]}
     old = whole.model_copy(update={"levels": levels})
@@ -289,6 +289,20 @@ def test_another_environment_is_refused(tmp: Path) -> None:
     ran = run_suite(tmp, "--replay", tmp / "run", *ADDING)
     assert ran.status == 1
     assert "no baseline was written: the environment is not the baseline's (torch 2.13.0 -> 2.14.0, driver" in ran.text
+
+
+def test_a_package_that_no_held_level_used_may_come_with_an_added_one(tmp: Path) -> None:
+    """A file from before quack was used takes levels that need it, and says its version from then on."""
+    with_quack = ENVIRONMENT.model_copy(update={"quack": "0.6.5"})
+    for level in (*REFERENCES, NEW):
+        for process in range(5):
+            put(tmp / "run", changed(level, process, result={"environment": with_quack}))
+    ran = run_suite(tmp, "--replay", tmp / "run", *ADDING)
+    assert ran.status == 0, ran.text
+    written = read_baseline(sorted((tmp / "baselines" / GPU).glob("*.json"))[-1])
+    assert written.environment == with_quack and NEW in written.levels
+    told = other_environment(written, with_quack.model_copy(update={"quack": "0.7.0"}))
+    assert told is not None and "quack 0.6.5 -> 0.7.0" in told
 
 
 def test_too_few_processes_are_refused(tmp: Path) -> None:

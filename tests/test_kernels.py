@@ -169,7 +169,7 @@ def test_gelu_linear(kind, rows, k, columns, d):
     exact = gelu64(product64(*given))
     exact = exact if left is None else torch.cat([left.double(), exact], -1)
     torch.testing.assert_close(scale, given[1] * bound[0] + bound[1])
-    # The GPU's tanh has a relative error of 2^-11; tensor cores keep 13 bits of a sum that they add to every 32 columns.
+    # The GPU's tanh has a relative error of 2^-11; tensor cores keep 13 bits of the sum that every 32 columns add to.
     atol = (k / 32 * 2**-11 + 2e-3) if kind == "quack" else 1e-5
     allowed = exact.abs() * (2**-4 + 1e-4) + scale.double() * (2**-10 + 1e-4) + atol
     assert bool(((dequantize_rowwise(q, scale).double() - exact).abs() <= allowed).all())
@@ -246,7 +246,8 @@ def test_triton_quantize_beside(d, h, dtype):
     before, known = codes.clone(), scale.clone()
     operation("triton", "quantize_beside")(left, codes, scale)
     needed = quantize_rowwise(left)[1]
-    assert torch.equal(scale[[0, 1, 3, 4]], torch.maximum(known, needed)[[0, 1, 3, 4]])
+    # Eager PyTorch multiplies by the inverse of 448 on CUDA.
+    torch.testing.assert_close(scale[[0, 1, 3, 4]], torch.maximum(known, needed)[[0, 1, 3, 4]], rtol=2**-22, atol=0.0)
     assert scale[2].isnan() and scale[5].isnan() and scale[3].isinf() and scale[1] > 20 * known[1]
     kept = codes.view(torch.uint8)[:, d:] == before.view(torch.uint8)[:, d:]
     assert kept[4].all() and kept[5].all() and not kept[1].all()

@@ -33,6 +33,8 @@ GELU_WIDTHS = (128, 160)
 FEW_TILES_WIDTHS = (48, 64, 96, *WIDTHS)
 """For products with so few rows that there is one tile a processor at most: the narrowest is shared by the most."""
 
+ALIGNMENT = 16
+"""Bytes, of every operand."""
 FAST_ACCUMULATION = (("fp8_slow_accum", False),)
 """As `use_fast_accum` of `torch._scaled_mm`; quack's default adds up in registers after every 128 columns."""
 
@@ -81,6 +83,11 @@ def _processors() -> int:
     return torch.cuda.get_device_properties(0).multi_processor_count
 
 
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy where quack would refuse its address: a sample's scales begin anywhere in those of the batch."""
+    return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
+
+
 def multiply(
     epilogue: Any,
     cut: dict[str, Any],
@@ -96,7 +103,7 @@ def multiply(
         weight,
         out,
         *c,
-        epi_args={name: vector.view(1, -1) for name, vector in vectors.items()},
+        epi_args={name: _aligned(vector.view(1, -1)) for name, vector in vectors.items()},
         post_init_attrs=FAST_ACCUMULATION,
         **cut,
     )

@@ -166,6 +166,6 @@ def device(environment: Environment) -> str:
 
 def versions(environment: Environment) -> str:
     """Every version that is known, in a line."""
-    named = ("driver", "cuda", "torch", "triton", "torchao", "diffusers", "transformers", "fa3", "python")
+    named = ("driver", "cuda", "torch", "triton", "torchao", "diffusers", "transformers", "fa3", "quack", "python")
     facts = environment.model_dump()
     return ", ".join(f"{name} {facts[name]}" for name in named if facts[name] is not None)

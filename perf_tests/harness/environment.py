@@ -47,6 +47,7 @@ def read_environment() -> Environment:
         cpu_name=cpu_name(),
         cpu_threads=torch.get_num_threads(),
         platform=platform.platform(),
+        quack=_version("quack-kernels"),
     )
 
 

@@ -66,6 +66,7 @@ class Environment(Strict):
     cpu_name: str
     cpu_threads: Annotated[int, Field(ge=1, le=1 << 20)]
     platform: str
+    quack: str | None = None  # files from before a level used it do not say
 
 
 class Counters(Strict):

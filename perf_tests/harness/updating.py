@@ -175,7 +175,7 @@ def extend_baseline(
         for level in ordered
         if level in added
     ]
-    extended = old.model_copy(update={"levels": ordered})
+    extended = old.model_copy(update={"levels": ordered, "environment": new.environment})
     return extended, lines + _moved_floors(old, extended)
 
 
@@ -193,7 +193,10 @@ def _moved_floors(old: Baseline, new: Baseline) -> list[str]:
 def other_environment(old: Baseline, environment: Environment | None) -> str | None:
     """Why a level measured in `environment` cannot stand in the file of `old`; None if it can."""
     was, now = dict(old.environment or ()), dict(environment or ())
-    changes = [f"{name} {was.get(name)} -> {now[name]}" for name in now if was.get(name) != now[name]]
+    # A null that has a default is of a file from before a level used it, or was not installed: its levels do without.
+    fields = Environment.model_fields
+    compared = [name for name in now if fields[name].is_required() or was.get(name) is not None]
+    changes = [f"{name} {was.get(name)} -> {now[name]}" for name in compared if was.get(name) != now[name]]
     if not changes:
         return None
     return f"the environment is not the baseline's ({', '.join(changes)}), and a file says one for all levels"
