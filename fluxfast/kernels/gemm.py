@@ -29,7 +29,7 @@ TILE_ROWS = 128
 WIDTHS = (128, 160, 176, 192, 208)
 """Columns of a tile that one warp group can hold; with half the rows each, two can hold any of them."""
 GELU_WIDTHS = (128, 160)
-"""Those among them beside which GELU finds registers."""
+"""Those among them with GELU: with 192 it spills registers, and 176 gained nothing."""
 FEW_TILES_WIDTHS = (48, 64, 96, *WIDTHS)
 """For products with so few rows that there is one tile a processor at most: the narrowest is shared by the most."""
 
