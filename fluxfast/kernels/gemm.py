@@ -29,12 +29,12 @@ TILE_ROWS = 128
 WIDTHS = (128, 160, 176, 192, 208)
 """Columns of a tile that one warp group can hold; with half the rows each, two can hold any of them."""
 GELU_WIDTHS = (128, 160)
-"""Those among them with GELU: with 192 it spills registers, and 176 gained nothing."""
+"""Those among them with GELU, which spills registers with 192; 176 was once faster than 160 and once slower."""
 FEW_TILES_WIDTHS = (48, 64, 96, *WIDTHS)
 """For products with so few rows that there is one tile a processor at most: the narrowest is shared by the most."""
 
 ALIGNMENT = 16
-"""Bytes, of every operand."""
+"""Bytes, of the address of every operand."""
 FAST_ACCUMULATION = (("fp8_slow_accum", False),)
 """As `use_fast_accum` of `torch._scaled_mm`; quack's default adds up in registers after every 128 columns."""
 
@@ -84,7 +84,7 @@ def _processors() -> int:
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """x, or a copy where quack would refuse its address: a sample's scales begin anywhere in those of the batch."""
+    """A vector, or a copy where quack would refuse its address: a sample's scales begin anywhere in the batch's."""
     return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
 
 
@@ -146,12 +146,13 @@ def gelu_linear_quantize(
         A row with NaN or an infinity in q or scale is NaN.
 
     Raises:
-        ValueError: for shapes that do not fit, and for tensors that are not on CUDA.
+        ValueError: for shapes that do not fit, and for tensors that are not on CUDA. What else quack cannot do, widths
+            that are no multiples of 16 among it, it says itself.
     """
     rows, width = len(q), len(weight)
     d = 0 if left is None else left.shape[1]
     vectors = {"scale": (scale, (rows, 1)), "weight_scale": (weight_scale, (1, width)), "bias": (bias, (width,))}
-    _check(rows, width, **vectors, bound=(bound, (2,)))
+    _check(rows, width, q=(q, (rows, weight.shape[1])), **vectors, bound=(bound, (2,)))
     codes = torch.empty((rows, d + width), dtype=E4M3, device=q.device)
     out_scale = torch.addcmul(bound[1], scale, bound[0])
     given = {name: vector for name, (vector, _) in vectors.items()}
@@ -192,7 +193,12 @@ def residual_linear(
     """
     rows, width, samples = len(q), len(weight), len(gate)
     vectors = {"scale": (scale, (rows, 1)), "weight_scale": (weight_scale, (1, width)), "bias": (bias, (width,))}
-    _check(rows, width, **vectors, residual=(residual, (rows, width)), gate=(gate, (samples, width)))
+    shaped = {
+        "q": (q, (rows, weight.shape[1])),
+        "residual": (residual, (rows, width)),
+        "gate": (gate, (samples, width)),
+    }
+    _check(rows, width, **vectors, **shaped)
     if rows % samples:
         raise ValueError(f"{rows} rows cannot be shared evenly by {samples} samples: M must be a multiple of B")
     out = torch.empty_like(residual, memory_format=torch.contiguous_format)

@@ -174,7 +174,9 @@ def facts_of(proofs: Sequence[Proof]) -> set[tuple[str, str, int]]:
 
 def _adding(level: str, baseline: Baseline, results: Sequence[Result]) -> str:
     """How a baseline comes to hold a level beside those that it holds; a file says one environment for all of them."""
-    is_as_it_was = all(result.environment in (None, baseline.environment) for result in results)
+    is_as_it_was = not any(
+        result.environment and result.environment.changes(baseline.environment) for result in results
+    )
     if baseline.source == "recorded" and not is_cpu(baseline.slug) and is_as_it_was:
         start = command(results[0].workload)
         return f"add it on a quiet machine with `{start} --levels {level} --update-baseline`"

@@ -66,7 +66,22 @@ class Environment(Strict):
     cpu_name: str
     cpu_threads: Annotated[int, Field(ge=1, le=1 << 20)]
     platform: str
-    quack: str | None = None  # files from before a level used it do not say
+    quack: str | None = None
+
+    def changes(self, was: Environment | None) -> list[str]:
+        """What is not as it was, `name old -> new` each.
+
+        A null that is a field's default does not count: the file is from before a level used the package, or it was not
+        installed, and the levels of that file do without.
+        """
+        old = dict(was or ())
+        fields = type(self).model_fields
+        compared = [name for name in fields if fields[name].is_required() or old.get(name) is not None]
+        return [
+            f"{name} {old.get(name)} -> {getattr(self, name)}"
+            for name in compared
+            if old.get(name) != getattr(self, name)
+        ]
 
 
 class Counters(Strict):

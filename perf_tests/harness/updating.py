@@ -136,7 +136,9 @@ def update_baseline(
 def extend_baseline(
     old: Baseline, new: Baseline, added: Collection[str], witnesses: Mapping[str, Verdict]
 ) -> tuple[Baseline, list[str]]:
-    """`old` with the levels `added` taken from `new`; what it holds stays as it is.
+    """`old` with the levels `added` taken from `new`; the levels that it holds stay as they are.
+
+    The environment is `new`'s, which says as much as `old`'s and the versions of what only the added levels use.
 
     The levels that both hold, bf16, fp32 and parents, are the witnesses: where they take as long as they took, seconds
     of the two runs stand in one file. Where the policy has a divisor they never do. A gate that is to cry no wolf
@@ -192,11 +194,7 @@ def _moved_floors(old: Baseline, new: Baseline) -> list[str]:
 
 def other_environment(old: Baseline, environment: Environment | None) -> str | None:
     """Why a level measured in `environment` cannot stand in the file of `old`; None if it can."""
-    was, now = dict(old.environment or ()), dict(environment or ())
-    # A null that has a default is of a file from before a level used it, or was not installed: its levels do without.
-    fields = Environment.model_fields
-    compared = [name for name in now if fields[name].is_required() or was.get(name) is not None]
-    changes = [f"{name} {was.get(name)} -> {now[name]}" for name in compared if was.get(name) != now[name]]
+    changes = environment.changes(old.environment) if environment else []
     if not changes:
         return None
     return f"the environment is not the baseline's ({', '.join(changes)}), and a file says one for all levels"
