@@ -64,10 +64,14 @@ def list_levels(asked: str | None, as_json: bool) -> int:
             "levels": reasons, "workload": workload.id, "why_workload": why,
         }))  # fmt: skip
         return 0
+    rows = []
     for level in LEVELS.values():
         field = level.own_field
         change = f"{field}={getattr(level, field)}" if field else f"dtype={level.dtype}"
-        print(f"{level.id:16}{change:34}{reasons[level.id] or 'runs here'}")
+        rows.append((level.id, change, reasons[level.id] or "runs here"))
+    ids, changes = (2 + max(map(len, column)) for column in list(zip(*rows, strict=True))[:2])
+    for id, change, reason in rows:
+        print(f"{id:{ids}}{change:{changes}}{reason}")
     print(f"workload: {workload.id} ({why})")
     if machine.device == "cpu" and not has_bfloat16():
         print("convolutions: bfloat16 in float32, because oneDNN has no bfloat16 for this processor")
