@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from baseline_samples import ENVIRONMENT
 
-from perf_tests.harness.culprit import bisect_commands, versions_of
+from perf_tests.harness.culprit import bisect_commands, unsearched, versions_of
 from perf_tests.harness.schema import Environment, Outcome, Verdict
 
 TEST = "test_latency[float8]"
@@ -26,6 +26,20 @@ def test_nothing_where_nothing_moved_or_nothing_is_to_be_searched() -> None:
     assert commands(ENVIRONMENT, moved(driver="580", python="3.14.0")) == []
     assert commands(None, ENVIRONMENT) == commands(ENVIRONMENT, None) == []
     assert commands(ENVIRONMENT, moved(torch="2.14.0"), Outcome.VOID) == []
+
+
+def test_what_no_command_searches_is_named() -> None:
+    """A driver or a library of kernels moves numbers too; what an older baseline has never heard of does not count."""
+    red = Verdict(outcome=Outcome.REGRESSED, level="float8", rule="interval", message="")
+    with_quack = moved(quack="0.6.5")
+    now = moved(quack="0.6.6", driver="600.1", torch="2.14.0")
+    assert unsearched(red, with_quack, now) == (
+        "Not as when the baseline was recorded, and searched by no command: driver None -> 600.1; quack 0.6.5 -> 0.6.6"
+    )
+    assert unsearched(red, ENVIRONMENT, with_quack) is None
+    assert unsearched(red, ENVIRONMENT, moved(torch="2.14.0")) is None
+    assert unsearched(red, None, now) is unsearched(red, now, None) is None
+    assert unsearched(red.model_copy(update={"outcome": Outcome.VOID}), ENVIRONMENT, now) is None
 
 
 def test_one_command_a_package_that_moved() -> None:

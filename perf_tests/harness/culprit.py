@@ -61,6 +61,19 @@ def bisect_commands(test: str, workload: str, verdict: Verdict, was: Versions, n
     return commands
 
 
+def unsearched(verdict: Verdict, was: Environment | None, now: Environment | None) -> str | None:
+    """What else is another than when the baseline was recorded, which no command searches: driver, fa3, quack, machine.
+
+    None where there is nothing, or `bisect_commands` would look for nothing either.
+    """
+    if verdict.outcome not in SEARCHABLE or was is None or now is None:
+        return None
+    changes = [change for change in now.changes(was) if change.partition(" ")[0] not in AXES]
+    return (
+        f"Not as when the baseline was recorded, and searched by no command: {'; '.join(changes)}" if changes else None
+    )
+
+
 def _is_pre(version: str) -> bool:
     try:
         return Version(version).is_prerelease

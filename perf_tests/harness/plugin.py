@@ -161,6 +161,9 @@ class Judge:
         commands = self._bisects(verdict)
         node.user_properties += [(printed.PROPERTY, command) for command in commands]
         told = ["Packages moved since the baseline; to find the version:", *commands] if commands else []
+        baseline = self.session.baseline
+        if rest := culprit.unsearched(verdict, baseline.environment if baseline else None, self.session.environment):
+            told.append(rest)
         pytest.fail("\n".join([verdict.explain(), *told]), pytrace=False)
 
     def _bisects(self, verdict: Verdict) -> list[str]:
