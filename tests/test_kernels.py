@@ -43,6 +43,9 @@ needs_quack = pytest.mark.skipif(
     not CUDA or importlib.util.find_spec("quack") is None,
     reason="quack's GEMMs run on a GPU (extra 'gpu') and nowhere else",
 )
+quack_installed = pytest.mark.skipif(
+    importlib.util.find_spec("quack") is None, reason="quack is not installed: pip install -e '.[dev]'"
+)
 epilogues = pytest.mark.parametrize("kind", ["reference", pytest.param("quack", marks=needs_quack)])
 
 
@@ -217,7 +220,29 @@ def test_residual_linear(kind, samples, tokens, k, columns, dtype):
     torch.testing.assert_close(got.double(), exact, rtol=2**-8 if dtype == torch.bfloat16 else 1e-4, atol=5e-3)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("quack") is None, reason="quack is not installed: pip install -e '.[dev]'")
+@quack_installed
+@pytest.mark.parametrize(
+    ("rows", "columns", "width", "takes_turns"),
+    [
+        (4352, 3072, 208, True),
+        (4096, 3072, 192, True),
+        (512, 3072, 96, False),
+        (256, 3072, 48, False),
+        (4352, 12288, 160, True),
+        (4096, 12288, 160, True),
+        (256, 12288, 192, False),
+        (1, 16, 48, False),
+    ],
+)
+def test_tiles_of_quack(rows, columns, width, takes_turns):
+    """The widths that were the fastest on a Hopper, of few rows the narrowest with which one wave is enough."""
+    from fluxfast.kernels import gemm
+
+    cut = gemm.tiles(rows, columns, gemm.GELU_WIDTHS if columns == 12288 else gemm.WIDTHS, 132)
+    assert (cut["tile_N"], cut["pingpong"]) == (width, takes_turns)
+
+
+@quack_installed
 def test_epilogues_refuse_what_does_not_fit():
     """Shapes that are not a Linear's, rows that samples cannot share, and a CPU, in one sentence each."""
     *given, bias = factors(4, 32, 48)
