@@ -17,7 +17,7 @@ import torch
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, _get_qkv_projections
 
-from fluxfast.machine import this_machine
+from fluxfast.machine import processors, this_machine
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = torch.finfo(E4M3).max
@@ -127,19 +127,14 @@ def tail_of(batch: int, tokens: int, heads: int, processors: int) -> tuple[int, 
 
 def has_tail(tokens: int, heads: int) -> bool:
     """Whether `fa3_fp8_split_tail` launches twice here for one image of `tokens` tokens in the joint sequence."""
-    return tail_of(1, tokens, heads, _processors())[0] > 0
-
-
-@functools.cache
-def _processors() -> int:
-    return torch.cuda.get_device_properties(0).multi_processor_count
+    return tail_of(1, tokens, heads, processors())[0] > 0
 
 
 @torch.library.custom_op("fluxfast::fa3_fp8_split_tail", mutates_args=(), device_types="cuda")
 def fa3_fp8_split_tail(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """As `fa3_fp8`, the rows of `tail_of` in a launch of their own."""
     batch, tokens, heads, _ = query.shape
-    rows, splits = tail_of(batch, tokens, heads, _processors())
+    rows, splits = tail_of(batch, tokens, heads, processors())
     COUNT.looked += 1
     if rows == 0:
         return _launch(query, key, value)

@@ -65,6 +65,13 @@ def this_machine() -> Machine:
     return Machine(device="cuda", capability=capability, fa3_module=fa3_module, triton=triton, cuda=cuda, quack=quack)
 
 
+@functools.cache
+def processors() -> int:
+    """Streaming multiprocessors of device 0 of CUDA."""
+    count: int = torch.cuda.get_device_properties(0).multi_processor_count
+    return count
+
+
 def cpu_capability() -> str:
     """The processor's widest vector instructions as PyTorch uses them, and oneDNN's for bfloat16: "AVX512-BF16".
 

@@ -195,7 +195,7 @@ def fused_block_facts(built: Built, calls: int, loops: int, forwards: int) -> li
     gemms = 8 * double + (2 if merged else 3) * single - activated - added
     launches = forwards * (double * 2 * len(QUANTIZING) + single * len(QUANTIZING_SINGLE) - activated)
     # In the middle of a double block anyway; with the field at the beginning of every block too.
-    sums = 2 * double + _all_if(level.fused_residuals, 2 * double + single) if added == 0 else 0
+    sums = _all_if(not level.residual_epilogue, 2 * double + _all_if(level.fused_residuals, 2 * double + single))
     facts = [
         # Before the other fields', whose counts it changes.
         Fact("gelu_epilogue", "GEMMs with GELU and its quantisation in their epilogue",

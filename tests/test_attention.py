@@ -156,7 +156,7 @@ def test_split_tail_writes_every_row_in_two_launches(monkeypatch: pytest.MonkeyP
 
     query = torch.randn(1, 40 * attention.TILE - 5, 2, 128).to(E4M3)
     monkeypatch.setattr(attention, "_kernel_into", lambda: kernel)
-    monkeypatch.setattr(attention, "_processors", lambda: 66)
+    monkeypatch.setattr(attention, "processors", lambda: 66)
     before = attention.COUNT.launches, attention.COUNT.looked, attention.COUNT.split
     out = fa3_fp8_split_tail._init_fn(query, query, query)
     rows, splits = attention.tail_of(1, query.shape[1], 2, 66)
@@ -171,7 +171,7 @@ def test_split_tail_without_a_tail_is_one_launch(monkeypatch: pytest.MonkeyPatch
     """Where one launch is as good, it is the stock one."""
     query = torch.randn(1, 256, 2, 128).to(E4M3)
     monkeypatch.setattr(attention, "_kernel", lambda: lambda q, k, v: q)
-    monkeypatch.setattr(attention, "_processors", lambda: 132)
+    monkeypatch.setattr(attention, "processors", lambda: 132)
     before = attention.COUNT.looked, attention.COUNT.split
     assert fa3_fp8_split_tail._init_fn(query, query, query) is query
     assert (attention.COUNT.looked, attention.COUNT.split) == (before[0] + 1, before[1])

@@ -17,9 +17,14 @@ from fluxfast.compilation import Compiler, compile_transformer
 from fluxfast.kernels import reference
 from fluxfast.kernels.blocks import FusedFluxSingleTransformerBlock, Pending, _ModulatedBlock, add_pending
 from fluxfast.kernels.fuse import fuse_blocks
-from fluxfast.kernels.linear import DenseLinear, RowwiseFloat8Linear
+from fluxfast.kernels.linear import (
+    DenseLinear,
+    RowwiseFloat8GeluLinear,
+    RowwiseFloat8Linear,
+    RowwiseFloat8ResidualLinear,
+)
 from fluxfast.kernels.modulation import PrecomputedModulation
-from fluxfast.kernels.ops import EXACT, REFERENCE, gelu_linears, residual_linears, triton_ops
+from fluxfast.kernels.ops import EXACT, REFERENCE, epilogue_linears, triton_ops
 from fluxfast.kernels.rowwise import dequantize_rowwise, quantize_rowwise
 from fluxfast.levels import get_level
 from fluxfast.workloads import TINY
@@ -52,7 +57,12 @@ def transformer() -> nn.Module:
 
 
 def make_transformer(double: int, single: int) -> nn.Module:
-    """FLUX's shape with head dimension 128 and 2 heads, every parameter random, norm weights around 1."""
+    """FLUX's shape with head dimension 128 and 2 heads, every parameter random, norm weights around 1.
+
+    The same ones in every test and run: two ways of rounding differ by a few per cent of their error, and among all
+    weights there are some with which they differ by more than a bound that would find a mistake.
+    """
+    torch.manual_seed(0)
     model = diffusers.FluxTransformer2DModel(
         in_channels=16,
         num_layers=double,
@@ -137,20 +147,17 @@ def test_unquantised_blocks_with_epilogues_equal_diffusers(transformer, batch, n
 
 @pytest.mark.parametrize("names", EPILOGUES, ids="+".join)
 def test_float8_epilogues_lose_no_more_than_the_kernels(transformer, names):
-    """Scales from a bound cost nothing that shows, and a residual that is rounded once less gains nothing that does.
-
-    Of 40 seeds the ratio of the errors is 1.0 with a standard deviation of 0.045.
-    """
+    """Scales from a bound cost nothing that shows, and a residual that is rounded once less gains nothing that does."""
     exact = run(transformer, batch=2)
     transformer.to(torch.bfloat16)
     options = {"attention": attention_bf16, "chained": True}
     error = relative_error(run(fused(transformer, ops=REFERENCE, **options), batch=2), exact)
     made = {
-        "gelu_linear": gelu_linears(reference.gelu_linear_quantize),
-        "residual_linear": residual_linears(reference.residual_linear),
+        "gelu_linear": epilogue_linears(RowwiseFloat8GeluLinear, reference.gelu_linear_quantize),
+        "residual_linear": epilogue_linears(RowwiseFloat8ResidualLinear, reference.residual_linear),
     }
     model = fused(transformer, ops=dataclasses.replace(REFERENCE, **{name: made[name] for name in names}), **options)
-    assert 0.01 < relative_error(run(model, batch=2), exact) < 1.3 * error
+    assert 0.01 < relative_error(run(model, batch=2), exact) < 1.1 * error
 
 
 def test_epilogues_refuse_what_they_replace(transformer):

@@ -10,6 +10,7 @@ because a GEMM that runs for milliseconds only has another clock than one at the
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 from collections.abc import Callable
@@ -20,68 +21,67 @@ import torch
 import torch.nn.functional as F
 
 from fluxfast import workspace
-from fluxfast.kernels import activations, gemm, norms
+from fluxfast.kernels import activations, gemm, norms, reference
+from fluxfast.kernels.linear import RowwiseFloat8GeluLinear
 from fluxfast.kernels.rowwise import E4M3, dequantize_rowwise, quantize_rowwise
+from fluxfast.machine import processors
 
 SETS = 4
 ROWS = (4352, 4096, 256)
 """Of a single block, and of a double block's image and text streams."""
 SHAPES = (("gelu", 3072, 12288), ("gated_residual", 15360, 3072), ("gated_residual", 12288, 3072))
 DEVICE = "cuda"
-Set = dict[str, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Set:
+    """One set of operands, and what stands behind the GEMM: (rows, K), (rows, 1), a Linear, (rows, N) and (1, N)."""
+
+    q: torch.Tensor
+    scale: torch.Tensor
+    linear: RowwiseFloat8GeluLinear
+    residual: torch.Tensor
+    gate: torch.Tensor
+    shift: torch.Tensor
 
 
 def make(rows: int, k: int, columns: int) -> Set:
-    """One set of operands, random, and what stands behind the GEMM."""
-    q, scale = quantize_rowwise(torch.randn(rows, k, device=DEVICE))
-    weight, weight_scale = quantize_rowwise(torch.randn(columns, k, device=DEVICE) / k**0.5)
-    sums = dequantize_rowwise(weight, weight_scale).abs().sum(1).max()
-    given = {"q": q, "scale": scale, "weight": weight, "weight_scale": weight_scale.t().contiguous()}
-    for name, size in (
-        ("bias", columns),
-        ("gate", (1, columns)),
-        ("shift", (1, columns)),
-        ("residual", (rows, columns)),
-    ):
-        given[name] = torch.randn(size, device=DEVICE, dtype=torch.bfloat16)
-    return given | {"bound": torch.stack([sums, given["bias"].abs().max() / 448])}
+    """A random one."""
+    weight, bias = torch.randn(columns, k, device=DEVICE) / k**0.5, torch.randn(columns, device=DEVICE)
+    linear = RowwiseFloat8GeluLinear(weight, bias, operation=gemm.gelu_linear_quantize)
+    sizes = (rows, columns), (1, columns), (1, columns)
+    behind = (torch.randn(size, device=DEVICE, dtype=torch.bfloat16) for size in sizes)
+    return Set(*quantize_rowwise(torch.randn(rows, k, device=DEVICE)), linear, *behind)
 
 
 def cublaslt(s: Set) -> torch.Tensor:
-    return torch._scaled_mm(
-        s["q"],
-        s["weight"].t(),
-        scale_a=s["scale"],
-        scale_b=s["weight_scale"],
-        bias=s["bias"],
-        out_dtype=torch.bfloat16,
-        use_fast_accum=True,
-    )
+    return s.linear.forward_quantized(s.q, s.scale)
 
 
 def with_kernel(epilogue: str, s: Set) -> tuple[torch.Tensor, ...]:
     """cuBLASLt's GEMM and the kernel behind it."""
     if epilogue == "gelu":
         return activations.gelu_quantize(cublaslt(s))
-    return norms.residual_layernorm_modulate_quantize(s["residual"], cublaslt(s), s["gate"], s["shift"], s["shift"])
+    return norms.residual_layernorm_modulate_quantize(s.residual, cublaslt(s), s.gate, s.shift, s.shift)
 
 
 def with_epilogue(epilogue: str, cut: dict[str, Any], s: Set) -> tuple[torch.Tensor, ...]:
     """quack's GEMM cut this way, and what is left of the kernel behind it."""
-    vectors = {name: s[name] for name in ("scale", "weight_scale", "bias")}
+    weight, bound = s.linear.weight, s.linear.bound
+    vectors = {"scale": s.scale, "weight_scale": s.linear.weight_scale, "bias": s.linear.bias}
     if epilogue == "gelu":
-        codes = torch.empty(len(s["q"]), len(s["weight"]), dtype=E4M3, device=DEVICE)
-        out_scale = torch.addcmul(s["bound"][1], s["scale"], s["bound"][0])
-        gemm.multiply(gemm.gelu, cut, s["q"], s["weight"], codes, **vectors, out_scale=out_scale)
+        codes = torch.empty(s.residual.shape, dtype=E4M3, device=DEVICE)
+        out_scale = torch.addcmul(bound[1], s.scale, bound[0])
+        gemm.multiply(gemm.gelu, cut, s.q, weight, codes, **vectors, out_scale=out_scale)
         return codes, out_scale
-    out = torch.empty_like(s["residual"])
-    gemm.multiply(gemm.gated_residual, cut, s["q"], s["weight"], out, s["residual"], **vectors, gate=s["gate"])
-    return out, *norms.layernorm_modulate_quantize(out, s["shift"], s["shift"])
+    out = torch.empty_like(s.residual)
+    gemm.multiply(gemm.gated_residual, cut, s.q, weight, out, s.residual, **vectors, gate=s.gate)
+    return out, *norms.layernorm_modulate_quantize(out, s.shift, s.shift)
 
 
 def exact(epilogue: str, s: Set) -> torch.Tensor:
-    y = dequantize_rowwise(s["q"], s["scale"]) @ dequantize_rowwise(s["weight"], s["weight_scale"].t()).t() + s["bias"]
-    return F.gelu(y, approximate="tanh") if epilogue == "gelu" else s["residual"] + s["gate"] * y
+    y = reference.scaled_product(s.q, s.scale, s.linear.weight, s.linear.weight_scale, s.linear.bias)
+    return F.gelu(y, approximate="tanh") if epilogue == "gelu" else s.residual + s.gate * y
 
 
 def error(epilogue: str, got: tuple[torch.Tensor, ...], want: torch.Tensor) -> float:
@@ -121,7 +121,6 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     workspace.drop()
-    processors = torch.cuda.get_device_properties(0).multi_processor_count
     found: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "gemms": []}
     print(f"{found['device']}, torch {found['torch']}; microseconds, and the width that `tiles` chooses: *")
     for epilogue, k, columns in SHAPES:
@@ -135,7 +134,7 @@ def main() -> None:
             row |= {"kernel_error": error(epilogue, behind(sets[0]), want)}
             size = f"{epilogue} {rows} x {k} x {columns}"
             print(f"{size}: cuBLASLt {row['gemm_us']:.1f}, with the kernel {row['kernel_us']:.1f}")
-            chosen = gemm.tiles(rows, columns, gemm.GELU_WIDTHS if epilogue == "gelu" else gemm.WIDTHS, processors)
+            chosen = gemm.tiles(rows, columns, gemm.GELU_WIDTHS if epilogue == "gelu" else gemm.WIDTHS, processors())
             for width in gemm.WIDTHS if chosen["pingpong"] else gemm.FEW_TILES_WIDTHS:
                 cut = chosen | {"tile_N": width}
                 call = functools.partial(with_epilogue, epilogue, cut)

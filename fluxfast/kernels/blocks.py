@@ -115,8 +115,21 @@ class _ModulatedBlock(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The stream as rows (B * S, D), what is pending added, and its modulated norm, quantised: q and scale."""
         if isinstance(x, Pending):
-            return self.ops.residual_layernorm_modulate(rows(x.residual), rows(x.y), gate_of(x), shift, scale, EPS)
-        return rows(x), *self.ops.layernorm_modulate(rows(x), shift, scale, EPS)
+            return self._norm_sum(rows(x.residual), rows(x.y), gate_of(x), shift, scale)
+        return self._norm_sum(rows(x), None, None, shift, scale)
+
+    def _norm_sum(
+        self,
+        x: torch.Tensor,
+        y: torch.Tensor | None,
+        gate: torch.Tensor | None,
+        shift: torch.Tensor,
+        scale: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows x, `gate * y` added where there is a y, and the modulated norm of that, quantised: q and scale."""
+        if y is None:
+            return x, *self.ops.layernorm_modulate(x, shift, scale, EPS)
+        return self.ops.residual_layernorm_modulate(x, y, gate, shift, scale, EPS)
 
     def _project_back(
         self, linear: nn.Module, quantized: Quantized, residual: torch.Tensor, gate: torch.Tensor
@@ -207,16 +220,12 @@ class FusedFluxTransformerBlock(_ModulatedBlock):
         vectors: tuple[torch.Tensor, ...],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """A stream's rows through norm and MLP; x and y come and go as `_project_back` returns them."""
-        gate, shift, scale, last_gate = vectors[2:]
-        if y is None:
-            q, q_scale = self.ops.layernorm_modulate(x, shift, scale, EPS)
-        else:
-            x, q, q_scale = self.ops.residual_layernorm_modulate(x, y, gate, shift, scale, EPS)
+        x, q, q_scale = self._norm_sum(x, y, *vectors[2:5])
         if self.ops.gelu_linear is None:
             activated = self.ops.gelu(up.forward_quantized(q, q_scale))
         else:
             activated = up.forward_gelu(q, q_scale)
-        return self._project_back(down, activated, x, last_gate)
+        return self._project_back(down, activated, x, vectors[5])
 
 
 class FusedFluxSingleTransformerBlock(_ModulatedBlock):

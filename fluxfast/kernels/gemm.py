@@ -10,7 +10,6 @@ and the epilogue reads 27 that the GEMM did not.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -22,6 +21,7 @@ from quack.epilogue.ops import ColVecLoad, RowVecLoad
 
 from fluxfast.kernels.activations import quantize_beside
 from fluxfast.kernels.rowwise import E4M3
+from fluxfast.machine import processors
 
 SLOPE = math.sqrt(2 / math.pi)
 CUBIC = 0.044715 * SLOPE
@@ -58,7 +58,7 @@ def gated_residual(acc, c, scale, weight_scale, bias, gate):
     return {"D": c + gate * (acc * scale * weight_scale + bias)}
 
 
-def tiles(rows: int, columns: int, widths: tuple[int, ...], processors: int) -> dict[str, Any]:
+def tiles(rows: int, columns: int, widths: tuple[int, ...], at_once: int) -> dict[str, Any]:
     """How quack cuts a product: by the width of a tile with which all waves of tiles together are the shortest.
 
     Where there is more than one wave, the two consumer warp groups of a processor take turns: one multiplies while the
@@ -66,21 +66,16 @@ def tiles(rows: int, columns: int, widths: tuple[int, ...], processors: int) -> 
     finds what was the fastest of those measured, see docs/performance.md.
 
     Args:
-        widths: to choose from where there is more than one wave. processors: of the GPU (SMs).
+        widths: to choose from where there is more than one wave. at_once: tiles of a wave, one a processor (SM).
     """
     high = -(-rows // TILE_ROWS)
 
     def waves(width: int) -> int:
-        return -(-high * -(-columns // width) // processors)
+        return -(-high * -(-columns // width) // at_once)
 
     one_wave = [width for width in FEW_TILES_WIDTHS if waves(width) == 1]
     width = min(one_wave or widths, key=lambda width: (waves(width) * width, -width))
     return {"tile_M": TILE_ROWS, "tile_N": width, "cluster_M": 2, "cluster_N": 1, "pingpong": not one_wave}
-
-
-@functools.cache
-def _processors() -> int:
-    return torch.cuda.get_device_properties(0).multi_processor_count
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
@@ -156,7 +151,7 @@ def gelu_linear_quantize(
     codes = torch.empty((rows, d + width), dtype=E4M3, device=q.device)
     out_scale = torch.addcmul(bound[1], scale, bound[0])
     given = {name: vector for name, (vector, _) in vectors.items()}
-    cut = tiles(rows, width, GELU_WIDTHS, _processors())
+    cut = tiles(rows, width, GELU_WIDTHS, processors())
     multiply(gelu, cut, q, weight, codes[:, d:], **given, out_scale=out_scale)
     if left is not None:
         quantize_beside(left, codes, out_scale)
@@ -202,7 +197,7 @@ def residual_linear(
     if rows % samples:
         raise ValueError(f"{rows} rows cannot be shared evenly by {samples} samples: M must be a multiple of B")
     out = torch.empty_like(residual, memory_format=torch.contiguous_format)
-    cut = tiles(rows // samples, width, WIDTHS, _processors())
+    cut = tiles(rows // samples, width, WIDTHS, processors())
     for a, a_scale, c, d, its_gate in zip(*(x.chunk(samples) for x in (q, scale, residual, out, gate)), strict=True):
         vectors = {"scale": a_scale, "weight_scale": weight_scale, "bias": bias, "gate": its_gate}
         multiply(gated_residual, cut, a, weight, d, c, **vectors)

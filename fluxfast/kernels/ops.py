@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from fluxfast.kernels import reference
 from fluxfast.kernels.linear import (
     DenseLinear,
+    RowwiseFloat8EpilogueLinear,
     RowwiseFloat8GeluLinear,
     RowwiseFloat8Linear,
     RowwiseFloat8ResidualLinear,
@@ -64,14 +65,9 @@ REFERENCE = BlockOps(
 )
 
 
-def gelu_linears(operation: Op) -> Op:
-    """`BlockOps.gelu_linear` of an operation: `gemm.gelu_linear_quantize`, or its reference."""
-    return lambda linears: RowwiseFloat8GeluLinear(*stack_linears(linears), operation=operation)
-
-
-def residual_linears(operation: Op) -> Op:
-    """`BlockOps.residual_linear` of an operation: `gemm.residual_linear`, or its reference."""
-    return lambda linears: RowwiseFloat8ResidualLinear(*stack_linears(linears), operation=operation)
+def epilogue_linears(kind: type[RowwiseFloat8EpilogueLinear], operation: Op) -> Op:
+    """(linears) -> module of this kind, for `BlockOps`; the operation is one of `gemm`, or its reference."""
+    return lambda linears: kind(*stack_linears(linears), operation=operation)
 
 
 def triton_ops(
@@ -118,9 +114,9 @@ def triton_ops(
         from fluxfast.kernels import gemm
 
         if gelu_epilogue:
-            changes.update(gelu_linear=gelu_linears(gemm.gelu_linear_quantize))
+            changes.update(gelu_linear=epilogue_linears(RowwiseFloat8GeluLinear, gemm.gelu_linear_quantize))
         if residual_epilogue:
-            changes.update(residual_linear=residual_linears(gemm.residual_linear))
+            changes.update(residual_linear=epilogue_linears(RowwiseFloat8ResidualLinear, gemm.residual_linear))
     return dataclasses.replace(REFERENCE, **changes)
 
 

@@ -149,10 +149,10 @@ def gelu_linear_quantize(
     left: torch.Tensor | None = None,
 ) -> Quantized:
     """Reference of `gemm.gelu_linear_quantize`."""
-    value = F.gelu(scaled_product(q, scale, weight, weight_scale, bias), approximate="tanh")
+    y = scaled_product(q, scale, weight, weight_scale, bias)
+    value = F.gelu(y, approximate="tanh") if left is None else gelu_concat(left, y)
     scale = scale * bound[0] + bound[1]
     if left is not None:
-        value = torch.cat([left.float(), value], dim=-1)
         scale = torch.maximum(scale, quantize_rowwise(left)[1])
     return cast_e4m3(value / scale), scale
 

@@ -18,7 +18,7 @@ from perf_tests.harness.lease import GpuBusy
 from perf_tests.harness.machine import RECORDED, WHOLE_LADDER
 from perf_tests.harness.obstacles import measured
 from perf_tests.harness.recording import machine_info
-from perf_tests.harness.schema import Outcome, Verdict
+from perf_tests.harness.schema import Environment, Outcome, Verdict
 from perf_tests.harness.session import REFERENCE_LEVEL, Session
 from perf_tests.harness.suite import ROOT, Suite
 from perf_tests.history import night
@@ -161,14 +161,18 @@ class Judge:
         commands = self._bisects(verdict)
         node.user_properties += [(printed.PROPERTY, command) for command in commands]
         told = ["Packages moved since the baseline; to find the version:", *commands] if commands else []
-        baseline = self.session.baseline
-        if rest := culprit.unsearched(verdict, baseline.environment if baseline else None, self.session.environment):
+        if rest := culprit.unsearched(verdict, self._was, self.session.environment):
             told.append(rest)
         pytest.fail("\n".join([verdict.explain(), *told]), pytrace=False)
 
+    @property
+    def _was(self) -> Environment | None:
+        """The environment of the baseline."""
+        return self.session.baseline.environment if self.session.baseline else None
+
     def _bisects(self, verdict: Verdict) -> list[str]:
         session = self.session
-        was = culprit.versions_of(session.baseline.environment if session.baseline else None)
+        was = culprit.versions_of(self._was)
         now = culprit.versions_of(session.environment)
         if not now and session.measure is not None:  # no worker came far enough to tell; it is this Python
             now = culprit.installed_versions()
