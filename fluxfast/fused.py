@@ -1,8 +1,9 @@
 """Swaps diffusers' blocks for the fused ones of `fluxfast.kernels`, with the operations that a level asks for.
 
 Without `fused_quantize`, `fused_qk_rope` or `fused_residuals` an operation is the plain PyTorch one, which Inductor
-fuses as well as it can: a rung changes which kernel computes something, not what is computed. Two rungs change float8
-codes too: `hadamard_qk`, in another basis of q and k, and `gelu_epilogue`, with scales that are known beforehand.
+fuses as well as it can: a rung changes which kernel computes something, not what is computed. Three rungs change float8
+codes too: `hadamard_qk`, in another basis of q and k, `gelu_epilogue`, with scales that are known beforehand, and
+`coded_softmax`, which rounds probabilities otherwise.
 """
 
 from __future__ import annotations
@@ -32,11 +33,15 @@ def fuse(transformer: nn.Module, level: Level) -> list[nn.Module]:
         The new blocks, double ones first.
     """
     attention = _attention(transformer)
+    coded = level.coded_softmax and attention is not sdpa
+    if coded:
+        from fluxfast.kernels.flash import coded_attention as attention
     kernels = {
         "quantize": level.fused_quantize,
         "qk_rope": level.fused_qk_rope,
         "quantize_rows": level.fused_residuals,
         "hadamard": level.hadamard_qk and level.fused_qk_rope,
+        "transposed_v": coded,
         "gelu_epilogue": level.gelu_epilogue,
         "residual_epilogue": level.residual_epilogue,
     }

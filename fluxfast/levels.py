@@ -72,6 +72,9 @@ class Level:
             its own again: `merged_projections` would put QKV through the same epilogue.
         residual_epilogue: every gated residual of the blocks in the GEMM in front of it, quack's again, so that a norm
             reads one stream and a block leaves nothing to be added: of `fused_residuals` its quantising kernel stays.
+        coded_softmax: attention of our own (CuTe DSL) in the place of FlashAttention-3 and of its second launch. It
+            finds a probability's e4m3 code by a multiplication and a rounding, without an exponential, and takes V
+            transposed, from a kernel behind the QKV GEMM.
         gemm_search: max-autotune times Triton's GEMM templates beside the libraries' kernels, up to 106 for a shape in
             float8.
         coordinate_descent: Inductor's search for the launch parameters of every kernel it writes, which flux-fast
@@ -103,6 +106,7 @@ class Level:
     hadamard_qk: bool = False
     gelu_epilogue: bool = False
     residual_epilogue: bool = False
+    coded_softmax: bool = False
     gemm_search: bool = False
     coordinate_descent: bool = False
 
@@ -144,6 +148,7 @@ FUSED_BLOCK_FIELDS: tuple[str, ...] = (
     "hadamard_qk",
     "gelu_epilogue",
     "residual_epilogue",
+    "coded_softmax",
 )
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Level) if f.name in FIELDS}
 
@@ -202,7 +207,8 @@ FUSED_RESIDUALS = SUBPIXEL_UPSAMPLING.then("fused_residuals", fused_residuals=Tr
 HADAMARD_QK = FUSED_RESIDUALS.then("hadamard_qk", hadamard_qk=True)
 GELU_EPILOGUE = HADAMARD_QK.then("gelu_epilogue", gelu_epilogue=True)
 RESIDUAL_EPILOGUE = GELU_EPILOGUE.then("residual_epilogue", residual_epilogue=True)
-GEMM_SEARCH = RESIDUAL_EPILOGUE.then("gemm_search", gemm_search=True)
+CODED_SOFTMAX = RESIDUAL_EPILOGUE.then("coded_softmax", coded_softmax=True)
+GEMM_SEARCH = CODED_SOFTMAX.then("gemm_search", gemm_search=True)
 
 BEYOND: tuple[Level, ...] = (
     FLOAT8_ROWWISE,
@@ -221,6 +227,7 @@ BEYOND: tuple[Level, ...] = (
     HADAMARD_QK,
     GELU_EPILOGUE,
     RESIDUAL_EPILOGUE,
+    CODED_SOFTMAX,
     GEMM_SEARCH,
 )
 """Rungs past flux-fast: a chain of their own, so that the ladder stays flux-fast's and its numbers compare.

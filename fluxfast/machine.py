@@ -15,7 +15,7 @@ FA3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")
 """FlashAttention-3's own build, and the forward-only wheel of PyPI's `fa3-fwd`."""
 
 TRITON_FIELDS = ("fused_quantize", "fused_qk_rope", "fast_decode", "fused_residuals", "hadamard_qk")
-EPILOGUE_FIELDS = ("gelu_epilogue", "residual_epilogue")
+QUACK_FIELDS = ("gelu_epilogue", "residual_epilogue", "coded_softmax")
 SEARCH_FIELDS = ("gemm_search", "coordinate_descent")
 ROWWISE_LT = (12, 9)
 """CUDA from which torch's row-wise float8 GEMM on a Hopper is cuBLASLt's; before, it is CUTLASS's."""
@@ -101,7 +101,7 @@ def unavailable(level: Level, machine: Machine) -> dict[str, str]:
             reasons[field] = (
                 f"{field}: its Triton kernels need compute capability 9.0 and Triton; found {machine.found_with_triton}"
             )
-    for field in EPILOGUE_FIELDS:
+    for field in QUACK_FIELDS:
         if getattr(level, field) and not (machine.capability == (9, 0) and machine.triton and machine.quack):
             modules = f"{'Triton' if machine.triton else 'no Triton'} and {'quack' if machine.quack else 'no quack'}"
             reasons[field] = (
@@ -123,7 +123,7 @@ def unavailable(level: Level, machine: Machine) -> dict[str, str]:
     for field in SEARCH_FIELDS:
         if getattr(level, field) and (machine.capability is None or not machine.triton):
             reasons[field] = f"{field}: is a search among Triton kernels on CUDA; found {machine.found_with_triton}"
-    for field in ("fused_qk_rope", "hadamard_qk"):
+    for field in ("fused_qk_rope", "hadamard_qk", "coded_softmax"):
         if getattr(level, field) and "attention" in reasons:
             reasons.setdefault(field, f"{field}: casts for {reasons['attention']}")
     if level.split_attention_tail and "attention" in reasons:

@@ -177,7 +177,8 @@ QUANTIZING = ("gelu_quantize", "layernorm_modulate_quantize", "residual_layernor
 QUANTIZING_SINGLE = ("layernorm_modulate_quantize", "gelu_concat_quantize")
 """Of a single block; with `fused_residuals` the norm is the one with the residual. `gelu_epilogue` leaves the norms."""
 
-HADAMARD = "fluxfast::qk_norm_rope_hadamard_quantize"
+TRANSPOSED = "fluxfast::qk_norm_rope_hadamard_quantize_transposed"
+HADAMARD = ("fluxfast::qk_norm_rope_hadamard_quantize", TRANSPOSED)
 
 
 def fused_block_facts(built: Built, calls: int, loops: int, forwards: int) -> list[Fact]:
@@ -191,6 +192,7 @@ def fused_block_facts(built: Built, calls: int, loops: int, forwards: int) -> li
     # A GEMM with GELU in its epilogue takes the place of one of cuBLASLt's and of a kernel of Triton's.
     activated = _all_if(level.gelu_epilogue, 2 * double + single)
     merged = level.merged_projections and not level.gelu_epilogue
+    attended = forwards * (double + single)
     added = _all_if(level.residual_epilogue, 4 * double + single)
     gemms = 8 * double + (2 if merged else 3) * single - activated - added
     launches = forwards * (double * 2 * len(QUANTIZING) + single * len(QUANTIZING_SINGLE) - activated)
@@ -211,10 +213,12 @@ def fused_block_facts(built: Built, calls: int, loops: int, forwards: int) -> li
     ]  # fmt: skip
     facts += [
         Fact("fused_qk_rope", "launches of Triton's QK norm and RoPE kernel",
-             compiler.calls_of("fluxfast::qk_norm_rope_quantize", HADAMARD),
-             _all_if(level.fused_qk_rope, forwards * (double + single))),
+             compiler.calls_of("fluxfast::qk_norm_rope_quantize", *HADAMARD),
+             _all_if(level.fused_qk_rope, attended)),
         Fact("hadamard_qk", "launches of Triton's QK norm and RoPE kernel with a Hadamard transform",
-             compiler.calls_of(HADAMARD), _all_if(level.hadamard_qk, forwards * (double + single))),
+             compiler.calls_of(*HADAMARD), _all_if(level.hadamard_qk, attended)),
+        Fact("coded_softmax", "launches of Triton's kernel that transposes V",
+             compiler.calls_of(TRANSPOSED), _all_if(level.coded_softmax, attended)),
         # Once for the one resolution of all calls.
         Fact("fused_qk_rope", "RoPE tables computed",
              built.rotary.fills if built.rotary else 0, _all_if(level.fused_qk_rope, 1)),
@@ -278,6 +282,8 @@ def run_facts(built: Built, calls: int, steps: int) -> list[Fact]:
     expected_graphs = _all_if(compiled and not packaged, classes)
     # Both ways of compiling leave the options that Inductor really had; a package's are in its manifest.
     configs = [*(graph.config for graph in built.compiler.graphs), *(package.options for package in built.packages)]
+    # Our own attention takes the place of FA3's op, tail included.
+    attended = _all_if(not level.coded_softmax, forwards["transformer"] * blocks)
     facts = [
         # Before compile_mode's: regions that were not packaged are compiled just in time, and packaging is at fault.
         Fact("packaging", "AOTInductor packages loaded", len(built.packages), _all_if(packaged, classes)),
@@ -295,13 +301,17 @@ def run_facts(built: Built, calls: int, steps: int) -> list[Fact]:
              _with(TRITON_GEMMS, configs), _all_if(compiled and level.gemm_search, classes)),
         Fact("coordinate_descent", "graphs or packages compiled with coordinate descent",
              _with(COORDINATE_DESCENT, configs), _all_if(compiled and level.coordinate_descent, classes)),
+        # Before attention's: where FA3's op runs instead, that it should not have is what follows.
+        Fact("coded_softmax", "attentions without exponentials",
+             built.compiler.calls_of("fluxfast::coded_attention"),
+             _all_if(level.coded_softmax, forwards["transformer"] * blocks)),
         Fact("attention", "launches of the FA3 op",
-             built.fa3.launches, _all_if(level.attention != "sdpa", forwards["transformer"] * blocks)),
+             built.fa3.launches, _all_if(level.attention != "sdpa", attended)),
         Fact("split_attention_tail", "calls of the FA3 op that looks for a tail",
-             built.fa3.looked, _all_if(level.split_attention_tail, forwards["transformer"] * blocks)),
+             built.fa3.looked, _all_if(level.split_attention_tail, attended)),
     ]  # fmt: skip
     if level.split_attention_tail:
-        splits = _all_if(built.has_tail, forwards["transformer"] * blocks)
+        splits = _all_if(built.has_tail, attended)
         facts.append(Fact("split_attention_tail", "tails with a launch of their own", built.fa3.split, splits))
     facts += fused_block_facts(built, calls, forwards["loop"], forwards["transformer"])
     facts += text_encoder_facts(built, forwards)

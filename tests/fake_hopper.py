@@ -63,7 +63,7 @@ def triton_operations() -> dict[str, Any]:
     """The operations that the fused blocks and the decoder use, by name."""
     pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[dev]'")
     pytest.importorskip("quack", reason="quack is not installed: pip install -e '.[dev]'")
-    from fluxfast.kernels import activations, gemm, group_norm, norms, qkv
+    from fluxfast.kernels import activations, flash, gemm, group_norm, norms, qkv
 
     operations = (
         gemm.gelu_linear_quantize,
@@ -75,6 +75,8 @@ def triton_operations() -> dict[str, Any]:
         norms.residual_layernorm_modulate_quantize,
         qkv.qk_norm_rope_quantize,
         qkv.qk_norm_rope_hadamard_quantize,
+        qkv.qk_norm_rope_hadamard_quantize_transposed,
+        flash.coded_attention,
         group_norm.group_norm_silu,
     )
     return {operation._name: operation for operation in operations}

@@ -29,6 +29,7 @@ DEVICE = "cuda" if CUDA else "cpu"
 IN_REACH = TRITON and (CUDA or INTERPRETER)
 
 OF_QUACK = ("gelu_linear_quantize", "residual_linear")
+TRANSPOSED = "qk_norm_rope_hadamard_quantize_transposed"
 OPERATIONS = sorted(
     name for name in dir(reference) if "quantize" in name and name not in (*OF_QUACK, "quantize_rowwise")
 )
@@ -68,9 +69,9 @@ def operation(kind: str, name: str):
     if kind == "reference":
         return getattr(reference, name)
     if kind == "quack":
-        from fluxfast.kernels import gemm
+        from fluxfast.kernels import flash, gemm
 
-        return getattr(gemm, name)
+        return getattr(flash if name == "coded_attention" else gemm, name)
     from fluxfast.kernels import activations, group_norm, norms, qkv
 
     return next(getattr(module, name) for module in (activations, group_norm, norms, qkv) if hasattr(module, name))
@@ -357,6 +358,9 @@ def hadamard64(x):
         ("qk_norm_rope_hadamard_quantize", 1, 3, 5, 24, 128),
         ("qk_norm_rope_hadamard_quantize", 2, 0, 3, 3, 64),
         ("qk_norm_rope_hadamard_quantize", 2, 2, 1, 9, 256),
+        (TRANSPOSED, 1, 3, 130, 24, 128),
+        (TRANSPOSED, 2, 0, 16, 3, 64),
+        (TRANSPOSED, 2, 16, 1, 9, 256),
     ],
 )
 def test_qk_norm_rope(kind, name, batch, text, image, heads, dim):
@@ -381,8 +385,9 @@ def test_qk_norm_rope(kind, name, batch, text, image, heads, dim):
         if "hadamard" in name:
             exact = hadamard64(exact)
         torch.testing.assert_close(part.double(), exact, rtol=2**-4 + 1e-4, atol=2**-10 + 1e-4)
-    v = torch.cat([s[:, :, 2] for s in double], 1)
-    assert torch.equal(parts[2].float(), cast_e4m3(v).float()) and parts[2].float().abs().max() <= 448
+    v = cast_e4m3(torch.cat([s[:, :, 2] for s in double], 1))
+    expected = reference.transposed_values(v) if name == TRANSPOSED else v
+    assert torch.equal(parts[2].float(), expected.float()) and parts[2].float().abs().max() <= 448
 
 
 @implementations
@@ -407,6 +412,117 @@ def test_hadamard_keeps_products():
     alone = torch.zeros(128, dtype=torch.float64, device=DEVICE)
     alone[37] = 8.0
     assert reference.hadamard(alone).abs().max() == pytest.approx(8 / 64**0.5)
+
+
+def test_transposed_values():
+    """Every channel in a row, of 16 tokens two and the two 8 further next to each other, then ones, then zeros."""
+    v = torch.arange(18, device=DEVICE).to(E4M3).view(1, 18, 1, 1).expand(1, 18, 2, 3)
+    rows = reference.transposed_values(v).float()
+    order = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
+    assert rows.shape == (1, 2, 11, 32)
+    assert rows[0, 1, 2].tolist() == v[0, [*order, 16, 17], 0, 0].float().tolist() + [0.0] * 14
+    assert rows[0, :, 3].sum(-1).tolist() == [18, 18] and not rows[:, :, 4:].any()
+
+
+def attention64(query, key, value):
+    query, key, value = (x.double().transpose(1, 2) for x in (query, key, value))
+    weights = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1)
+    return (weights @ value).transpose(1, 2)
+
+
+def heads_of(batch, tokens, heads, spread):
+    """q, k and v of 128 channels in e4m3, and v as `coded_attention` takes it."""
+    query, key, value = (normal(batch, tokens, heads, 128, spread=s).to(E4M3) for s in (spread, 1.0, 1.0))
+    return query, key, value, reference.transposed_values(value)
+
+
+@epilogues
+@pytest.mark.parametrize(("batch", "tokens", "heads"), [(1, 129, 1), (2, 256, 3), (1, 1000, 2), (3, 385, 1)])
+def test_coded_attention(kind, batch, tokens, heads):
+    """Probabilities are within e4m3's rounding and 6 %, whether one decides a row, or all do."""
+    for spread, allowed in ((0.0, 0.002), (1.0, 0.035), (4.0, 0.03), (30.0, 0.01)):
+        *operands, value, transposed = heads_of(batch, tokens, heads, spread)
+        got = operation(kind, "coded_attention")(*operands, transposed)
+        assert got.dtype == torch.bfloat16 and got.shape == value.shape and got.is_contiguous()
+        exact = attention64(*operands, value)
+        assert (got.double() - exact).norm() < allowed * exact.norm()
+
+
+@epilogues
+def test_coded_attention_of_constant_values(kind):
+    """What is the same for all tokens comes out as it went in, however many add up: sums are of the codes' values."""
+    query, key, value, _ = heads_of(1, 1000, 1, 2.0)
+    value = value[:, :1].expand_as(value)
+    got = operation(kind, "coded_attention")(query, key, reference.transposed_values(value)).float()
+    # Tensor cores keep 13 bits of a sum, and drop the rest from every product.
+    torch.testing.assert_close(got, value.float(), rtol=0.03 if kind == "quack" else 2**-8, atol=1e-3)
+
+
+@epilogues
+def test_coded_attention_of_what_is_not_finite(kind):
+    """NaN in q is lost with its row, in k or v with its head, and a score past half precision is NaN, not a number."""
+    query, key, value, _ = heads_of(1, 200, 4, 1.0)
+    query[0, 7, 0, 5], key[0, 150, 1, 5], value[0, 3, 2, 5] = (torch.tensor(float("nan")).to(E4M3) for _ in range(3))
+    query[0, 9, 3], key[0, 9, 3] = (torch.tensor(448.0).to(E4M3) for _ in range(2))
+    got = operation(kind, "coded_attention")(query, key, reference.transposed_values(value))[0].float()
+    lost = got.isnan()
+    assert lost[7, 0].all() and lost[:, 0].sum() == 128 and lost[:, 1].all() and lost[9, 3].all()
+    assert lost[:, 2, 5].all() and lost[:, 2].sum() == 200
+
+
+@needs_quack
+@pytest.mark.parametrize(("tokens", "heads"), [(1000, 24), (4352, 24), (513, 40)])
+def test_coded_attention_of_parts(tokens, heads):
+    """The keys of the last wave of tiles are divided, and no row is another than that of the reference."""
+    from fluxfast.kernels import flash
+    from fluxfast.machine import processors
+
+    parts, tiles = flash.parts_of(1, tokens, heads, processors())
+    assert parts > 1 and tiles > 0
+    query, key, _, transposed = heads_of(1, tokens, heads, 1.0)
+    got = flash.coded_attention(query, key, transposed).double()
+    for head in (0, heads - 1):
+        own = [x[:, :, head : head + 1] for x in (query, key)]
+        want = reference.coded_attention(*own, transposed[:, head : head + 1])[:, :, 0].double()
+        error = (got[:, :, head] - want).norm(dim=-1) / want.norm(dim=-1)
+        assert error.max() < 0.05
+
+
+@quack_installed
+@pytest.mark.parametrize(
+    ("batch", "tokens", "heads", "expected"),
+    [
+        (1, 4352, 24, (5, 24)),  # 816 tiles: six waves of 132
+        (1, 4608, 24, (1, 0)),  # 864: 72 are left, more than half a wave
+        (1, 4224, 24, (1, 0)),  # 792: none is left
+        (1, 1000, 24, (2, 60)),  # 192
+        (1, 512, 24, (1, 0)),  # not one wave
+        (2, 129, 99, (1, 0)),  # 396: three waves
+        (1, 257, 45, (1, 0)),  # 135: three left, of three blocks of keys, which would be parts of two and one
+    ],
+)
+def test_parts_of_the_last_wave(batch, tokens, heads, expected):
+    """As many as find room at once, of two blocks of keys each at least."""
+    from fluxfast.kernels import flash
+
+    assert flash.parts_of(batch, tokens, heads, 132) == expected
+
+
+@quack_installed
+def test_coded_attention_refuses_what_does_not_fit():
+    """Shapes, head sizes, lengths, types and a CPU, in one sentence each."""
+    from fluxfast.kernels import flash
+
+    query, key, value, transposed = heads_of(1, 130, 2, 1.0)
+    attend = flash.coded_attention
+    with pytest.raises(ValueError, match=r"'value': \(1, 2, 136, 144\)\} beside .* got .*'value': .*1, 130, 2, 128"):
+        attend(query, key, value)
+    with pytest.raises(ValueError, match="heads of 128 and 129 tokens at least, got 128 and 100"):
+        attend(query[:, :100], key[:, :100], reference.transposed_values(value[:, :100]))
+    with pytest.raises(ValueError, match=r"expected e4m3 q, k and v, got torch\.bfloat16"):
+        attend(query.bfloat16(), key, transposed)
+    with pytest.raises(ValueError, match="tensors on cpu; it runs on CUDA"):
+        attend(*(x.cpu() for x in (query, key, transposed)))
 
 
 @implementations
@@ -467,6 +583,7 @@ def example_arguments(name: str) -> tuple:
         "residual_layernorm_modulate_quantize": (rows, normal(4, 64), *vectors),
         "qk_norm_rope_quantize": heads,
         "qk_norm_rope_hadamard_quantize": heads,
+        TRANSPOSED: heads,
     }[name]
 
 
@@ -483,6 +600,8 @@ def test_triton_op_traces(name):
         def forward(self, *args):
             return op(*args)
 
+    # All operations are called by the same line, and Dynamo compiles that for no more than eight.
+    torch._dynamo.reset()
     compiled = torch.compile(Calls(), fullgraph=True, backend="inductor" if CUDA else "eager")
     exported = torch.export.export(Calls(), arguments).module()
     for call in (compiled, exported):

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from fluxfast.levels import BEYOND, DEFAULTS, FIELDS, FLUX_FAST, FP32, LADDER, LEVELS, Level, get_level
-from fluxfast.machine import EPILOGUE_FIELDS, FA3_MODULES, TRITON_FIELDS, Machine, effective, unavailable, why_not
+from fluxfast.machine import FA3_MODULES, QUACK_FIELDS, TRITON_FIELDS, Machine, effective, unavailable, why_not
 from fluxfast.workloads import TINY, WORKLOADS, Workload, get_workload
 
 CPU = Machine(device="cpu", capability=None, fa3_module=None, triton=True)
@@ -41,7 +41,10 @@ def test_rungs_without_a_measurement_are_beside_the_ladder() -> None:
     fused = "fused_quantize precomputed_modulation fused_qk_rope merged_projections"
     ids = f"float8_rowwise {fused} whole_loop_graph fast_encode fast_decode no_gemm_workspace"
     last = "split_attention_tail no_host_waits subpixel_upsampling fused_residuals hadamard_qk"
-    assert " ".join(level.id for level in BEYOND) == f"{ids} {last} gelu_epilogue residual_epilogue gemm_search"
+    assert (
+        " ".join(level.id for level in BEYOND)
+        == f"{ids} {last} gelu_epilogue residual_epilogue coded_softmax gemm_search"
+    )
     assert [level.parent for level in BEYOND] == ["fa3_fp8", *(level.id for level in BEYOND[:-1])]
     assert not set(BEYOND) & set(LADDER) and all(level.packaging == "jit" for level in BEYOND)
 
@@ -126,7 +129,7 @@ def test_triton_rung_says_what_is_missing(machine: Machine, words: str, field: s
     assert words in reason or (field == "fast_decode" and "found 8.0" in reason)
 
 
-@pytest.mark.parametrize("field", EPILOGUE_FIELDS)
+@pytest.mark.parametrize("field", QUACK_FIELDS)
 @pytest.mark.parametrize(
     ("machine", "found"),
     [
@@ -136,7 +139,7 @@ def test_triton_rung_says_what_is_missing(machine: Machine, words: str, field: s
         (dataclasses.replace(HOPPER, capability=(10, 0)), "found 10.0, Triton and quack"),
     ],
 )
-def test_epilogue_rung_says_what_is_missing(machine: Machine, found: str, field: str) -> None:
+def test_rung_of_quack_says_what_is_missing(machine: Machine, found: str, field: str) -> None:
     """A library that is not there is named, with the command that installs it."""
     reason = why_not(get_level(field), machine)
     assert reason is not None and reason.startswith(f"{field}: ") and reason.endswith(found)
@@ -144,10 +147,10 @@ def test_epilogue_rung_says_what_is_missing(machine: Machine, found: str, field:
     assert why_not(get_level(field), HOPPER) is None
 
 
-@pytest.mark.parametrize("field", ["fused_qk_rope", "hadamard_qk", "split_attention_tail"])
+@pytest.mark.parametrize("field", ["fused_qk_rope", "hadamard_qk", "split_attention_tail", "coded_softmax"])
 def test_rung_of_float8_attention_says_that_there_is_none(field: str) -> None:
     """What is cast for FlashAttention-3, or launches it, is nothing without it."""
-    reason = why_not(get_level(field), HOPPER_WITHOUT_FA3)
+    reason = why_not(get_level(field), dataclasses.replace(HOPPER_WITHOUT_FA3, quack=True))
     assert reason is not None and reason.startswith(f"{field}: ") and "fa3_fp8: needs compute capability 9.0" in reason
 
 

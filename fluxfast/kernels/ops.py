@@ -36,7 +36,8 @@ class BlockOps:
         quantize: (..., D) -> (q, scale). gelu: (rows) -> (q, scale). gelu_concat: (attention, mlp) -> (q, scale).
         layernorm_modulate: (rows, shift, scale, eps) -> (q, scale).
         residual_layernorm_modulate: (residual, y, gate, shift, scale, eps) -> (new residual, q, scale).
-        qk_norm_rope: see `reference.qk_norm_rope_quantize`, and `reference.hadamard` for what may follow.
+        qk_norm_rope: see `reference.qk_norm_rope_quantize`, and `reference.hadamard` for what may follow; v is as the
+            attention takes it.
         gelu_linear: (linears) -> module with `forward_gelu(q, scale, left)`, for the Linears in front of a GELU. None:
             they are of `linear`, and `gelu` or `gelu_concat` follows.
         residual_linear: (linears) -> module with `forward_residual(q, scale, residual, gate)`, for the Linears whose
@@ -76,6 +77,7 @@ def triton_ops(
     qk_rope: bool = True,
     quantize_rows: bool = True,
     hadamard: bool = False,
+    transposed_v: bool = False,
     gelu_epilogue: bool = False,
     residual_epilogue: bool = False,
 ) -> BlockOps:
@@ -87,15 +89,16 @@ def triton_ops(
         quantize_rows: for what is quantised as it is, the attention output of the double blocks. Inductor makes two
             kernels of it: the row maxima, then the codes with the two streams apart.
         hadamard: `qk_rope` with the Hadamard transform of q and k in front of the cast.
+        transposed_v: `hadamard`, with v as `flash.coded_attention` takes it.
         gelu_epilogue: for GELU and its quantisation, in quack's GEMM in front.
         residual_epilogue: for gated residuals, in quack's GEMMs in front.
 
     Raises:
         ImportError: if Triton, or quack for an epilogue, is not installed.
-        ValueError: for `hadamard` without `qk_rope`, whose kernel it is in.
+        ValueError: for `hadamard` without `qk_rope`, whose kernel it is in, and for `transposed_v` without both.
     """
-    if hadamard and not qk_rope:
-        raise ValueError("hadamard is done by the kernel of qk_rope: ask for both")
+    if (hadamard and not qk_rope) or (transposed_v and not hadamard):
+        raise ValueError("hadamard is done by the kernel of qk_rope, and v transposed beside both: ask for all of them")
     from fluxfast.kernels import activations, norms, qkv
 
     changes: dict[str, Op] = {}
@@ -107,7 +110,8 @@ def triton_ops(
             residual_layernorm_modulate=norms.residual_layernorm_modulate_quantize,
         )
     if qk_rope:
-        changes.update(qk_norm_rope=qkv.qk_norm_rope_hadamard_quantize if hadamard else qkv.qk_norm_rope_quantize)
+        plain = qkv.qk_norm_rope_hadamard_quantize if hadamard else qkv.qk_norm_rope_quantize
+        changes.update(qk_norm_rope=qkv.qk_norm_rope_hadamard_quantize_transposed if transposed_v else plain)
     if quantize_rows:
         changes.update(quantize=activations.quantize_rows)
     if gelu_epilogue or residual_epilogue:

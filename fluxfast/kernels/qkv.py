@@ -1,9 +1,9 @@
-"""QK RMSNorm + RoPE + concatenation of the text and image streams + e4m3 cast, in front of FlashAttention-3 in fp8.
+"""QK RMSNorm + RoPE + concatenation of the text and image streams + e4m3 cast, in front of attention in fp8.
 
 Traffic at FLUX's size (4352 tokens, 24 heads x 128): 80 MB of qkv read, 40 MB of e4m3 written, a floor of 28 us at 4.3
 TB/s; cos and sin (4.5 MB in float32) stay in the L2 cache. The Hadamard transform adds nothing to that: a thread mixes
 the eight neighbours that it has loaded, then each head goes through shared memory, for it to mix eight that were far
-apart.
+apart. `coded_attention` wants V transposed: that is a kernel of its own then, through shared memory too.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ import triton.language as tl
 from torch.library import triton_op, wrap_triton
 
 from fluxfast.kernels.device import require_runnable, to_e4m3
+from fluxfast.kernels.reference import PADDING, SUM_ROWS
 from fluxfast.kernels.rowwise import E4M3
 
 HEADS_PER_PROGRAM = 8
 NUM_WARPS = 4
+TRANSPOSED_TOKENS = 128
+"""A program's of the kernel that transposes."""
 
 
 @triton.jit
@@ -51,12 +54,13 @@ def _hadamard(x, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr):
 @triton.jit
 def _one_stream(
     qkv, weight_q_ptr, weight_k_ptr, cos, sin, q, k, v, offsets, mask, dims, eps,
-    WIDTH: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HADAMARD: tl.constexpr,
+    WIDTH: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HADAMARD: tl.constexpr, WITH_V: tl.constexpr,
 ):  # fmt: skip
     """One token of one stream: `qkv` points at its 3 * WIDTH values, q, k, v at its heads in the outputs."""
     value_q = tl.load(qkv + offsets, mask=mask, other=0.0).to(tl.float32)
     value_k = tl.load(qkv + WIDTH + offsets, mask=mask, other=0.0).to(tl.float32)
-    value_v = tl.load(qkv + 2 * WIDTH + offsets, mask=mask, other=0.0).to(tl.float32)
+    if WITH_V:
+        value_v = tl.load(qkv + 2 * WIDTH + offsets, mask=mask, other=0.0).to(tl.float32)
     weight_q = tl.load(weight_q_ptr + dims).to(tl.float32)
     weight_k = tl.load(weight_k_ptr + dims).to(tl.float32)
     turned_q = _norm_rope(value_q, weight_q, cos, sin, eps, GROUP, HEAD_DIM)
@@ -65,7 +69,8 @@ def _one_stream(
         turned_q, turned_k = _hadamard(turned_q, GROUP, HEAD_DIM), _hadamard(turned_k, GROUP, HEAD_DIM)
     tl.store(q + offsets, to_e4m3(turned_q), mask=mask)
     tl.store(k + offsets, to_e4m3(turned_k), mask=mask)
-    tl.store(v + offsets, to_e4m3(value_v), mask=mask)
+    if WITH_V:
+        tl.store(v + offsets, to_e4m3(value_v), mask=mask)
 
 
 @triton.jit
@@ -94,6 +99,7 @@ def _qk_norm_rope_kernel(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HADAMARD: tl.constexpr,
+    WITH_V: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     sample = program // tokens
@@ -115,14 +121,53 @@ def _qk_norm_rope_kernel(
         text = text_ptr + sample * text_batch_stride + token * text_stride
         _one_stream(
             text, text_norm_q, text_norm_k, cos, sin, q, k, v, offsets, mask, dims, eps,
-            WIDTH, GROUP, HEAD_DIM, HADAMARD,
+            WIDTH, GROUP, HEAD_DIM, HADAMARD, WITH_V,
         )  # fmt: skip
     else:
         image = image_ptr + sample * image_batch_stride + (token - text_tokens) * image_stride
         _one_stream(
             image, norm_q, norm_k, cos, sin, q, k, v, offsets, mask, dims, eps,
-            WIDTH, GROUP, HEAD_DIM, HADAMARD,
+            WIDTH, GROUP, HEAD_DIM, HADAMARD, WITH_V,
         )  # fmt: skip
+
+
+@triton.jit
+def _transpose_v_kernel(
+    text_ptr,
+    image_ptr,
+    out_ptr,
+    text_batch_stride,
+    text_stride,
+    image_batch_stride,
+    image_stride,
+    text_tokens,
+    tokens,
+    padded,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SUMS: tl.constexpr,
+    PAD: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """V of one head and some tokens, and the rows behind it: see `reference.transposed_values`."""
+    lane = tl.program_id(1).to(tl.int64)
+    sample, head = lane // HEADS, lane % HEADS
+    place = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    inner = place % PAD
+    token = place - inner + inner // 4 * 2 + inner % 4 // 2 * 8 + inner % 2
+    dims = 2 * HEADS * HEAD_DIM + head * HEAD_DIM + tl.arange(0, HEAD_DIM)
+    is_text, exists = (token < text_tokens)[:, None], (token < tokens)[:, None]
+    text = text_ptr + sample * text_batch_stride + token[:, None].to(tl.int64) * text_stride + dims[None, :]
+    image = image_ptr + sample * image_batch_stride + (token - text_tokens)[:, None].to(tl.int64) * image_stride
+    # No program has two streams to load but the one with the border.
+    v = tl.load(text, mask=is_text & exists, other=0.0).to(tl.float32)
+    v += tl.load(image + dims[None, :], mask=exists & (is_text == 0), other=0.0).to(tl.float32)
+    out = out_ptr + lane * (HEAD_DIM + SUMS) * padded + place[None, :]
+    inside = (place < padded)[None, :]
+    tl.store(out + tl.arange(0, HEAD_DIM)[:, None] * padded, tl.trans(to_e4m3(v)), mask=inside)
+    row = tl.arange(0, SUMS)[:, None]
+    ones = tl.where((row == 0) & (token < tokens)[None, :], 1.0, 0.0)
+    tl.store(out + (HEAD_DIM + row) * padded, to_e4m3(ones), mask=inside)
 
 
 def _check(
@@ -164,6 +209,7 @@ def _launch(
     text_norm_k: torch.Tensor | None,
     *,
     hadamard: bool,
+    transposed: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     head_dim = norm_q.shape[0]
     _check(qkv, head_dim, cos, sin, (text_qkv, text_norm_q, text_norm_k), hadamard=hadamard)
@@ -174,7 +220,9 @@ def _launch(
     text_norm_k = norm_k if text_norm_k is None else text_norm_k
     require_runnable(qkv, text, norm_q, norm_k, text_norm_q, text_norm_k, cos, sin)
     batch, tokens, heads = qkv.shape[0], text_tokens + qkv.shape[1], qkv.shape[2] // (3 * head_dim)
-    q, k, v = (torch.empty((batch, tokens, heads, head_dim), dtype=E4M3, device=qkv.device) for _ in range(3))
+    shape = (batch, tokens, heads, head_dim)
+    q, k = (torch.empty(shape, dtype=E4M3, device=qkv.device) for _ in range(2))
+    v = torch.empty(_transposed_shape(shape) if transposed else shape, dtype=E4M3, device=qkv.device)
     wrap_triton(_qk_norm_rope_kernel)[(batch * tokens, triton.cdiv(heads, HEADS_PER_PROGRAM))](
         text,
         qkv,
@@ -200,9 +248,35 @@ def _launch(
         HEADS_PER_PROGRAM,
         head_dim,
         hadamard,
+        not transposed,
         num_warps=NUM_WARPS,
     )
+    if transposed:
+        padded = v.shape[-1]
+        wrap_triton(_transpose_v_kernel)[(triton.cdiv(padded, TRANSPOSED_TOKENS), batch * heads)](
+            text,
+            qkv,
+            v,
+            text.stride(0),
+            text.stride(1),
+            qkv.stride(0),
+            qkv.stride(1),
+            text_tokens,
+            tokens,
+            padded,
+            heads,
+            head_dim,
+            SUM_ROWS,
+            PADDING,
+            TRANSPOSED_TOKENS,
+            num_warps=NUM_WARPS,
+        )
     return q, k, v
+
+
+def _transposed_shape(shape: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    batch, tokens, heads, head_dim = shape
+    return batch, heads, head_dim + SUM_ROWS, -(-tokens // PADDING) * PADDING
 
 
 @triton_op("fluxfast::qk_norm_rope_quantize", mutates_args={})
@@ -253,6 +327,31 @@ def qk_norm_rope_hadamard_quantize(
     Dh is a power of two, 64 at least. An infinity in q or k makes 64 channels NaN.
     """
     return _launch(qkv, norm_q, norm_k, cos, sin, eps, text_qkv, text_norm_q, text_norm_k, hadamard=True)
+
+
+@triton_op("fluxfast::qk_norm_rope_hadamard_quantize_transposed", mutates_args={})
+def qk_norm_rope_hadamard_quantize_transposed(
+    qkv: torch.Tensor,
+    norm_q: torch.Tensor,
+    norm_k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float = 1e-6,
+    text_qkv: torch.Tensor | None = None,
+    text_norm_q: torch.Tensor | None = None,
+    text_norm_k: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `qk_norm_rope_hadamard_quantize`, v as `coded_attention` takes it, see `reference.transposed_values`."""
+    arguments = (qkv, norm_q, norm_k, cos, sin, eps, text_qkv, text_norm_q, text_norm_k)
+    return _launch(*arguments, hadamard=True, transposed=True)
+
+
+@qk_norm_rope_hadamard_quantize_transposed.register_fake
+def _(qkv, norm_q, norm_k, cos, sin, eps=1e-6, text_qkv=None, text_norm_q=None, text_norm_k=None):
+    head_dim = norm_q.shape[0]
+    shape = (qkv.shape[0], cos.shape[0], qkv.shape[2] // (3 * head_dim), head_dim)
+    q, k = (qkv.new_empty(shape, dtype=E4M3) for _ in range(2))
+    return q, k, qkv.new_empty(_transposed_shape(shape), dtype=E4M3)
 
 
 @qk_norm_rope_quantize.register_fake

@@ -8,12 +8,25 @@ Rows are tokens. A per-sample vector such as `shift` has shape (B, D); row r of 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
-from fluxfast.kernels.rowwise import cast_e4m3, quantize_rowwise
+from fluxfast.kernels.rowwise import E4M3, cast_e4m3, quantize_rowwise
 
 Quantized = tuple[torch.Tensor, torch.Tensor]
+
+PADDING = 16
+"""Tokens among which `transposed_values` changes the order, and of which it has a multiple."""
+SUM_ROWS = 8
+"""Behind a head's channels: a row of ones, and zeros up to what tensor cores multiply with."""
+TOP_CODE = 126
+"""e4m3's of 448; the next is NaN."""
+CODES_A_BINADE = 8
+"""Three bits of mantissa."""
+LARGEST_BINADE = 256
+"""Of a probability before it is scaled: up to there, half precision tells its codes apart."""
 
 
 def per_sample(x: torch.Tensor, vector: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -215,6 +228,67 @@ def qk_norm_rope_hadamard_quantize(
     """Reference of `qkv.qk_norm_rope_hadamard_quantize`."""
     q, k, v = qk_norm_rope(qkv, norm_q, norm_k, cos, sin, eps, text_qkv, text_norm_q, text_norm_k)
     return cast_e4m3(hadamard(q)), cast_e4m3(hadamard(k)), cast_e4m3(v)
+
+
+def qk_norm_rope_hadamard_quantize_transposed(
+    qkv: torch.Tensor,
+    norm_q: torch.Tensor,
+    norm_k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float = 1e-6,
+    text_qkv: torch.Tensor | None = None,
+    text_norm_q: torch.Tensor | None = None,
+    text_norm_k: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Reference of `qkv.qk_norm_rope_hadamard_quantize_transposed`."""
+    arguments = (qkv, norm_q, norm_k, cos, sin, eps, text_qkv, text_norm_q, text_norm_k)
+    q, k, v = qk_norm_rope_hadamard_quantize(*arguments)
+    return q, k, transposed_values(v)
+
+
+def _token_order(tokens: int, device: torch.device) -> torch.Tensor:
+    """Which token stands where in `transposed_values`, tokens past the end included."""
+    place = torch.arange(-(-tokens // PADDING) * PADDING, device=device)
+    inner = place % PADDING
+    return place - inner + inner // 4 * 2 + inner % 4 // 2 * 8 + inner % 2
+
+
+def transposed_values(v: torch.Tensor) -> torch.Tensor:
+    """V as `flash.coded_attention` multiplies with it: channels in front of tokens.
+
+    Args:
+        v: (B, S, H, Dh) float8_e4m3fn.
+
+    Returns:
+        (B, H, Dh + 8, S'), S' the next multiple of 16. Row Dh is one for every token, the seven behind it are zero, and
+        so is everything past the last token. Of every 16 tokens the order is 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15:
+        a thread of a tensor core holds probabilities of two neighbours and of the two 8 further, and multiplies four
+        neighbours.
+    """
+    batch, tokens, heads, dim = v.shape
+    order = _token_order(tokens, v.device)
+    rows = torch.zeros((batch, heads, dim + SUM_ROWS, len(order)), device=v.device)
+    rows[:, :, :dim, :tokens] = v.float().permute(0, 2, 3, 1)
+    rows[:, :, dim, :tokens] = 1
+    return rows[..., order].to(E4M3)
+
+
+def coded_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Reference of `flash.coded_attention`: one scale a row, where the kernel may have had smaller ones on its way."""
+    tokens, dim = query.shape[1], query.shape[3]
+    rows = torch.empty_like(value, dtype=torch.float32)
+    rows[..., _token_order(tokens, value.device)] = value.float()
+    q, k, v = query.float().transpose(1, 2), key.float().transpose(1, 2), rows[:, :, :dim, :tokens]
+    scores = (q @ k.transpose(-1, -2)).half().float()
+    slope = torch.tensor(CODES_A_BINADE * math.log2(math.e) * dim**-0.5).half().float()
+    binade = (scores.amax(-1, keepdim=True) * slope / CODES_A_BINADE).ceil()
+    shift = torch.where(binade.abs() <= LARGEST_BINADE, TOP_CODE - CODES_A_BINADE * binade, torch.nan)
+    places = (scores * slope + shift).half().float()
+    codes = places.clamp(min=0).round().to(torch.uint8).view(E4M3).float()
+    probabilities = torch.where(places.isnan(), torch.nan, codes)
+    out = probabilities @ v.transpose(-1, -2) / probabilities.sum(-1, keepdim=True)
+    return out.transpose(1, 2).contiguous().to(torch.bfloat16)
 
 
 def group_norm_silu(

@@ -1,4 +1,4 @@
-"""Compiles quack's GEMMs with our epilogues for a Hopper, without one: machine code of each, in a file of its own.
+"""Compiles what is built on quack for a Hopper, without one: machine code of each kernel, in a file of its own.
 
 A process of its own, because CuTe DSL reads its settings when it is imported: see `test_kernels_for_hopper.py`. Its
 arguments are the folder in which CuTe DSL leaves machine code, and the one for these files.
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from quack.gemm_runtime import host
 
-from fluxfast.kernels import gemm
+from fluxfast.kernels import flash, gemm
 from fluxfast.kernels.rowwise import E4M3
 
 LEFT, OUT = map(Path, sys.argv[1:])
@@ -36,8 +36,13 @@ def compile_epilogue(name: str, rows: int, columns: int) -> None:
         vectors["gate"] = torch.empty(columns, dtype=torch.bfloat16)
     cut = gemm.tiles(rows, columns, widths, PROCESSORS) | {"_launch": False}
     gemm.multiply(getattr(gemm, name), cut, q, weight, out, *c, **vectors)
+    take(f"{name}_{rows}")
+
+
+def take(name: str) -> None:
+    """The machine code that was left, under a name that says whose it is."""
     (binary,) = LEFT.glob("*.cubin")
-    binary.rename(OUT / f"{name}_{rows}.cubin")
+    binary.rename(OUT / f"{name}.cubin")
 
 
 # Of the ones with the same tiles, one: quack compiles the others no more.
@@ -45,3 +50,5 @@ for sizes in (("gelu", 4352, 12288), ("gelu", 256, 12288)):
     compile_epilogue(*sizes)
 for rows in (4352, 4096, 256):
     compile_epilogue("gated_residual", rows, D)
+flash.coded_attention_kernel(PROCESSORS, flash.SOURCE)
+take("coded_attention")

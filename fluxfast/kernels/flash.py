@@ -1,0 +1,587 @@
+"""Attention of e4m3 q, k, v for Hopper that writes its probabilities as codes: flash attention without exponentials.
+
+e4m3's code of 2^x is nearly 8 * x plus a constant: its mantissa is linear between powers of two, where 2^x is not, and
+the difference is at most 6 %, as much as the code's own rounding. So a probability costs a fused multiply-add to find
+its place on that scale, for two elements at once in half precision, and an addition that rounds to an integer, instead
+of an exponential of the special-function unit and a conversion. What a row is scaled by are powers of two only, which
+move codes by multiples of 8, exactly. Sums are of the codes' values, so that what is linear cancels: V gets a row of
+ones, and the tensor cores add up.
+
+One thread block a processor (SM) works through tiles of 128 queries: a warp loads K and V (TMA), two groups of four
+warps take 64 queries each. A group packs the scores of the next keys while it multiplies the probabilities of the last,
+then multiplies the keys after them while it makes codes of these: see `_Forward.consume`. Where the last wave of tiles
+would leave most processors idle, its keys are divided into parts, which `_combine_kernel` adds up.
+
+The tensor cores add up e4m3 products with 13 bits behind the largest, whatever type the sum is kept in: a sum of 4352
+probabilities in one register would lose 7 %. Sums leave the registers after every 128 keys; V's products, of both
+signs, stay, as in FlashAttention-3.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+import cutlass
+import torch
+import triton
+import triton.language as tl
+from cuda.bindings.driver import CUstream  # type: ignore[import-untyped]
+from cutlass import BFloat16, Float32, Int32, Int64, cute, pipeline
+from cutlass.cute.nvgpu import cpasync, warpgroup
+from cutlass.cutlass_dsl import dsl_user_op
+from cutlass.memory import SmemAllocator
+from cutlass.pipeline import PipelineUserType, pipeline_init_arrive, pipeline_init_wait
+from cutlass.tensor_utils import LayoutEnum
+from quack import copy_utils, layout_utils, sm90_utils
+from quack.cache import jit_cache
+from quack.compile_utils import make_fake_stream, make_fake_tensor
+from quack.fast_math import FastDivmod
+from quack.pipeline import PipelineTmaAsync, make_pipeline_state
+
+from fluxfast.kernels.reference import CODES_A_BINADE, LARGEST_BINADE, PADDING, SUM_ROWS, TOP_CODE
+from fluxfast.kernels.rowwise import E4M3
+from fluxfast.machine import processors
+
+HEAD_DIM = 128
+GROUPS = 2
+"""Of four warps that multiply; each takes 64 queries, the height of a tensor core instruction."""
+GROUP_ROWS = 64
+QUERIES = GROUPS * GROUP_ROWS
+KEYS = 128
+STAGES = 4
+"""Blocks of keys, and of values, that are in shared memory."""
+VALUE_ROWS = HEAD_DIM + SUM_ROWS
+LEAST_TOKENS = KEYS + 1
+"""Two blocks of keys: the first and the last are worked on outside of the loop."""
+THREADS = 128 * (GROUPS + 1)
+REGISTERS = (24, 240)
+"""Of a thread that loads and of one that multiplies; together what a processor has."""
+COMBINED_ROWS = 8
+
+F8 = cutlass.Float8E4M3FN
+SUMS = 4 * (HEAD_DIM // 8)
+"""Where a thread's accumulators of the row of ones begin: behind four for each eight columns."""
+SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
+def _ptx(instruction: str, *args: Any, out: tuple[Any, ...], loc: Any, ip: Any) -> Any:
+    return cute.arch.inline_ptx(instruction, write_only_types=list(out), read_only_args=list(args), loc=loc, ip=ip)
+
+
+@dsl_user_op
+def _pack(low, high, *, loc=None, ip=None):
+    """Two float32 as halves."""
+    return _ptx("cvt.rn.f16x2.f32 {$w0}, {$r1}, {$r0};", low, high, out=(Int32,), loc=loc, ip=ip)
+
+
+@dsl_user_op
+def _unpack(pair, *, loc=None, ip=None):
+    """Two halves as float32."""
+    ptx = "{.reg .b16 l, h; mov.b32 {l, h}, {$r0}; cvt.f32.f16 {$w0}, l; cvt.f32.f16 {$w1}, h;}"
+    return _ptx(ptx, pair, out=(Float32, Float32), loc=loc, ip=ip)
+
+
+@dsl_user_op
+def _largest(a, b, *, loc=None, ip=None):
+    """Of halves, two at once; of a number and NaN, the number."""
+    return _ptx("max.f16x2 {$w0}, {$r0}, {$r1};", a, b, out=(Int32,), loc=loc, ip=ip)
+
+
+@dsl_user_op
+def _bytes(a, b, chosen, *, loc=None, ip=None):
+    """Four of eight bytes, by number from the lowest."""
+    return _ptx("prmt.b32 {$w0}, {$r0}, {$r1}, {$r2};", a, b, Int32(chosen), out=(Int32,), loc=loc, ip=ip)
+
+
+@dsl_user_op
+def _two_codes(scores, slope, shift, *, loc=None, ip=None):
+    """Of halves, max(0, scores * slope + shift) rounded to integers, in the lowest byte of each half.
+
+    Added to 1024, whose unit in the last place is one, an integer is the low bits of the sum. NaN, a multiplication's
+    own, is 0x7FFF, and so ends in e4m3's NaN.
+    """
+    ptx = "{.reg .b32 t, m; mov.b32 m, 0x64006400; fma.rn.relu.f16x2 t, {$r0}, {$r1}, {$r2}; add.rn.f16x2 {$w0}, t, m;}"
+    return _ptx(ptx, scores, slope, shift, out=(Int32,), loc=loc, ip=ip)
+
+
+@dsl_user_op
+def _ceil(x, *, loc=None, ip=None):
+    return _ptx("cvt.rpi.f32.f32 {$w0}, {$r0};", x, out=(Float32,), loc=loc, ip=ip)
+
+
+@dsl_user_op
+def _zero(x, *, loc=None, ip=None):
+    """Zero in the register of `x`: a constant would get one of its own, and ptxas would wait between products."""
+    return _ptx("mul.f32 {$w0}, {$r0}, 0f00000000;", x, out=(Float32,), loc=loc, ip=ip)
+
+
+@cute.jit
+def _pack_scores(scores: cute.Tensor, pairs: cute.Tensor):
+    """A thread's accumulators, for each eight columns two neighbours in a row and the two of the row 8 below."""
+    for i in cutlass.range_constexpr(cute.size(pairs)):
+        pairs[i] = _pack(scores[2 * i], scores[2 * i + 1])
+
+
+@cute.jit
+def _write_codes(pairs: cute.Tensor, bins, binades: Float32, slope: Int32):
+    """Scores become codes, in place.
+
+    Args:
+        pairs: of halves; the even ones are of a thread's first row, the odd ones of its second.
+        bins: for each row, the power of two that its codes are relative to.
+        binades: of a score's unit. slope: codes of it, as two halves.
+
+    Returns:
+        The new bins: at least the old ones, and no smaller than the largest score.
+    """
+    top = [pairs[i] for i in range(4)]
+    for i in cutlass.range_constexpr(4, cute.size(pairs)):
+        top[i % 4] = _largest(top[i % 4], pairs[i])
+    first, second = _largest(top[0], top[2]), _largest(top[1], top[3])
+    # The four threads of a quad share two rows: a half for each.
+    rows = _largest(_bytes(first, second, 0x5410), _bytes(first, second, 0x7632))
+    for offset in (1, 2):
+        rows = _largest(rows, cute.arch.shuffle_sync_bfly(rows, offset=offset))
+    new, shifts = [], []
+    for old, score in zip(bins, _unpack(rows), strict=True):
+        row = cute.arch.fmax(old, _ceil(score * binades))
+        # Past that, halves hold not every code's place.
+        shift = cutlass.select_(
+            cute.math.absf(row) <= LARGEST_BINADE, TOP_CODE - CODES_A_BINADE * row, Float32(math.nan)
+        )
+        new.append(row)
+        shifts.append(_pack(shift, shift))
+    for i in cutlass.range_constexpr(cute.size(pairs)):
+        pairs[i] = _two_codes(pairs[i], slope, shifts[i % 2])
+    return new
+
+
+@cute.jit
+def _gather_codes(pairs: cute.Tensor, probabilities: cute.Tensor):
+    """Codes in the order in which a thread holds the left operand of a product, four a register.
+
+    It holds columns 4t to 4t + 3 where the accumulators had 2t, 2t + 1, 2t + 8 and 2t + 9 of every 16 columns; the rows
+    of V stand in that order instead (`reference.transposed_values`).
+    """
+    for i in cutlass.range_constexpr(cute.size(probabilities)):
+        at = i // 2 * 4 + i % 2
+        probabilities[i] = _bytes(pairs[at], pairs[at + 2], 0x6420)
+
+
+@cute.jit
+def _rescale(out: cute.Tensor, count: cutlass.Constexpr[int], sums, old, new):
+    """Accumulators and sums, to be relative to new bins, if a row of the warp has one."""
+    if cute.arch.vote_any_sync((new[0] > old[0]) | (new[1] > old[1])):
+        by = [cute.math.exp2(old[row] - new[row], fastmath=True) for row in (0, 1)]
+        for i in cutlass.range_constexpr(count):
+            out[i] *= by[i // 2 % 2]
+        sums[0] *= by[0]
+        sums[1] *= by[1]
+    return sums
+
+
+class _Forward:
+    """The kernel; CuTe DSL compiles it once for all sizes."""
+
+    def __init__(self, at_once: int) -> None:
+        self.at_once = at_once
+
+    @cute.jit
+    def __call__(
+        self,
+        q: cute.Tensor,
+        k: cute.Tensor,
+        v: cute.Tensor,
+        out: cute.Tensor,
+        partial: cute.Tensor,
+        weights: cute.Tensor,
+        scale: Float32,
+        parts: Int32,
+        stream: CUstream,
+    ):
+        """q, k, v, out: see `coded_attention`; partial (items, QUERIES, HEAD_DIM) and weights (items, QUERIES) for the
+        tiles whose keys are divided into `parts`."""
+        # Rows and channels first, then head and sample.
+        q, k, out = [layout_utils.select(x, [1, 3, 2, 0]) for x in (q, k, out)]
+        v, partial = layout_utils.select(v, [2, 3, 1, 0]), layout_utils.select(partial, [1, 2, 0])
+        q_layout = sm90_utils.make_smem_layout(F8, LayoutEnum.ROW_MAJOR, (QUERIES, HEAD_DIM), 2)
+        k_layout = sm90_utils.make_smem_layout(F8, LayoutEnum.ROW_MAJOR, (KEYS, HEAD_DIM), STAGES)
+        v_layout = sm90_utils.make_smem_layout(F8, LayoutEnum.ROW_MAJOR, (VALUE_ROWS, KEYS), STAGES)
+        out_layout = sm90_utils.make_smem_layout(BFloat16, LayoutEnum.ROW_MAJOR, (GROUP_ROWS, HEAD_DIM), GROUPS)
+        q_tile, k_tile, v_tile, out_tile = [
+            cute.select(layout, mode=[0, 1]) for layout in (q_layout, k_layout, v_layout, out_layout)
+        ]
+        load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
+        q_copy, q = cpasync.make_tiled_tma_atom(load, q, q_tile, (QUERIES, HEAD_DIM))
+        k_copy, k = cpasync.make_tiled_tma_atom(load, k, k_tile, (KEYS, HEAD_DIM))
+        v_copy, v = cpasync.make_tiled_tma_atom(load, v, v_tile, (VALUE_ROWS, KEYS))
+        out_copy, out = cpasync.make_tiled_tma_atom(store, out, out_tile, (GROUP_ROWS, HEAD_DIM))
+        partial_copy, partial = cpasync.make_tiled_tma_atom(store, partial, out_tile, (GROUP_ROWS, HEAD_DIM))
+        score_product = sm90_utils.make_tiled_mma(F8, "K", "K", KEYS, atom_layout_mnk=(GROUPS, 1, 1))
+        value_product = sm90_utils.make_tiled_mma(F8, "K", "K", VALUE_ROWS, source="RS", atom_layout_mnk=(GROUPS, 1, 1))
+        # Never multiplied with: it says which thread of a group holds what of an output without sums.
+        held = sm90_utils.make_tiled_mma(F8, "K", "K", HEAD_DIM, source="RS")
+
+        @cute.struct
+        class Storage:
+            q_barriers: cute.struct.MemRange[Int64, 2 * 2]
+            k_barriers: cute.struct.MemRange[Int64, 2 * STAGES]
+            v_barriers: cute.struct.MemRange[Int64, 2 * STAGES]
+            q: cute.struct.Align[cute.struct.MemRange[F8, cute.cosize(q_layout)], 1024]
+            k: cute.struct.Align[cute.struct.MemRange[F8, cute.cosize(k_layout)], 1024]
+            v: cute.struct.Align[cute.struct.MemRange[F8, cute.cosize(v_layout)], 1024]
+            out: cute.struct.Align[cute.struct.MemRange[BFloat16, cute.cosize(out_layout)], 1024]
+
+        self.storage = Storage
+        tall, blocks = cute.ceil_div(q.shape[0], QUERIES), cute.ceil_div(k.shape[0], KEYS)
+        tiles = tall * q.shape[2] * q.shape[3]
+        whole = tiles
+        if parts > 1:
+            whole = tiles // self.at_once * self.at_once
+        items = whole + (tiles - whole) * parts
+        self.kernel(
+            q_copy, q, k_copy, k, v_copy, v, out_copy, out, partial_copy, partial, weights,
+            score_product, value_product, held, q_layout, k_layout, v_layout, out_layout,
+            FastDivmod(tall), FastDivmod(q.shape[2]), FastDivmod(parts),
+            whole, items, cute.ceil_div(blocks, parts), scale,
+        ).launch(
+            grid=[cutlass.min(items, self.at_once), 1, 1], block=[THREADS, 1, 1], stream=stream, min_blocks_per_mp=1
+        )  # fmt: skip
+
+    @cute.kernel
+    def kernel(
+        self,
+        q_copy: cute.CopyAtom,
+        q: cute.Tensor,
+        k_copy: cute.CopyAtom,
+        k: cute.Tensor,
+        v_copy: cute.CopyAtom,
+        v: cute.Tensor,
+        out_copy: cute.CopyAtom,
+        out: cute.Tensor,
+        partial_copy: cute.CopyAtom,
+        partial: cute.Tensor,
+        weights: cute.Tensor,
+        score_product: cute.TiledMma,
+        value_product: cute.TiledMma,
+        held: cute.TiledMma,
+        q_layout: cute.ComposedLayout,
+        k_layout: cute.ComposedLayout,
+        v_layout: cute.ComposedLayout,
+        out_layout: cute.ComposedLayout,
+        tall: FastDivmod,
+        heads: FastDivmod,
+        parts: FastDivmod,
+        whole: Int32,
+        items: Int32,
+        part_blocks: Int32,
+        scale: Float32,
+    ):
+        """Items from the block's own number on: `whole` tiles, then parts of `part_blocks` blocks of keys."""
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        if warp == 0:
+            for copy in (q_copy, k_copy, v_copy, out_copy, partial_copy):
+                cpasync.prefetch_descriptor(copy)
+        storage = SmemAllocator().allocate(self.storage)
+        create = functools.partial(
+            PipelineTmaAsync.create,
+            producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
+            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 4 * GROUPS),
+            defer_sync=True,
+        )
+        q_ready = create(barrier_storage=storage.q_barriers.data_ptr(), num_stages=2, tx_count=QUERIES * HEAD_DIM)
+        k_ready = create(barrier_storage=storage.k_barriers.data_ptr(), num_stages=STAGES, tx_count=KEYS * HEAD_DIM)
+        v_ready = create(barrier_storage=storage.v_barriers.data_ptr(), num_stages=STAGES, tx_count=VALUE_ROWS * KEYS)
+        pipeline_init_arrive(cluster_shape_mn=(1, 1), is_relaxed=True)
+        q_shared = storage.q.get_tensor(q_layout.outer, swizzle=q_layout.inner)
+        k_shared = storage.k.get_tensor(k_layout.outer, swizzle=k_layout.inner)
+        v_shared = storage.v.get_tensor(v_layout.outer, swizzle=v_layout.inner)
+        out_shared = storage.out.get_tensor(out_layout.outer, swizzle=out_layout.inner)
+        pipeline_init_wait(cluster_shape_mn=(1, 1))
+
+        item, at_once = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
+        tokens = k.shape[0]
+        blocks = cute.ceil_div(tokens, KEYS)
+        if warp < 4:
+            cute.arch.setmaxregister_decrease(REGISTERS[0])
+            if warp == 0:
+                q_at = make_pipeline_state(PipelineUserType.Producer, 2)
+                k_at = make_pipeline_state(PipelineUserType.Producer, STAGES)
+                v_at = make_pipeline_state(PipelineUserType.Producer, STAGES)
+                while item < items:
+                    tile, begin, end = item, Int32(0), blocks
+                    if item >= whole:
+                        tile, part = divmod(item - whole, parts)
+                        tile, begin = tile + whole, part * part_blocks
+                        end = cutlass.min(begin + part_blocks, blocks)
+                    lane, row = divmod(tile, tall)
+                    sample, head = divmod(lane, heads)
+                    q_tiles = cute.local_tile(q[None, None, head, sample], (QUERIES, HEAD_DIM), (None, 0))
+                    k_tiles = cute.local_tile(k[None, None, head, sample], (KEYS, HEAD_DIM), (None, 0))
+                    v_tiles = cute.local_tile(v[None, None, head, sample], (VALUE_ROWS, KEYS), (0, None))
+                    one = cute.make_layout(1)
+                    q_load, _, _ = copy_utils.tma_get_copy_fn(q_copy, 0, one, q_tiles, q_shared)
+                    k_load, _, _ = copy_utils.tma_get_copy_fn(k_copy, 0, one, k_tiles, k_shared)
+                    v_load, _, _ = copy_utils.tma_get_copy_fn(v_copy, 0, one, v_tiles, v_shared)
+                    q_ready.producer_acquire(q_at)
+                    q_load(src_idx=row, dst_idx=q_at.index, tma_bar_ptr=q_ready.producer_get_barrier(q_at))
+                    q_at.advance()
+                    for i in cutlass.range(end - begin, unroll=1):
+                        block = end - 1 - i
+                        k_ready.producer_acquire(k_at)
+                        k_load(src_idx=block, dst_idx=k_at.index, tma_bar_ptr=k_ready.producer_get_barrier(k_at))
+                        k_at.advance()
+                        v_ready.producer_acquire(v_at)
+                        v_load(src_idx=block, dst_idx=v_at.index, tma_bar_ptr=v_ready.producer_get_barrier(v_at))
+                        v_at.advance()
+                    item += at_once
+        else:
+            cute.arch.setmaxregister_increase(REGISTERS[1])
+            thread = cute.arch.thread_idx()[0] - 128
+            group = cute.arch.make_warp_uniform(thread // 128)
+            thread %= 128
+            quad_thread = thread % 4
+            score_slice = score_product.get_slice(128 * group)
+            value_slice = value_product.get_slice(128 * group)
+            q_operand = score_slice.make_fragment_A(score_slice.partition_A(q_shared))
+            k_operand = score_slice.make_fragment_B(score_slice.partition_B(k_shared))
+            v_operand = value_slice.make_fragment_B(value_slice.partition_B(v_shared))
+            p_operand = value_slice.make_fragment_A(value_slice.partition_shape_A((QUERIES, KEYS)))
+            probabilities = cute.recast_tensor(p_operand, Int32)
+            pairs = cute.make_rmem_tensor(2 * cute.size(probabilities), Int32)
+            scores = cute.make_rmem_tensor(score_slice.partition_shape_C((QUERIES, KEYS)), Float32)
+            summed = cute.make_rmem_tensor(value_slice.partition_shape_C((QUERIES, VALUE_ROWS)), Float32)
+            to_shared = cute.make_tiled_copy_C(copy_utils.get_smem_store_atom(BFloat16), held).get_slice(thread)
+            rounded = cute.make_rmem_tensor(held.get_slice(thread).partition_shape_C((GROUP_ROWS, HEAD_DIM)), BFloat16)
+            rounded_shared = to_shared.partition_D(out_shared[None, None, group])
+            q_at = make_pipeline_state(PipelineUserType.Consumer, 2)
+            k_at = make_pipeline_state(PipelineUserType.Consumer, STAGES)
+            v_at = make_pipeline_state(PipelineUserType.Consumer, STAGES)
+            slope = _pack(*[CODES_A_BINADE * math.log2(math.e) * scale] * 2)
+            # By the slope as it is rounded, so that no code is above the top one.
+            binades = _unpack(slope)[0] / CODES_A_BINADE
+            multiply = sm90_utils.gemm_w_idx
+            while item < items:
+                tile, begin, end = item, Int32(0), blocks
+                if item >= whole:
+                    tile, part = divmod(item - whole, parts)
+                    tile, begin = tile + whole, part * part_blocks
+                    end = cutlass.min(begin + part_blocks, blocks)
+                lane, row = divmod(tile, tall)
+                sample, head = divmod(lane, heads)
+                # The last block of keys first: the only one that may not be full.
+                q_ready.consumer_wait(q_at)
+                k_ready.consumer_wait(k_at)
+                multiply(
+                    score_product, scores, q_operand, k_operand, True, A_idx=q_at.index, B_idx=k_at.index, wg_wait=0
+                )
+                k_ready.consumer_release(k_at)
+                k_at.advance()
+                if end * KEYS > tokens:
+                    # Of `blocks`, which is `end` here: with that, ptxas keeps the loop's numbers in every thread.
+                    left = tokens - (blocks - 1) * KEYS - 2 * quad_thread
+                    for i in cutlass.range_constexpr(cute.size(scores)):
+                        if 8 * (i // 4) + i % 2 >= left:
+                            scores[i] = -Float32.inf
+                _pack_scores(scores, pairs)
+                summed.fill(0.0)
+                sums = [Float32(0.0), Float32(0.0)]
+                k_ready.consumer_wait(k_at)
+                multiply(score_product, scores, q_operand, k_operand, True, A_idx=q_at.index, B_idx=k_at.index)
+                bins = _write_codes(pairs, [-Float32.inf, -Float32.inf], binades, slope)
+                v_is_there = v_ready.consumer_try_wait(v_at)
+                warpgroup.wait_group(0)
+                k_ready.consumer_release(k_at)
+                k_at.advance()
+                _gather_codes(pairs, probabilities)
+                for _ in cutlass.range(end - begin - 2, unroll=1):
+                    # The probabilities of one block times its values, and the scores of the block after the next; while
+                    # the tensor cores are at it, codes of the scores of the next.
+                    k_is_there = k_ready.consumer_try_wait(k_at)
+                    v_ready.consumer_wait(v_at, v_is_there)
+                    multiply(value_product, summed, p_operand, v_operand, False, B_idx=v_at.index)
+                    _pack_scores(scores, pairs)
+                    k_ready.consumer_wait(k_at, k_is_there)
+                    multiply(score_product, scores, q_operand, k_operand, True, A_idx=q_at.index, B_idx=k_at.index)
+                    new_bins = _write_codes(pairs, bins, binades, slope)
+                    v_read = v_at.clone()
+                    v_at.advance()
+                    v_is_there = v_ready.consumer_try_wait(v_at)
+                    # Of both products, not only of the first: ptxas would else serialise all of them.
+                    warpgroup.wait_group(0)
+                    v_ready.consumer_release(v_read)
+                    k_ready.consumer_release(k_at)
+                    k_at.advance()
+                    for i in cutlass.range_constexpr(2):
+                        sums[i] += summed[SUMS + 2 * i]
+                        summed[SUMS + 2 * i] = _zero(summed[SUMS + 2 * i])
+                    sums = _rescale(summed, SUMS, sums, bins, new_bins)
+                    bins = new_bins
+                    _gather_codes(pairs, probabilities)
+                q_ready.consumer_release(q_at)
+                q_at.advance()
+                v_ready.consumer_wait(v_at, v_is_there)
+                multiply(value_product, summed, p_operand, v_operand, False, B_idx=v_at.index)
+                _pack_scores(scores, pairs)
+                new_bins = _write_codes(pairs, bins, binades, slope)
+                warpgroup.wait_group(0)
+                v_ready.consumer_release(v_at)
+                v_at.advance()
+                sums = _rescale(summed, cute.size(summed), sums, bins, new_bins)
+                bins = new_bins
+                _gather_codes(pairs, probabilities)
+                v_ready.consumer_wait(v_at)
+                multiply(value_product, summed, p_operand, v_operand, False, B_idx=v_at.index, wg_wait=0)
+                v_ready.consumer_release(v_at)
+                v_at.advance()
+
+                # The first thread of a quad has the column of the row of ones.
+                totals = [
+                    cute.arch.shuffle_sync(sums[i] + summed[SUMS + 2 * i], offset=thread % 32 // 4 * 4) for i in (0, 1)
+                ]
+                inverse = [cute.arch.rcp_approx(total) for total in totals]
+                for i in cutlass.range_constexpr(cute.size(rounded)):
+                    rounded[i] = BFloat16(summed[i] * inverse[i // 2 % 2])
+                if thread < 32:
+                    # What the store of the tile before reads.
+                    cute.arch.cp_async_bulk_wait_group(0, read=True)
+                cute.arch.barrier(barrier_id=1 + group, number_of_threads=128)
+                cute.copy(to_shared, to_shared.retile(rounded), rounded_shared)
+                cute.arch.fence_view_async_shared()
+                cute.arch.barrier(barrier_id=1 + group, number_of_threads=128)
+                if thread < 32:
+                    one = cute.make_layout(1)
+                    if item >= whole:
+                        tiles = cute.local_tile(partial[None, None, item - whole], (GROUP_ROWS, HEAD_DIM), (None, 0))
+                        write, _, _ = copy_utils.tma_get_copy_fn(partial_copy, 0, one, out_shared, tiles)
+                        write(src_idx=group, dst_idx=group)
+                    else:
+                        tiles = cute.local_tile(out[None, None, head, sample], (GROUP_ROWS, HEAD_DIM), (None, 0))
+                        write, _, _ = copy_utils.tma_get_copy_fn(out_copy, 0, one, out_shared, tiles)
+                        write(src_idx=group, dst_idx=GROUPS * row + group)
+                    cute.arch.cp_async_bulk_commit_group()
+                if (item >= whole) & (quad_thread == 0):
+                    at = GROUP_ROWS * group + thread // 32 * 16 + thread % 32 // 4
+                    for i in cutlass.range_constexpr(2):
+                        weights[item - whole, at + 8 * i] = bins[i] + cute.math.log2(totals[i], fastmath=True)
+                item += at_once
+            if thread < 32:
+                cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+
+@jit_cache
+def coded_attention_kernel(at_once: int, source: str) -> Any:
+    """Compile the kernel for the GPU at hand, or for the one that CUTE_DSL_ARCH names.
+
+    Args:
+        at_once: processors (SMs). source: `SOURCE`, lest quack's cache on disk keeps the kernel of another version.
+    """
+    batch, tokens, heads, items = (cute.sym_int() for _ in range(4))
+    q, k = (make_fake_tensor(F8, (batch, tokens, heads, HEAD_DIM), 16) for _ in range(2))
+    v = make_fake_tensor(F8, (batch, heads, VALUE_ROWS, cute.sym_int(divisibility=PADDING)), 16)
+    out = make_fake_tensor(BFloat16, (batch, tokens, heads, HEAD_DIM), 8)
+    partial = make_fake_tensor(BFloat16, (items, QUERIES, HEAD_DIM), 8)
+    weights = make_fake_tensor(Float32, (items, QUERIES), 4)
+    scalars = Float32(1.0), Int32(1), make_fake_stream()
+    kernel = _Forward(at_once)
+    return cute.compile(kernel, q, k, v, out, partial, weights, *scalars, options="--enable-tvm-ffi")
+
+
+@triton.jit
+def _combine_kernel(
+    partial_ptr, weights_ptr, out_ptr, tall, first_tile, tokens, parts,
+    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """A few rows of a tile: the mean of its parts, whose weights are given as logarithms to base 2."""
+    tile = tl.program_id(0) // (TILE // ROWS)
+    row = tl.program_id(0) % (TILE // ROWS) * ROWS + tl.arange(0, ROWS)
+    dims = tl.arange(0, HEAD_DIM)
+    top = tl.load(weights_ptr + tile * parts * TILE + row)
+    for part in range(1, parts):
+        top = tl.maximum(top, tl.load(weights_ptr + (tile * parts + part) * TILE + row))
+    total = tl.zeros([ROWS], tl.float32)
+    out = tl.zeros([ROWS, HEAD_DIM], tl.float32)
+    for part in range(parts):
+        at = (tile * parts + part) * TILE + row
+        weight = tl.exp2(tl.load(weights_ptr + at) - top)
+        out += weight[:, None] * tl.load(partial_ptr + at[:, None] * HEAD_DIM + dims[None, :]).to(tl.float32)
+        total += weight
+    lane, token = (first_tile + tile) // tall, (first_tile + tile) % tall * TILE + row
+    at = (lane // HEADS).to(tl.int64) * tokens * HEADS + token * HEADS + lane % HEADS
+    tl.store(out_ptr + at[:, None] * HEAD_DIM + dims[None, :], out / total[:, None], mask=(token < tokens)[:, None])
+
+
+def parts_of(batch: int, tokens: int, heads: int, at_once: int) -> tuple[int, int]:
+    """Into how many parts the keys of the last wave of tiles are divided, and how many tiles that are.
+
+    FLUX.1 at 1024x1024 has 816 tiles on 132 processors: 24 after six full waves, whose keys 120 processors share.
+
+    Args:
+        at_once: processors (SMs).
+
+    Returns:
+        (1, 0) if nothing is divided. A part has two blocks of keys at least.
+    """
+    tiles, blocks = batch * heads * -(-tokens // QUERIES), -(-tokens // KEYS)
+    left = tiles % at_once
+    if tiles < at_once or left == 0:
+        return 1, 0
+
+    def fits(parts: int) -> bool:
+        return blocks - (parts - 1) * -(-blocks // parts) >= 2
+
+    parts = max((parts for parts in range(1, at_once // left + 1) if fits(parts)), default=1)
+    return (parts, left) if parts > 1 else (1, 0)
+
+
+@torch.library.custom_op("fluxfast::coded_attention", mutates_args=())
+def coded_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """softmax(q @ k.T / sqrt(128)) @ v, with probabilities in e4m3.
+
+    Args:
+        query, key: (B, S, H, 128) float8_e4m3fn, S > 128.
+        value: (B, H, 136, S') float8_e4m3fn, see `reference.transposed_values`.
+
+    Returns:
+        (B, S, H, 128) bfloat16. Within 6 % a probability of its own size: see the module. One below 2^-14 of a row's
+        largest is smaller than it should be, and zero below 2^-15. NaN in q makes its row NaN, in k or v its head;
+        so does a score past 65504, the largest half, and one whose exponential is past 2^256.
+
+    Raises:
+        ValueError: for shapes and types that do not fit, and for tensors that are not on CUDA.
+    """
+    batch, tokens, heads, dim = query.shape
+    padded = -(-tokens // PADDING) * PADDING
+    expected = {"key": query.shape, "value": (batch, heads, dim + SUM_ROWS, padded)}
+    got = {"key": key.shape, "value": value.shape}
+    if tuple(expected.values()) != tuple(tuple(shape) for shape in got.values()):
+        raise ValueError(f"expected {expected} beside a query of {tuple(query.shape)}, got {got}")
+    if dim != HEAD_DIM or tokens < LEAST_TOKENS:
+        raise ValueError(f"expected heads of {HEAD_DIM} and {LEAST_TOKENS} tokens at least, got {dim} and {tokens}")
+    if types := {x.dtype for x in (query, key, value)} - {E4M3}:
+        raise ValueError(f"expected e4m3 q, k and v, got {', '.join(map(str, types))}")
+    if elsewhere := {x.device.type for x in (query, key, value)} - {"cuda"}:
+        raise ValueError(f"attention got tensors on {', '.join(elsewhere)}; it runs on CUDA, `reference` anywhere")
+    at_once = processors()
+    parts, tiles = parts_of(batch, tokens, heads, at_once)
+    out = torch.empty(query.shape, dtype=torch.bfloat16, device=query.device)
+    partial = torch.empty((max(parts * tiles, 1), QUERIES, dim), dtype=torch.bfloat16, device=query.device)
+    weights = torch.empty((len(partial), QUERIES), dtype=torch.float32, device=query.device)
+    operands = (x.contiguous() for x in (query, key, value))
+    coded_attention_kernel(at_once, SOURCE)(*operands, out, partial, weights, dim**-0.5, parts)
+    if tiles:
+        tall = -(-tokens // QUERIES)
+        _combine_kernel[(tiles * QUERIES // COMBINED_ROWS,)](
+            partial, weights, out, tall, batch * heads * tall - tiles, tokens, parts,
+            heads, dim, QUERIES, COMBINED_ROWS,
+        )  # fmt: skip
+    return out
+
+
+@coded_attention.register_fake
+def _(query, key, value):
+    return torch.empty_like(query, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
