@@ -29,7 +29,7 @@ import cutlass
 import torch
 import triton
 import triton.language as tl
-from cuda.bindings.driver import CUstream  # type: ignore[import-untyped]
+from cuda.bindings.driver import CUstream
 from cutlass import BFloat16, Float32, Int32, Int64, cute, pipeline
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.cutlass_dsl import dsl_user_op
