@@ -123,9 +123,13 @@ def unavailable(level: Level, machine: Machine) -> dict[str, str]:
     for field in SEARCH_FIELDS:
         if getattr(level, field) and (machine.capability is None or not machine.triton):
             reasons[field] = f"{field}: is a search among Triton kernels on CUDA; found {machine.found_with_triton}"
-    for field in ("fused_qk_rope", "hadamard_qk", "coded_softmax"):
+    for field, does in (
+        ("fused_qk_rope", "casts for"),
+        ("hadamard_qk", "casts for"),
+        ("coded_softmax", "takes the place of"),
+    ):
         if getattr(level, field) and "attention" in reasons:
-            reasons.setdefault(field, f"{field}: casts for {reasons['attention']}")
+            reasons.setdefault(field, f"{field}: {does} {reasons['attention']}")
     if level.split_attention_tail and "attention" in reasons:
         reasons["split_attention_tail"] = f"split_attention_tail: is two launches of {reasons['attention']}"
     if "quantization" in reasons:

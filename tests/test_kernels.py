@@ -7,6 +7,7 @@ is no CUDA, `test_kernels_in_the_interpreter` runs them in a process of their ow
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -71,7 +72,7 @@ def operation(kind: str, name: str):
     if kind == "quack":
         from fluxfast.kernels import flash, gemm
 
-        return getattr(flash if name == "coded_attention" else gemm, name)
+        return getattr(gemm if hasattr(gemm, name) else flash, name)
     from fluxfast.kernels import activations, group_norm, norms, qkv
 
     return next(getattr(module, name) for module in (activations, group_norm, norms, qkv) if hasattr(module, name))
@@ -440,7 +441,7 @@ def heads_of(batch, tokens, heads, spread):
 @pytest.mark.parametrize(("batch", "tokens", "heads"), [(1, 129, 1), (2, 256, 3), (1, 1000, 2), (3, 385, 1)])
 def test_coded_attention(kind, batch, tokens, heads):
     """Probabilities are within e4m3's rounding and 6 %, whether one decides a row, or all do."""
-    for spread, allowed in ((0.0, 0.002), (1.0, 0.035), (4.0, 0.03), (30.0, 0.01)):
+    for spread, allowed in ((0.0, 0.004), (1.0, 0.035), (4.0, 0.03), (20.0, 0.02)):
         *operands, value, transposed = heads_of(batch, tokens, heads, spread)
         got = operation(kind, "coded_attention")(*operands, transposed)
         assert got.dtype == torch.bfloat16 and got.shape == value.shape and got.is_contiguous()
@@ -460,7 +461,7 @@ def test_coded_attention_of_constant_values(kind):
 
 @epilogues
 def test_coded_attention_of_what_is_not_finite(kind):
-    """NaN in q is lost with its row, in k or v with its head, and a score past half precision is NaN, not a number."""
+    """NaN in q is lost with its row, in k with its head, in v with its channel; a score past half precision is NaN."""
     query, key, value, _ = heads_of(1, 200, 4, 1.0)
     query[0, 7, 0, 5], key[0, 150, 1, 5], value[0, 3, 2, 5] = (torch.tensor(float("nan")).to(E4M3) for _ in range(3))
     query[0, 9, 3], key[0, 9, 3] = (torch.tensor(448.0).to(E4M3) for _ in range(2))
@@ -470,22 +471,59 @@ def test_coded_attention_of_what_is_not_finite(kind):
     assert lost[:, 2, 5].all() and lost[:, 2].sum() == 200
 
 
+@epilogues
+def test_coded_attention_of_scores_at_the_limits(kind):
+    """Half precision has every code's place up to 2^256: past that a row is NaN, and far below a key has no weight."""
+    query, key = (torch.zeros(1, 129, 4, 128, device=DEVICE) for _ in range(2))
+    value = normal(1, 129, 4, 128).to(E4M3)
+    query[0, 5] = 4.0
+    # Products of 2048 and 1920: 2^261 and 2^245. The last key is a block of its own, the first to be looked at.
+    key[0, 3, 0], key[0, 3, 1], key[0, 128, 2], key[0, :, 3] = 4.0, 3.75, -4.0, -4.0
+    operands = query.to(E4M3), key.to(E4M3), reference.transposed_values(value)
+    got, value = operation(kind, "coded_attention")(*operands)[0].float(), value[0].float()
+    assert got[5, 0].isnan().all() and got[:, 0].isnan().sum() == 128 and got[:, 1:].isfinite().all()
+    torch.testing.assert_close(got[5, 1], value[3, 1], rtol=2**-8, atol=0.0)
+    torch.testing.assert_close(got[5, 2], value[:128, 2].mean(0), rtol=0.01, atol=0.01)
+    torch.testing.assert_close(got[5, 3], value[:, 3].mean(0), rtol=0.01, atol=0.01)
+
+
 @needs_quack
-@pytest.mark.parametrize(("tokens", "heads"), [(1000, 24), (4352, 24), (513, 27)])
-def test_coded_attention_of_parts(tokens, heads):
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1000), (1, 4352), (1, 513), (2, 513)])
+def test_coded_attention_of_parts(batch, tokens):
     """The keys of the last wave of tiles are divided, and no row is another than that of the reference."""
     from fluxfast.kernels import flash
     from fluxfast.machine import processors
 
-    parts, tiles = flash.parts_of(1, tokens, heads, processors())
-    assert parts > 1 and tiles > 0
-    query, key, _, transposed = heads_of(1, tokens, heads, 1.0)
+    heads = next(h for h in range(1, 200) if flash.parts_of(batch, tokens, h, processors())[0] > 1)
+    query, key, _, transposed = heads_of(batch, tokens, heads, 1.0)
     got = flash.coded_attention(query, key, transposed).double()
-    for head in (0, heads - 1):
+    # The heads that are divided are the last of the last sample, one of them perhaps in part.
+    for head in {0, max(heads - 2, 0), heads - 1}:
         own = [x[:, :, head : head + 1] for x in (query, key)]
         want = reference.coded_attention(*own, transposed[:, head : head + 1])[:, :, 0].double()
         error = (got[:, :, head] - want).norm(dim=-1) / want.norm(dim=-1)
         assert error.max() < 0.05
+
+
+@needs_kernels
+@pytest.mark.parametrize(("batch", "tokens", "heads", "tiles", "parts"), [(2, 130, 3, 5, 3), (1, 257, 1, 3, 2)])
+def test_triton_combine_parts(batch, tokens, heads, tiles, parts):
+    """The last tiles are the means of their parts, whatever the weights' size; one without weight may be NaN."""
+    pytest.importorskip("quack", reason="quack is not installed: pip install -e '.[dev]'")
+    from fluxfast.kernels import flash
+
+    partial = normal(tiles * parts, flash.QUERIES, 128)
+    weights = 100 * torch.randn(tiles * parts, flash.QUERIES, device=DEVICE)
+    partial[0, 7], weights[0, 7] = float("nan"), float("-inf")
+    out = torch.zeros(batch, tokens, heads, 128, dtype=torch.bfloat16, device=DEVICE)
+    flash.combine_parts(partial, weights, out, parts)
+    shares = weights.double().unflatten(0, (tiles, parts)).mul(math.log(2)).softmax(1)[..., None]
+    means = (shares * partial.double().nan_to_num().unflatten(0, (tiles, parts))).sum(1)
+    tall = -(-tokens // flash.QUERIES)
+    expected = torch.zeros(batch * heads * tall, flash.QUERIES, 128, device=DEVICE, dtype=torch.double)
+    expected[-tiles:] = means
+    expected = expected.view(batch, heads, -1, 128)[:, :, :tokens].transpose(1, 2)
+    torch.testing.assert_close(out.double(), expected, rtol=2**-8, atol=1e-5)
 
 
 @quack_installed

@@ -19,12 +19,13 @@ import torch
 from test_kernels import OPERATIONS, normal, operation
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[dev]'")
+pytest.importorskip("quack", reason="quack is not installed: pip install -e '.[dev]'")
 
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fluxfast.kernels import activations, group_norm, norms, qkv
+from fluxfast.kernels import activations, flash, group_norm, norms, qkv
 from fluxfast.kernels.device import INTERPRETED
 from fluxfast.kernels.rowwise import E4M3
 
@@ -58,7 +59,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
         get_current_stream=lambda device: 0,
     )
     monkeypatch.setattr(driver, "_active", hopper)
-    for module in (activations, group_norm, norms, qkv):
+    for module in (activations, flash, group_norm, norms, qkv):
         monkeypatch.setattr(module, "wrap_triton", lambda kernel: Compiling(kernel, kernels, monkeypatch))
         # Tensors on a CPU pass for such that the kernels can reach.
         monkeypatch.setattr(module, "require_runnable", lambda *tensors: None, raising=False)
@@ -83,6 +84,12 @@ def arguments(name: str) -> tuple[Any, ...]:
         "qk_norm_rope_quantize": two_streams,
         "qk_norm_rope_hadamard_quantize": two_streams,
         "qk_norm_rope_hadamard_quantize_transposed": two_streams,
+        "combine_parts": (
+            normal(2, flash.QUERIES, 128),
+            normal(2, flash.QUERIES, dtype=torch.float32),
+            normal(1, 129, 1, 128),
+            2,
+        ),
         "group_norm_silu": norm,
     }[name]
 
@@ -95,7 +102,6 @@ def assembly(binary: Path) -> str:
 
 def test_kernels_of_quack_compile(tmp_path: Path) -> None:
     """Its GEMMs with our epilogues, and our attention: tensor cores multiply, and at FLUX.1's sizes nothing spills."""
-    pytest.importorskip("quack", reason="quack is not installed: pip install -e '.[dev]'")
     script = Path(__file__).with_name("quack_for_hopper.py")
     settings = {"QUACK_ARCH": "90", "CUTE_DSL_ARCH": "sm_90a", "QUACK_CACHE_ENABLED": "0"}
     left, out = tmp_path / "left", tmp_path / "out"
@@ -114,10 +120,10 @@ def test_kernels_of_quack_compile(tmp_path: Path) -> None:
     assert attention.count("WARPGROUP.DEPBAR") == 5 and attention.count("QGMMA") == 24 > 4 * attention.count("R2UR")
 
 
-@pytest.mark.parametrize("name", [*OPERATIONS, "quantize_beside", "group_norm_silu"])
+@pytest.mark.parametrize("name", [*OPERATIONS, "quantize_beside", "combine_parts", "group_norm_silu"])
 def test_kernels_compile(name: str, compiled: list[Any], tmp_path: Path) -> None:
     """To machine code of a Hopper, in whose registers all values find room."""
-    operation("triton", name)(*arguments(name))
+    operation("quack" if name == "combine_parts" else "triton", name)(*arguments(name))
     assert compiled
     for kernel in compiled:
         binary = tmp_path / "kernel.cubin"

@@ -9,12 +9,12 @@ ones, and the tensor cores add up.
 
 One thread block a processor (SM) works through tiles of 128 queries: a warp loads K and V (TMA), two groups of four
 warps take 64 queries each. A group packs the scores of the next keys while it multiplies the probabilities of the last,
-then multiplies the keys after them while it makes codes of these: see `_Forward.consume`. Where the last wave of tiles
+then multiplies the keys after them while it makes codes of these: see `_Forward.kernel`. Where the last wave of tiles
 would leave most processors idle, its keys are divided into parts, which `_combine_kernel` adds up.
 
 The tensor cores add up e4m3 products with 13 bits behind the largest, whatever type the sum is kept in: a sum of 4352
-probabilities in one register would lose 7 %. Sums leave the registers after every 128 keys; V's products, of both
-signs, stay, as in FlashAttention-3.
+probabilities in one register would lose 7 %. Sums leave the registers after every 128 keys, the last 256 together; V's
+products, of both signs, stay, as in FlashAttention-3.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ from quack.cache import jit_cache
 from quack.compile_utils import make_fake_stream, make_fake_tensor
 from quack.fast_math import FastDivmod
 from quack.pipeline import PipelineTmaAsync, make_pipeline_state
+from torch.library import wrap_triton
 
+from fluxfast.kernels.device import require_runnable, to_bfloat16
 from fluxfast.kernels.reference import CODES_A_BINADE, LARGEST_BINADE, PADDING, SUM_ROWS, TOP_CODE
 from fluxfast.kernels.rowwise import E4M3
 from fluxfast.machine import processors
@@ -61,11 +63,14 @@ THREADS = 128 * (GROUPS + 1)
 REGISTERS = (24, 240)
 """Of a thread that loads and of one that multiplies; together what a processor has."""
 COMBINED_ROWS = 8
+"""Of a program, two a warp."""
 
 F8 = cutlass.Float8E4M3FN
 SUMS = 4 * (HEAD_DIM // 8)
 """Where a thread's accumulators of the row of ones begin: behind four for each eight columns."""
-SOURCE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+CONSTANTS = (CODES_A_BINADE, LARGEST_BINADE, PADDING, SUM_ROWS, TOP_CODE)
+SOURCE = hashlib.sha256(Path(__file__).read_bytes() + repr(CONSTANTS).encode()).hexdigest()
+"""All that the kernel is made from, but for the libraries."""
 
 
 def _ptx(instruction: str, *args: Any, out: tuple[Any, ...], loc: Any, ip: Any) -> Any:
@@ -149,10 +154,8 @@ def _write_codes(pairs: cute.Tensor, bins, binades: Float32, slope: Int32):
     new, shifts = [], []
     for old, score in zip(bins, _unpack(rows), strict=True):
         row = cute.arch.fmax(old, _ceil(score * binades))
-        # Past that, halves hold not every code's place.
-        shift = cutlass.select_(
-            cute.math.absf(row) <= LARGEST_BINADE, TOP_CODE - CODES_A_BINADE * row, Float32(math.nan)
-        )
+        # Past that, halves do not hold every code's place.
+        shift = cutlass.select_(row <= LARGEST_BINADE, TOP_CODE - CODES_A_BINADE * row, Float32(math.nan))
         new.append(row)
         shifts.append(_pack(shift, shift))
     for i in cutlass.range_constexpr(cute.size(pairs)):
@@ -392,7 +395,7 @@ class _Forward:
                 sums = [Float32(0.0), Float32(0.0)]
                 k_ready.consumer_wait(k_at)
                 multiply(score_product, scores, q_operand, k_operand, True, A_idx=q_at.index, B_idx=k_at.index)
-                bins = _write_codes(pairs, [-Float32.inf, -Float32.inf], binades, slope)
+                bins = _write_codes(pairs, [Float32(-LARGEST_BINADE)] * 2, binades, slope)
                 v_is_there = v_ready.consumer_try_wait(v_at)
                 warpgroup.wait_group(0)
                 k_ready.consumer_release(k_at)
@@ -508,11 +511,14 @@ def _combine_kernel(
     for part in range(parts):
         at = (tile * parts + part) * TILE + row
         weight = tl.exp2(tl.load(weights_ptr + at) - top)
-        out += weight[:, None] * tl.load(partial_ptr + at[:, None] * HEAD_DIM + dims[None, :]).to(tl.float32)
+        value = tl.load(partial_ptr + at[:, None] * HEAD_DIM + dims[None, :]).to(tl.float32)
+        # A part without a code but zero has no mean: it is NaN.
+        out += tl.where(weight[:, None] == 0, 0.0, weight[:, None] * value)
         total += weight
     lane, token = (first_tile + tile) // tall, (first_tile + tile) % tall * TILE + row
     at = (lane // HEADS).to(tl.int64) * tokens * HEADS + token * HEADS + lane % HEADS
-    tl.store(out_ptr + at[:, None] * HEAD_DIM + dims[None, :], out / total[:, None], mask=(token < tokens)[:, None])
+    mean = to_bfloat16(out / total[:, None])
+    tl.store(out_ptr + at[:, None] * HEAD_DIM + dims[None, :], mean, mask=(token < tokens)[:, None])
 
 
 def parts_of(batch: int, tokens: int, heads: int, at_once: int) -> tuple[int, int]:
@@ -538,6 +544,32 @@ def parts_of(batch: int, tokens: int, heads: int, at_once: int) -> tuple[int, in
     return (parts, left) if parts > 1 else (1, 0)
 
 
+def combine_parts(partial: torch.Tensor, weights: torch.Tensor, out: torch.Tensor, parts: int) -> None:
+    """Write the last tiles of `out` (B, S, H, Dh): the means of their parts.
+
+    Args:
+        partial: (tiles * parts, QUERIES, Dh), the parts of a tile side by side.
+        weights: (tiles * parts, QUERIES) float32, of each row, as logarithms to base 2. Of -inf, a row may be NaN.
+    """
+    batch, tokens, heads, dim = out.shape
+    require_runnable(partial, weights, out)
+    tiles, tall = len(partial) // parts, -(-tokens // QUERIES)
+    wrap_triton(_combine_kernel)[(tiles * QUERIES // COMBINED_ROWS,)](
+        partial,
+        weights,
+        out,
+        tall,
+        batch * heads * tall - tiles,
+        tokens,
+        parts,
+        heads,
+        dim,
+        QUERIES,
+        COMBINED_ROWS,
+        num_warps=COMBINED_ROWS // 2,
+    )
+
+
 @torch.library.custom_op("fluxfast::coded_attention", mutates_args=())
 def coded_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """softmax(q @ k.T / sqrt(128)) @ v, with probabilities in e4m3.
@@ -547,9 +579,11 @@ def coded_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
         value: (B, H, 136, S') float8_e4m3fn, see `reference.transposed_values`.
 
     Returns:
-        (B, S, H, 128) bfloat16. Within 6 % a probability of its own size: see the module. One below 2^-14 of a row's
-        largest is smaller than it should be, and zero below 2^-15. NaN in q makes its row NaN, in k or v its head;
-        so does a score past 65504, the largest half, and one whose exponential is past 2^256.
+        (B, S, H, 128) bfloat16. A probability is within 6 % of itself and e4m3's own rounding, and where scores before
+        the division by sqrt(128) are past 1000, halves lose as much again. One below 2^-13 of a row's largest may be
+        smaller than it should be, one below 2^-14 zero. A row is NaN if q is, if the exponential of a score is past
+        2^256, and if those of all scores are so far below 2^-256 that none has a code; NaN in k makes its head NaN, in
+        v its channel.
 
     Raises:
         ValueError: for shapes and types that do not fit, and for tensors that are not on CUDA.
@@ -574,11 +608,7 @@ def coded_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
     operands = (x.contiguous() for x in (query, key, value))
     coded_attention_kernel(at_once, SOURCE)(*operands, out, partial, weights, dim**-0.5, parts)
     if tiles:
-        tall = -(-tokens // QUERIES)
-        _combine_kernel[(tiles * QUERIES // COMBINED_ROWS,)](
-            partial, weights, out, tall, batch * heads * tall - tiles, tokens, parts,
-            heads, dim, QUERIES, COMBINED_ROWS,
-        )  # fmt: skip
+        combine_parts(partial, weights, out, parts)
     return out
 
 
