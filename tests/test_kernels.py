@@ -441,7 +441,7 @@ def heads_of(batch, tokens, heads, spread):
 @pytest.mark.parametrize(("batch", "tokens", "heads"), [(1, 129, 1), (2, 256, 3), (1, 1000, 2), (3, 385, 1)])
 def test_coded_attention(kind, batch, tokens, heads):
     """Probabilities are within e4m3's rounding and 6 %, whether one decides a row, or all do."""
-    for spread, allowed in ((0.0, 0.004), (1.0, 0.035), (4.0, 0.03), (20.0, 0.02)):
+    for spread, allowed in ((0.0, 0.004), (1.0, 0.037), (4.0, 0.03), (20.0, 0.02)):
         *operands, value, transposed = heads_of(batch, tokens, heads, spread)
         got = operation(kind, "coded_attention")(*operands, transposed)
         assert got.dtype == torch.bfloat16 and got.shape == value.shape and got.is_contiguous()
