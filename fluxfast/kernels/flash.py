@@ -187,6 +187,17 @@ def _rescale(out: cute.Tensor, count: cutlass.Constexpr[int], sums, old, new):
     return sums
 
 
+@cute.jit
+def _divide(item: Int32, whole: Int32, parts: FastDivmod, part_blocks: Int32, blocks: Int32):
+    """The tile of an item, and its blocks of keys: from one on, up to another."""
+    tile, begin, end = item, Int32(0), blocks
+    if item >= whole:
+        tile, part = divmod(item - whole, parts)
+        tile, begin = tile + whole, part * part_blocks
+        end = cutlass.min(begin + part_blocks, blocks)
+    return tile, begin, end
+
+
 class _Forward:
     """The kernel; CuTe DSL compiles it once for all sizes."""
 
@@ -316,11 +327,7 @@ class _Forward:
                 k_at = make_pipeline_state(PipelineUserType.Producer, STAGES)
                 v_at = make_pipeline_state(PipelineUserType.Producer, STAGES)
                 while item < items:
-                    tile, begin, end = item, Int32(0), blocks
-                    if item >= whole:
-                        tile, part = divmod(item - whole, parts)
-                        tile, begin = tile + whole, part * part_blocks
-                        end = cutlass.min(begin + part_blocks, blocks)
+                    tile, begin, end = _divide(item, whole, parts, part_blocks, blocks)
                     lane, row = divmod(tile, tall)
                     sample, head = divmod(lane, heads)
                     q_tiles = cute.local_tile(q[None, None, head, sample], (QUERIES, HEAD_DIM), (None, 0))
@@ -369,11 +376,7 @@ class _Forward:
             binades = _unpack(slope)[0] / CODES_A_BINADE
             multiply = sm90_utils.gemm_w_idx
             while item < items:
-                tile, begin, end = item, Int32(0), blocks
-                if item >= whole:
-                    tile, part = divmod(item - whole, parts)
-                    tile, begin = tile + whole, part * part_blocks
-                    end = cutlass.min(begin + part_blocks, blocks)
+                tile, begin, end = _divide(item, whole, parts, part_blocks, blocks)
                 lane, row = divmod(tile, tall)
                 sample, head = divmod(lane, heads)
                 # The last block of keys first: the only one that may not be full.
