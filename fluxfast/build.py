@@ -8,8 +8,7 @@ The one legal order of application, which is not the ladder's order:
 3. `memory_format` (before anything records strides), then `fast_decode`, whose norms want NHWC, and
    `subpixel_upsampling`, whose convolutions write it,
 4. `attention` (before compilation traces the processor),
-5. `quantization`; or the fused blocks, which quantise their own Linears, for `fused_quantize`,
-   `precomputed_modulation`, `fused_qk_rope`, `merged_projections`, `fused_residuals` and `hadamard_qk`,
+5. `quantization`; or the fused blocks, which quantise their own Linears, for `levels.FUSED_BLOCK_FIELDS`,
 6. `compile_mode` with `inductor_flags`, or `packaging` of the same regions,
 7. CUDA graphs around what was compiled: one a step or, with `whole_loop_graph`, one for the loop; `fast_encode`
    adds the text encoders to both,

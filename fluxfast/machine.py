@@ -17,6 +17,13 @@ FA3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")
 TRITON_FIELDS = ("fused_quantize", "fused_qk_rope", "fast_decode", "fused_residuals", "hadamard_qk")
 QUACK_FIELDS = ("gelu_epilogue", "residual_epilogue", "coded_softmax")
 SEARCH_FIELDS = ("gemm_search", "coordinate_descent")
+TO_FLOAT8_ATTENTION = {
+    "fused_qk_rope": "casts for",
+    "split_attention_tail": "is two launches of",
+    "hadamard_qk": "casts for",
+    "coded_softmax": "takes the place of",
+}
+"""What fields that are nothing without float8 attention have to do with it."""
 ROWWISE_LT = (12, 9)
 """CUDA from which torch's row-wise float8 GEMM on a Hopper is cuBLASLt's; before, it is CUTLASS's."""
 
@@ -123,15 +130,9 @@ def unavailable(level: Level, machine: Machine) -> dict[str, str]:
     for field in SEARCH_FIELDS:
         if getattr(level, field) and (machine.capability is None or not machine.triton):
             reasons[field] = f"{field}: is a search among Triton kernels on CUDA; found {machine.found_with_triton}"
-    for field, does in (
-        ("fused_qk_rope", "casts for"),
-        ("hadamard_qk", "casts for"),
-        ("coded_softmax", "takes the place of"),
-    ):
+    for field, relation in TO_FLOAT8_ATTENTION.items():
         if getattr(level, field) and "attention" in reasons:
-            reasons.setdefault(field, f"{field}: {does} {reasons['attention']}")
-    if level.split_attention_tail and "attention" in reasons:
-        reasons["split_attention_tail"] = f"split_attention_tail: is two launches of {reasons['attention']}"
+            reasons.setdefault(field, f"{field}: {relation} {reasons['attention']}")
     if "quantization" in reasons:
         built_on_it = {field: f"{field}: is built on {reasons['quantization']}" for field in FUSED_BLOCK_FIELDS}
         reasons |= {field: reason for field, reason in built_on_it.items() if getattr(level, field)}

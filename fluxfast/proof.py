@@ -282,8 +282,9 @@ def run_facts(built: Built, calls: int, steps: int) -> list[Fact]:
     expected_graphs = _all_if(compiled and not packaged, classes)
     # Both ways of compiling leave the options that Inductor really had; a package's are in its manifest.
     configs = [*(graph.config for graph in built.compiler.graphs), *(package.options for package in built.packages)]
+    attended = forwards["transformer"] * blocks
     # Our own attention takes the place of FA3's op, tail included.
-    attended = _all_if(not level.coded_softmax, forwards["transformer"] * blocks)
+    by_fa3 = _all_if(not level.coded_softmax, attended)
     facts = [
         # Before compile_mode's: regions that were not packaged are compiled just in time, and packaging is at fault.
         Fact("packaging", "AOTInductor packages loaded", len(built.packages), _all_if(packaged, classes)),
@@ -303,15 +304,14 @@ def run_facts(built: Built, calls: int, steps: int) -> list[Fact]:
              _with(COORDINATE_DESCENT, configs), _all_if(compiled and level.coordinate_descent, classes)),
         # Before attention's: where FA3's op runs instead, that it should not have is what follows.
         Fact("coded_softmax", "attentions without exponentials",
-             built.compiler.calls_of("fluxfast::coded_attention"),
-             _all_if(level.coded_softmax, forwards["transformer"] * blocks)),
+             built.compiler.calls_of("fluxfast::coded_attention"), _all_if(level.coded_softmax, attended)),
         Fact("attention", "launches of the FA3 op",
-             built.fa3.launches, _all_if(level.attention != "sdpa", attended)),
+             built.fa3.launches, _all_if(level.attention != "sdpa", by_fa3)),
         Fact("split_attention_tail", "calls of the FA3 op that looks for a tail",
-             built.fa3.looked, _all_if(level.split_attention_tail, attended)),
+             built.fa3.looked, _all_if(level.split_attention_tail, by_fa3)),
     ]  # fmt: skip
     if level.split_attention_tail:
-        splits = _all_if(built.has_tail, attended)
+        splits = _all_if(built.has_tail, by_fa3)
         facts.append(Fact("split_attention_tail", "tails with a launch of their own", built.fa3.split, splits))
     facts += fused_block_facts(built, calls, forwards["loop"], forwards["transformer"])
     facts += text_encoder_facts(built, forwards)

@@ -21,10 +21,11 @@ from fluxfast.attention import fa3_fp8, fa3_fp8_split_tail
 from fluxfast.kernels import flash, reference
 from fluxfast.kernels.rowwise import E4M3
 from fluxfast.machine import processors
+from fluxfast.workloads import get_workload
 from tools.bench_gemms import DEVICE, sustained_us
 
 HEADS = 24
-TOKENS = {"schnell": 256 + 4096, "dev": 512 + 4096}
+TOKENS = {id: get_workload(id).tokens for id in ("schnell", "dev")}
 SPREADS = (0.1, 1.0, 2.0, 4.0)
 SETS = 4
 Set = tuple[torch.Tensor, ...]

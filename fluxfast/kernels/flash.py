@@ -44,7 +44,7 @@ from quack.pipeline import PipelineTmaAsync, make_pipeline_state
 from torch.library import wrap_triton
 
 from fluxfast.kernels.device import require_runnable, to_bfloat16
-from fluxfast.kernels.reference import CODES_A_BINADE, LARGEST_BINADE, PADDING, SUM_ROWS, TOP_CODE
+from fluxfast.kernels.reference import CODES_A_BINADE, LARGEST_BINADE, PADDING, SUM_ROWS, TOP_CODE, transposed_shape
 from fluxfast.kernels.rowwise import E4M3
 from fluxfast.machine import processors
 
@@ -56,6 +56,8 @@ QUERIES = GROUPS * GROUP_ROWS
 KEYS = 128
 STAGES = 4
 """Blocks of keys, and of values, that are in shared memory."""
+QUERY_STAGES = 2
+"""Tiles of queries that are."""
 VALUE_ROWS = HEAD_DIM + SUM_ROWS
 LEAST_TOKENS = KEYS + 1
 """Two blocks of keys: the first and the last are worked on outside of the loop."""
@@ -188,14 +190,16 @@ def _rescale(out: cute.Tensor, count: cutlass.Constexpr[int], sums, old, new):
 
 
 @cute.jit
-def _divide(item: Int32, whole: Int32, parts: FastDivmod, part_blocks: Int32, blocks: Int32):
-    """The tile of an item, and its blocks of keys: from one on, up to another."""
+def _place(item, whole, tall: FastDivmod, heads: FastDivmod, parts: FastDivmod, part_blocks, blocks):
+    """An item's tile of queries, head and sample, and its blocks of keys: from one on, up to another."""
     tile, begin, end = item, Int32(0), blocks
     if item >= whole:
         tile, part = divmod(item - whole, parts)
         tile, begin = tile + whole, part * part_blocks
         end = cutlass.min(begin + part_blocks, blocks)
-    return tile, begin, end
+    lane, row = divmod(tile, tall)
+    sample, head = divmod(lane, heads)
+    return row, head, sample, begin, end
 
 
 class _Forward:
@@ -222,7 +226,7 @@ class _Forward:
         # Rows and channels first, then head and sample.
         q, k, out = [layout_utils.select(x, [1, 3, 2, 0]) for x in (q, k, out)]
         v, partial = layout_utils.select(v, [2, 3, 1, 0]), layout_utils.select(partial, [1, 2, 0])
-        q_layout = sm90_utils.make_smem_layout(F8, LayoutEnum.ROW_MAJOR, (QUERIES, HEAD_DIM), 2)
+        q_layout = sm90_utils.make_smem_layout(F8, LayoutEnum.ROW_MAJOR, (QUERIES, HEAD_DIM), QUERY_STAGES)
         k_layout = sm90_utils.make_smem_layout(F8, LayoutEnum.ROW_MAJOR, (KEYS, HEAD_DIM), STAGES)
         v_layout = sm90_utils.make_smem_layout(F8, LayoutEnum.ROW_MAJOR, (VALUE_ROWS, KEYS), STAGES)
         out_layout = sm90_utils.make_smem_layout(BFloat16, LayoutEnum.ROW_MAJOR, (GROUP_ROWS, HEAD_DIM), GROUPS)
@@ -242,7 +246,7 @@ class _Forward:
 
         @cute.struct
         class Storage:
-            q_barriers: cute.struct.MemRange[Int64, 2 * 2]
+            q_barriers: cute.struct.MemRange[Int64, 2 * QUERY_STAGES]
             k_barriers: cute.struct.MemRange[Int64, 2 * STAGES]
             v_barriers: cute.struct.MemRange[Int64, 2 * STAGES]
             q: cute.struct.Align[cute.struct.MemRange[F8, cute.cosize(q_layout)], 1024]
@@ -307,7 +311,9 @@ class _Forward:
             consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 4 * GROUPS),
             defer_sync=True,
         )
-        q_ready = create(barrier_storage=storage.q_barriers.data_ptr(), num_stages=2, tx_count=QUERIES * HEAD_DIM)
+        q_ready = create(
+            barrier_storage=storage.q_barriers.data_ptr(), num_stages=QUERY_STAGES, tx_count=QUERIES * HEAD_DIM
+        )
         k_ready = create(barrier_storage=storage.k_barriers.data_ptr(), num_stages=STAGES, tx_count=KEYS * HEAD_DIM)
         v_ready = create(barrier_storage=storage.v_barriers.data_ptr(), num_stages=STAGES, tx_count=VALUE_ROWS * KEYS)
         pipeline_init_arrive(cluster_shape_mn=(1, 1), is_relaxed=True)
@@ -323,13 +329,11 @@ class _Forward:
         if warp < 4:
             cute.arch.setmaxregister_decrease(REGISTERS[0])
             if warp == 0:
-                q_at = make_pipeline_state(PipelineUserType.Producer, 2)
+                q_at = make_pipeline_state(PipelineUserType.Producer, QUERY_STAGES)
                 k_at = make_pipeline_state(PipelineUserType.Producer, STAGES)
                 v_at = make_pipeline_state(PipelineUserType.Producer, STAGES)
                 while item < items:
-                    tile, begin, end = _divide(item, whole, parts, part_blocks, blocks)
-                    lane, row = divmod(tile, tall)
-                    sample, head = divmod(lane, heads)
+                    row, head, sample, begin, end = _place(item, whole, tall, heads, parts, part_blocks, blocks)
                     q_tiles = cute.local_tile(q[None, None, head, sample], (QUERIES, HEAD_DIM), (None, 0))
                     k_tiles = cute.local_tile(k[None, None, head, sample], (KEYS, HEAD_DIM), (None, 0))
                     v_tiles = cute.local_tile(v[None, None, head, sample], (VALUE_ROWS, KEYS), (0, None))
@@ -368,7 +372,7 @@ class _Forward:
             to_shared = cute.make_tiled_copy_C(copy_utils.get_smem_store_atom(BFloat16), held).get_slice(thread)
             rounded = cute.make_rmem_tensor(held.get_slice(thread).partition_shape_C((GROUP_ROWS, HEAD_DIM)), BFloat16)
             rounded_shared = to_shared.partition_D(out_shared[None, None, group])
-            q_at = make_pipeline_state(PipelineUserType.Consumer, 2)
+            q_at = make_pipeline_state(PipelineUserType.Consumer, QUERY_STAGES)
             k_at = make_pipeline_state(PipelineUserType.Consumer, STAGES)
             v_at = make_pipeline_state(PipelineUserType.Consumer, STAGES)
             slope = _pack(*[CODES_A_BINADE * math.log2(math.e) * scale] * 2)
@@ -376,9 +380,7 @@ class _Forward:
             binades = _unpack(slope)[0] / CODES_A_BINADE
             multiply = sm90_utils.gemm_w_idx
             while item < items:
-                tile, begin, end = _divide(item, whole, parts, part_blocks, blocks)
-                lane, row = divmod(tile, tall)
-                sample, head = divmod(lane, heads)
+                row, head, sample, begin, end = _place(item, whole, tall, heads, parts, part_blocks, blocks)
                 # The last block of keys first: the only one that may not be full.
                 q_ready.consumer_wait(q_at)
                 k_ready.consumer_wait(k_at)
@@ -592,8 +594,7 @@ def coded_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
         ValueError: for shapes and types that do not fit, and for tensors that are not on CUDA.
     """
     batch, tokens, heads, dim = query.shape
-    padded = -(-tokens // PADDING) * PADDING
-    expected = {"key": query.shape, "value": (batch, heads, dim + SUM_ROWS, padded)}
+    expected = {"key": query.shape, "value": transposed_shape(*query.shape)}
     got = {"key": key.shape, "value": value.shape}
     if tuple(expected.values()) != tuple(tuple(shape) for shape in got.values()):
         raise ValueError(f"expected {expected} beside a query of {tuple(query.shape)}, got {got}")

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch.library import triton_op, wrap_triton
 
 from fluxfast.kernels.device import require_runnable, to_e4m3
-from fluxfast.kernels.reference import PADDING, SUM_ROWS
+from fluxfast.kernels.reference import PADDING, SUM_ROWS, transposed_shape
 from fluxfast.kernels.rowwise import E4M3
 
 HEADS_PER_PROGRAM = 8
@@ -220,9 +220,7 @@ def _launch(
     text_norm_k = norm_k if text_norm_k is None else text_norm_k
     require_runnable(qkv, text, norm_q, norm_k, text_norm_q, text_norm_k, cos, sin)
     batch, tokens, heads = qkv.shape[0], text_tokens + qkv.shape[1], qkv.shape[2] // (3 * head_dim)
-    shape = (batch, tokens, heads, head_dim)
-    q, k = (torch.empty(shape, dtype=E4M3, device=qkv.device) for _ in range(2))
-    v = torch.empty(_transposed_shape(shape) if transposed else shape, dtype=E4M3, device=qkv.device)
+    q, k, v = _outputs(qkv, tokens, head_dim, transposed=transposed)
     wrap_triton(_qk_norm_rope_kernel)[(batch * tokens, triton.cdiv(heads, HEADS_PER_PROGRAM))](
         text,
         qkv,
@@ -274,9 +272,14 @@ def _launch(
     return q, k, v
 
 
-def _transposed_shape(shape: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
-    batch, tokens, heads, head_dim = shape
-    return batch, heads, head_dim + SUM_ROWS, -(-tokens // PADDING) * PADDING
+def _outputs(
+    qkv: torch.Tensor, tokens: int, head_dim: int, *, transposed: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v of both streams together, not written yet."""
+    shape = (qkv.shape[0], tokens, qkv.shape[2] // (3 * head_dim), head_dim)
+    shapes = (shape, shape, transposed_shape(*shape) if transposed else shape)
+    q, k, v = (qkv.new_empty(own, dtype=E4M3) for own in shapes)
+    return q, k, v
 
 
 @triton_op("fluxfast::qk_norm_rope_quantize", mutates_args={})
@@ -348,15 +351,10 @@ def qk_norm_rope_hadamard_quantize_transposed(
 
 @qk_norm_rope_hadamard_quantize_transposed.register_fake
 def _(qkv, norm_q, norm_k, cos, sin, eps=1e-6, text_qkv=None, text_norm_q=None, text_norm_k=None):
-    head_dim = norm_q.shape[0]
-    shape = (qkv.shape[0], cos.shape[0], qkv.shape[2] // (3 * head_dim), head_dim)
-    q, k = (qkv.new_empty(shape, dtype=E4M3) for _ in range(2))
-    return q, k, qkv.new_empty(_transposed_shape(shape), dtype=E4M3)
+    return _outputs(qkv, cos.shape[0], norm_q.shape[0], transposed=True)
 
 
 @qk_norm_rope_quantize.register_fake
 @qk_norm_rope_hadamard_quantize.register_fake
 def _(qkv, norm_q, norm_k, cos, sin, eps=1e-6, text_qkv=None, text_norm_q=None, text_norm_k=None):
-    head_dim = norm_q.shape[0]
-    shape = (qkv.shape[0], cos.shape[0], qkv.shape[2] // (3 * head_dim), head_dim)
-    return tuple(qkv.new_empty(shape, dtype=E4M3) for _ in range(3))
+    return _outputs(qkv, cos.shape[0], norm_q.shape[0])

@@ -247,9 +247,14 @@ def qk_norm_rope_hadamard_quantize_transposed(
     return q, k, transposed_values(v)
 
 
-def _token_order(tokens: int, device: torch.device) -> torch.Tensor:
+def transposed_shape(batch: int, tokens: int, heads: int, dim: int) -> tuple[int, int, int, int]:
+    """Of `transposed_values`."""
+    return batch, heads, dim + SUM_ROWS, -(-tokens // PADDING) * PADDING
+
+
+def _token_order(places: int, device: torch.device) -> torch.Tensor:
     """Which token stands where in `transposed_values`, tokens past the end included."""
-    place = torch.arange(-(-tokens // PADDING) * PADDING, device=device)
+    place = torch.arange(places, device=device)
     inner = place % PADDING
     return place - inner + inner // 4 * 2 + inner % 4 // 2 * 8 + inner % 2
 
@@ -266,19 +271,18 @@ def transposed_values(v: torch.Tensor) -> torch.Tensor:
         a thread of a tensor core holds probabilities of two neighbours and of the two 8 further, and multiplies four
         neighbours.
     """
-    batch, tokens, heads, dim = v.shape
-    order = _token_order(tokens, v.device)
-    rows = torch.zeros((batch, heads, dim + SUM_ROWS, len(order)), device=v.device)
+    tokens, dim = v.shape[1], v.shape[3]
+    rows = torch.zeros(transposed_shape(*v.shape), device=v.device)
     rows[:, :, :dim, :tokens] = v.float().permute(0, 2, 3, 1)
     rows[:, :, dim, :tokens] = 1
-    return rows[..., order].to(E4M3)
+    return rows[..., _token_order(rows.shape[-1], v.device)].to(E4M3)
 
 
 def coded_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Reference of `flash.coded_attention`: one scale a row, where the kernel may have had smaller ones on its way."""
     tokens, dim = query.shape[1], query.shape[3]
     rows = torch.empty_like(value, dtype=torch.float32)
-    rows[..., _token_order(tokens, value.device)] = value.float()
+    rows[..., _token_order(value.shape[-1], value.device)] = value.float()
     q, k, v = query.float().transpose(1, 2), key.float().transpose(1, 2), rows[:, :, :dim, :tokens]
     scores = (q @ k.transpose(-1, -2)).half().float()
     slope = torch.tensor(CODES_A_BINADE * math.log2(math.e) * dim**-0.5).half().float()
