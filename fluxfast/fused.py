@@ -1,9 +1,9 @@
 """Swaps diffusers' blocks for the fused ones of `fluxfast.kernels`, with the operations that a level asks for.
 
 Without `fused_quantize`, `fused_qk_rope` or `fused_residuals` an operation is the plain PyTorch one, which Inductor
-fuses as well as it can: a rung changes which kernel computes something, not what is computed. Three rungs change float8
-codes too: `hadamard_qk`, in another basis of q and k, `gelu_epilogue`, with scales that are known beforehand, and
-`coded_softmax`, which rounds probabilities otherwise.
+fuses as well as it can: a rung changes which kernel computes something, not what is computed. Four rungs change float8
+codes too: `hadamard_qk`, in another basis of q and k, `gelu_epilogue` and `attention_epilogue`, with scales that are
+known beforehand, and `coded_softmax`, which rounds probabilities otherwise.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ def fuse(transformer: nn.Module, level: Level) -> list[nn.Module]:
         "transposed_v": coded,
         "gelu_epilogue": level.gelu_epilogue,
         "residual_epilogue": level.residual_epilogue,
+        "attention_epilogue": level.attention_epilogue and coded and level.gelu_epilogue,
+        "grouped": level.grouped_gemms and level.gelu_epilogue and level.residual_epilogue,
     }
     ops = triton_ops(**kernels) if any(kernels.values()) else REFERENCE
     if attention is sdpa:

@@ -75,6 +75,12 @@ class Level:
         coded_softmax: attention of our own (CuTe DSL) in the place of FlashAttention-3 and of its second launch. It
             finds a probability's e4m3 code by a multiplication and a rounding, without an exponential, and takes V
             transposed, from a kernel behind the QKV GEMM.
+        attention_epilogue: the attention's output quantised in the attention's own epilogue. Its scale is known before
+            a row is: an output is a mean of V, whose largest magnitude the kernel that transposes V finds. In a single
+            block GELU's GEMM writes its codes beside.
+        grouped_gemms: text and image tokens of a double block as one stream, with a norm or a GEMM of both in one
+            launch and with weights of their own, "grouped GEMMs" of quack. The streams are joined in front of the first
+            double block instead of the first single one.
         gemm_search: max-autotune times Triton's GEMM templates beside the libraries' kernels, up to 106 for a shape in
             float8.
         coordinate_descent: Inductor's search for the launch parameters of every kernel it writes, which flux-fast
@@ -107,6 +113,8 @@ class Level:
     gelu_epilogue: bool = False
     residual_epilogue: bool = False
     coded_softmax: bool = False
+    attention_epilogue: bool = False
+    grouped_gemms: bool = False
     gemm_search: bool = False
     coordinate_descent: bool = False
 
@@ -149,6 +157,8 @@ FUSED_BLOCK_FIELDS: tuple[str, ...] = (
     "gelu_epilogue",
     "residual_epilogue",
     "coded_softmax",
+    "attention_epilogue",
+    "grouped_gemms",
 )
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Level) if f.name in FIELDS}
 
@@ -208,7 +218,9 @@ HADAMARD_QK = FUSED_RESIDUALS.then("hadamard_qk", hadamard_qk=True)
 GELU_EPILOGUE = HADAMARD_QK.then("gelu_epilogue", gelu_epilogue=True)
 RESIDUAL_EPILOGUE = GELU_EPILOGUE.then("residual_epilogue", residual_epilogue=True)
 CODED_SOFTMAX = RESIDUAL_EPILOGUE.then("coded_softmax", coded_softmax=True)
-GEMM_SEARCH = CODED_SOFTMAX.then("gemm_search", gemm_search=True)
+ATTENTION_EPILOGUE = CODED_SOFTMAX.then("attention_epilogue", attention_epilogue=True)
+GROUPED_GEMMS = ATTENTION_EPILOGUE.then("grouped_gemms", grouped_gemms=True)
+GEMM_SEARCH = GROUPED_GEMMS.then("gemm_search", gemm_search=True)
 
 BEYOND: tuple[Level, ...] = (
     FLOAT8_ROWWISE,
@@ -228,6 +240,8 @@ BEYOND: tuple[Level, ...] = (
     GELU_EPILOGUE,
     RESIDUAL_EPILOGUE,
     CODED_SOFTMAX,
+    ATTENTION_EPILOGUE,
+    GROUPED_GEMMS,
     GEMM_SEARCH,
 )
 """Rungs past flux-fast: a chain of their own, so that the ladder stays flux-fast's and its numbers compare.

@@ -20,7 +20,7 @@ from fluxfast.compilation import block_lists, position_biases_in_order, text_enc
 from fluxfast.decoder import FusedGroupNorm, GemmAttnProcessor, norms
 from fluxfast.decoder import attentions as decoder_attentions
 from fluxfast.errors import StepNotApplied
-from fluxfast.kernels.linear import RowwiseFloat8Linear
+from fluxfast.kernels.linear import GroupedRowwiseFloat8Linear, RowwiseFloat8Linear
 from fluxfast.levels import COORDINATE_DESCENT, INDUCTOR_FLAGS, TRITON_GEMMS, Level
 from fluxfast.steps import UNFUSED, attentions, block_linears, blocks_of, float8_candidates, linears
 from fluxfast.upsampling import SubpixelUpsample, upsamplings
@@ -141,7 +141,7 @@ def scaling(linear: nn.Module) -> str | None:
     """
     from torchao.quantization import Float8Tensor
 
-    if isinstance(linear, RowwiseFloat8Linear):
+    if isinstance(linear, RowwiseFloat8Linear | GroupedRowwiseFloat8Linear):
         return "row"
     if not isinstance(linear.weight, Float8Tensor):
         return None
@@ -152,7 +152,8 @@ def scaling(linear: nn.Module) -> str | None:
 
 def quantization_facts(transformer: nn.Module, level: Level) -> list[Fact]:
     """Linears with a float8 weight of the level's scaling, and those that must not have one."""
-    everywhere = [m for m in transformer.modules() if isinstance(m, nn.Linear | RowwiseFloat8Linear)]
+    kinds = nn.Linear | RowwiseFloat8Linear | GroupedRowwiseFloat8Linear
+    everywhere = [m for m in transformer.modules() if isinstance(m, kinds)]
     if level.quantization == "float8_rowwise":
         inner = block_linears(transformer)
         right = sum(scaling(m) == "row" for m in inner)
@@ -173,12 +174,19 @@ def quantization_facts(transformer: nn.Module, level: Level) -> list[Fact]:
 
 
 QUANTIZING = ("gelu_quantize", "layernorm_modulate_quantize", "residual_layernorm_modulate_quantize")
-"""Triton operations of a double block, each once a stream; with `fused_residuals` the third instead of the second."""
+"""Triton operations of a double block, each once a stream; with `fused_residuals` the third instead of the second, with
+`residual_epilogue` the second instead of the third, and with `grouped_gemms` another for both streams."""
 QUANTIZING_SINGLE = ("layernorm_modulate_quantize", "gelu_concat_quantize")
 """Of a single block; with `fused_residuals` the norm is the one with the residual. `gelu_epilogue` leaves the norms."""
 
-TRANSPOSED = "fluxfast::qk_norm_rope_hadamard_quantize_transposed"
-HADAMARD = ("fluxfast::qk_norm_rope_hadamard_quantize", TRANSPOSED)
+TRANSPOSED = ("fluxfast::qk_norm_rope_hadamard_quantize_transposed", "fluxfast::qk_norm_rope_hadamard_quantize_mixed")
+HADAMARD = ("fluxfast::qk_norm_rope_hadamard_quantize", *TRANSPOSED)
+CODED = ("fluxfast::coded_attention", "fluxfast::coded_attention_quantize")
+"""Attentions without exponentials; the second quantises its own output."""
+GROUPED = ("fluxfast::grouped_linear", "fluxfast::grouped_gelu_linear_quantize", "fluxfast::grouped_residual_linear")
+"""GEMMs of both streams of a double block; the second and third have the epilogues that others have for one stream."""
+GELU = ("fluxfast::gelu_linear_quantize", "fluxfast::gelu_linear_quantize_beside", GROUPED[1])
+RESIDUAL = ("fluxfast::residual_linear", GROUPED[2])
 
 
 def fused_block_facts(built: Built, calls: int, loops: int, forwards: int) -> list[Fact]:
@@ -188,22 +196,28 @@ def fused_block_facts(built: Built, calls: int, loops: int, forwards: int) -> li
     """
     level, compiler = built.level, built.compiler
     double, single = (len(blocks) for blocks in block_lists(built.pipeline.transformer))
-    kernels = {f"fluxfast::{name}" for name in QUANTIZING + QUANTIZING_SINGLE}
+    norm = "grouped_layernorm_modulate_quantize"
+    kernels = {f"fluxfast::{name}" for name in (*QUANTIZING, *QUANTIZING_SINGLE, norm)}
+    # What a double block does with each stream: with both at once it does it once.
+    streams = 1 if level.grouped_gemms else 2
     # A GEMM with GELU in its epilogue takes the place of one of cuBLASLt's and of a kernel of Triton's.
-    activated = _all_if(level.gelu_epilogue, 2 * double + single)
+    activated = _all_if(level.gelu_epilogue, streams * double + single)
     merged = level.merged_projections and not level.gelu_epilogue
     attended = forwards * (double + single)
-    added = _all_if(level.residual_epilogue, 4 * double + single)
-    gemms = 8 * double + (2 if merged else 3) * single - activated - added
-    launches = forwards * (double * 2 * len(QUANTIZING) + single * len(QUANTIZING_SINGLE) - activated)
+    added = _all_if(level.residual_epilogue, 2 * streams * double + single)
+    grouped = _all_if(level.grouped_gemms, 4 * double)
+    gemms = 4 * streams * double + (2 if merged else 3) * single - activated - added - grouped // 4
+    launches = forwards * (double * streams * len(QUANTIZING) + single * len(QUANTIZING_SINGLE) - activated)
     # In the middle of a double block anyway; with the field at the beginning of every block too.
     sums = _all_if(not level.residual_epilogue, 2 * double + _all_if(level.fused_residuals, 2 * double + single))
     facts = [
-        # Before the other fields', whose counts it changes.
+        # Before the other fields', whose counts it changes; so are the next two.
+        Fact("grouped_gemms", "GEMMs of both streams of a double block",
+             compiler.calls_of(*GROUPED), forwards * grouped),
         Fact("gelu_epilogue", "GEMMs with GELU and its quantisation in their epilogue",
-             compiler.calls_of("fluxfast::gelu_linear_quantize"), forwards * activated),
+             compiler.calls_of(*GELU), forwards * activated),
         Fact("residual_epilogue", "GEMMs with a gated residual in their epilogue",
-             compiler.calls_of("fluxfast::residual_linear"), forwards * added),
+             compiler.calls_of(*RESIDUAL), forwards * added),
         Fact("fused_quantize", "launches of Triton's quantising kernels",
              compiler.calls_of(*kernels), _all_if(level.fused_quantize, launches)),
         Fact("precomputed_modulation", "modulation tables computed",
@@ -218,7 +232,7 @@ def fused_block_facts(built: Built, calls: int, loops: int, forwards: int) -> li
         Fact("hadamard_qk", "launches of Triton's QK norm and RoPE kernel with a Hadamard transform",
              compiler.calls_of(*HADAMARD), _all_if(level.hadamard_qk, attended)),
         Fact("coded_softmax", "launches of Triton's kernel that transposes V",
-             compiler.calls_of(TRANSPOSED), _all_if(level.coded_softmax, attended)),
+             compiler.calls_of(*TRANSPOSED), _all_if(level.coded_softmax, attended)),
         # Once for the one resolution of all calls.
         Fact("fused_qk_rope", "RoPE tables computed",
              built.rotary.fills if built.rotary else 0, _all_if(level.fused_qk_rope, 1)),
@@ -231,7 +245,8 @@ def fused_block_facts(built: Built, calls: int, loops: int, forwards: int) -> li
              compiler.calls_of("fluxfast::residual_layernorm_modulate_quantize"),
              _all_if(level.fused_quantize, forwards * sums)),
         Fact("fused_residuals", "launches of Triton's kernel that quantises rows alone",
-             compiler.calls_of("fluxfast::quantize_rows"), _all_if(level.fused_residuals, forwards * double)),
+             compiler.calls_of("fluxfast::quantize_rows"),
+             _all_if(level.fused_residuals and not level.attention_epilogue, forwards * double)),
     ]  # fmt: skip
     if level.has_fused_blocks and built.scope == "blocks":
         # All other Linears of these blocks are float8 GEMMs of another name; the VAE's attention has no such GEMM.
@@ -304,7 +319,9 @@ def run_facts(built: Built, calls: int, steps: int) -> list[Fact]:
              _with(COORDINATE_DESCENT, configs), _all_if(compiled and level.coordinate_descent, classes)),
         # Before attention's: where FA3's op runs instead, that it should not have is what follows.
         Fact("coded_softmax", "attentions without exponentials",
-             built.compiler.calls_of("fluxfast::coded_attention"), _all_if(level.coded_softmax, attended)),
+             built.compiler.calls_of(*CODED), _all_if(level.coded_softmax, attended)),
+        Fact("attention_epilogue", "attentions that quantise their own output",
+             built.compiler.calls_of(CODED[1]), _all_if(level.attention_epilogue, attended)),
         Fact("attention", "launches of the FA3 op",
              built.fa3.launches, _all_if(level.attention != "sdpa", by_fa3)),
         Fact("split_attention_tail", "calls of the FA3 op that looks for a tail",

@@ -67,16 +67,23 @@ def triton_operations() -> dict[str, Any]:
 
     operations = (
         gemm.gelu_linear_quantize,
+        gemm.gelu_linear_quantize_beside,
         gemm.residual_linear,
+        gemm.grouped_linear,
+        gemm.grouped_gelu_linear_quantize,
+        gemm.grouped_residual_linear,
         activations.gelu_quantize,
         activations.gelu_concat_quantize,
         activations.quantize_rows,
         norms.layernorm_modulate_quantize,
         norms.residual_layernorm_modulate_quantize,
+        norms.grouped_layernorm_modulate_quantize,
         qkv.qk_norm_rope_quantize,
         qkv.qk_norm_rope_hadamard_quantize,
         qkv.qk_norm_rope_hadamard_quantize_transposed,
+        qkv.qk_norm_rope_hadamard_quantize_mixed,
         flash.coded_attention,
+        flash.coded_attention_quantize,
         group_norm.group_norm_silu,
     )
     return {operation._name: operation for operation in operations}

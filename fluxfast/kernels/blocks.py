@@ -12,12 +12,13 @@ from typing import Any, ClassVar, NamedTuple, TypeAlias
 import torch
 from torch import nn
 
+from fluxfast.kernels.linear import GroupedRowwiseFloat8Linear
 from fluxfast.kernels.ops import BlockOps
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(q, k, v), each (B, S, H, Dh) in e4m3 (unquantised for `ops.EXACT`) -> (B, S, H, Dh) in bfloat16.
 
-v may be what `BlockOps.qk_norm_rope` makes of it for this attention."""
+v may be what `BlockOps.qk_norm_rope` makes of it for this attention. `BlockOps.attention_quantize` takes its place."""
 Rotary = tuple[torch.Tensor, torch.Tensor]
 Quantized = tuple[torch.Tensor, torch.Tensor | None]
 """Rows (M, K) and their scales (M, 1); None for the latter if nothing is quantised."""
@@ -133,6 +134,12 @@ class _ModulatedBlock(nn.Module):
             return x, *self.ops.layernorm_modulate(x, shift, scale, EPS)
         return self.ops.residual_layernorm_modulate(x, y, gate, shift, scale, EPS)
 
+    def _attend(self, *heads: torch.Tensor) -> Quantized:
+        """What `BlockOps.qk_norm_rope` gives -> what attention makes of it, quantised rows (B * S, D)."""
+        if self.ops.attention_quantize is not None:
+            return self.ops.attention_quantize(*heads)
+        return self.ops.quantize(rows(self.attention(*heads).flatten(2)))
+
     def _project_back(
         self, linear: nn.Module, quantized: Quantized, residual: torch.Tensor, gate: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -189,12 +196,12 @@ class FusedFluxTransformerBlock(_ModulatedBlock):
         text_rows, text_qkv = self._project(self.to_added_qkv, text, text_vectors)
         weights = (self.norm_q.weight, self.norm_k.weight)
         text_weights = (self.norm_added_q.weight, self.norm_added_k.weight)
-        q, k, v = self.ops.qk_norm_rope(qkv, *weights, *rotary, EPS, text_qkv, *text_weights)
+        heads = self.ops.qk_norm_rope(qkv, *weights, *rotary, EPS, text_qkv, *text_weights)
 
-        attended, scale = self.ops.quantize(self.attention(q, k, v).flatten(2))
+        attended = [None if x is None else x.unflatten(0, (len(qkv), -1)) for x in self._attend(*heads)]
         tokens = text_qkv.shape[1]
         text_attended, image_attended = (
-            (rows(attended[:, part]), None if scale is None else rows(scale[:, part]))
+            [None if x is None else rows(x[:, part]) for x in attended]
             for part in (slice(0, tokens), slice(tokens, None))
         )
         text_sum = self._project_back(self.to_add_out, text_attended, text_rows, text_vectors[2])
@@ -228,6 +235,61 @@ class FusedFluxTransformerBlock(_ModulatedBlock):
         else:
             activated = up.forward_gelu(q, q_scale)
         return self._project_back(down, activated, x, vectors[5])
+
+
+class GroupedFluxTransformerBlock(_ModulatedBlock):
+    """A double-stream block whose streams are one, text first: a norm or a GEMM of both is one launch.
+
+    The streams keep weights, shifts, scales and gates of their own (grouped GEMMs). `hidden_states` is the joint stream
+    on the way in and out, and `encoder_hidden_states` goes along untouched, as in single blocks that are `chained`.
+    """
+
+    GATES: ClassVar[dict[str, int]] = {}
+
+    def __init__(self, block: nn.Module, *, attention: Attention, ops: BlockOps) -> None:
+        assert ops.grouped is not None and ops.gelu_linear is not None, "what grouped GEMMs need, `triton_ops` checks"
+        # Text first, as everywhere here.
+        super().__init__([block.norm1_context, block.norm1], attention, ops, fused_residuals=False)
+        attn, grouped = block.attn, ops.grouped
+
+        def both(operation: Callable[..., Any], linear: Any, text: Any, image: Any) -> GroupedRowwiseFloat8Linear:
+            return GroupedRowwiseFloat8Linear(linear(text), linear(image), operation=operation)
+
+        self.to_qkv = both(grouped.linear, ops.linear, qkv_linears(attn, text=True), qkv_linears(attn))
+        self.to_out = both(grouped.residual_linear, ops.linear, [attn.to_add_out], [attn.to_out[0]])
+        up = [block.ff_context.net[0].proj], [block.ff.net[0].proj]
+        self.ff_in = both(grouped.gelu_linear, ops.gelu_linear, *up)
+        self.ff_out = both(grouped.residual_linear, ops.linear, [block.ff_context.net[2]], [block.ff.net[2]])
+        self.norm_q, self.norm_k = attn.norm_q, attn.norm_k
+        self.norm_added_q, self.norm_added_k = attn.norm_added_q, attn.norm_added_k
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        image_rotary_emb: Rotary,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The joint stream (B, T + S, D) and text (B, T, D) -> (text, joint stream)."""
+        modulation = self._modulation(temb, joint_attention_kwargs)
+        tokens = encoder_hidden_states.shape[1]
+        return encoder_hidden_states, self.forward_modulated(hidden_states, tokens, modulation, image_rotary_emb)
+
+    def forward_modulated(self, x: torch.Tensor, tokens: int, modulation: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+        """The block as a function of tensors; the first `tokens` of x (B, T + S, D) are text's."""
+        assert self.ops.grouped is not None
+        norm = self.ops.grouped.layernorm_modulate
+        # Each (B, 2, D).
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.unflatten(-1, (2, 6, -1)).unbind(2)
+        qkv = self.to_qkv.forward_grouped(*norm(x, shift, scale, tokens, EPS), tokens)
+        weights = (self.norm_q.weight, self.norm_k.weight)
+        text_weights = (self.norm_added_q.weight, self.norm_added_k.weight)
+        heads = self.ops.qk_norm_rope(qkv[:, tokens:], *weights, *rotary, EPS, qkv[:, :tokens], *text_weights)
+        attended = (part.unflatten(0, x.shape[:2]) for part in self._attend(*heads))
+        x = self.to_out.forward_grouped(*attended, x, gate, tokens)
+        activated = self.ff_in.forward_grouped(*norm(x, mlp_shift, mlp_scale, tokens, EPS), tokens)
+        return self.ff_out.forward_grouped(*activated, x, mlp_gate, tokens)
 
 
 class FusedFluxSingleTransformerBlock(_ModulatedBlock):
@@ -290,20 +352,28 @@ class FusedFluxSingleTransformerBlock(_ModulatedBlock):
         sizes = sizes_of(x)
         residual, q, q_scale = self._norm(x, shift, scale)
         projected = self.to_qkv.forward_quantized(q, q_scale)
-        if self.ops.gelu_linear is not None:
-            attended = self._attend(projected, sizes, rotary)
-            quantized = self.proj_mlp.forward_gelu(q, q_scale, attended)
+        if self.ops.attention_quantize is not None:
+            heads = self._heads(projected, sizes, rotary)
+            bound, beside = self.proj_mlp.bound, self.proj_mlp.out_features
+            quantized = self.ops.attention_quantize(*heads, q_scale, bound, beside)
+            self.proj_mlp.forward_gelu_beside(q, q_scale, *quantized)
+        elif self.ops.gelu_linear is not None:
+            quantized = self.proj_mlp.forward_gelu(q, q_scale, self._attended(projected, sizes, rotary))
         else:
             if self.proj_mlp is None:
                 mlp, projected = projected[:, self.qkv_width :], projected[:, : self.qkv_width]
             else:
                 mlp = self.proj_mlp.forward_quantized(q, q_scale)
-            quantized = self.ops.gelu_concat(self._attend(projected, sizes, rotary), mlp)
+            quantized = self.ops.gelu_concat(self._attended(projected, sizes, rotary), mlp)
         ends = self._project_back(self.proj_out, quantized, residual, gate)
         return self._leave(*ends, modulation, "hidden_states", sizes)
 
-    def _attend(self, qkv: torch.Tensor, sizes: torch.Size, rotary: Rotary) -> torch.Tensor:
-        """QKV as rows (B * S, 3 * D) -> what attention makes of them, rows (B * S, D)."""
+    def _heads(self, qkv: torch.Tensor, sizes: torch.Size, rotary: Rotary) -> tuple[torch.Tensor, ...]:
+        """QKV as rows (B * S, 3 * D) -> what attention takes."""
         weights = (self.norm_q.weight, self.norm_k.weight)
-        q, k, v = self.ops.qk_norm_rope(qkv.unflatten(0, sizes), *weights, *rotary, EPS)
-        return rows(self.attention(q, k, v).flatten(2))
+        heads: tuple[torch.Tensor, ...] = self.ops.qk_norm_rope(qkv.unflatten(0, sizes), *weights, *rotary, EPS)
+        return heads
+
+    def _attended(self, qkv: torch.Tensor, sizes: torch.Size, rotary: Rotary) -> torch.Tensor:
+        """QKV as rows (B * S, 3 * D) -> what attention makes of them, rows (B * S, D), not quantised yet."""
+        return rows(self.attention(*self._heads(qkv, sizes, rotary)).flatten(2))

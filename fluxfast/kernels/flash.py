@@ -43,9 +43,9 @@ from quack.fast_math import FastDivmod
 from quack.pipeline import PipelineTmaAsync, make_pipeline_state
 from torch.library import wrap_triton
 
-from fluxfast.kernels.device import require_runnable, to_bfloat16
+from fluxfast.kernels.device import FLOOR, MAX, require_runnable, to_bfloat16, to_e4m3
 from fluxfast.kernels.reference import CODES_A_BINADE, LARGEST_BINADE, PADDING, SUM_ROWS, TOP_CODE, transposed_shape
-from fluxfast.kernels.rowwise import E4M3
+from fluxfast.kernels.rowwise import AMAX_FLOOR, E4M3, E4M3_MAX
 from fluxfast.machine import processors
 
 HEAD_DIM = 128
@@ -70,7 +70,7 @@ COMBINED_ROWS = 8
 F8 = cutlass.Float8E4M3FN
 SUMS = 4 * (HEAD_DIM // 8)
 """Where a thread's accumulators of the row of ones begin: behind four for each eight columns."""
-CONSTANTS = (CODES_A_BINADE, LARGEST_BINADE, PADDING, SUM_ROWS, TOP_CODE)
+CONSTANTS = (CODES_A_BINADE, LARGEST_BINADE, PADDING, SUM_ROWS, TOP_CODE, AMAX_FLOOR, E4M3_MAX)
 SOURCE = hashlib.sha256(Path(__file__).read_bytes() + repr(CONSTANTS).encode()).hexdigest()
 """All that the kernel is made from, but for the libraries."""
 
@@ -113,6 +113,15 @@ def _two_codes(scores, slope, shift, *, loc=None, ip=None):
     """
     ptx = "{.reg .b32 t, m; mov.b32 m, 0x64006400; fma.rn.relu.f16x2 t, {$r0}, {$r1}, {$r2}; add.rn.f16x2 {$w0}, t, m;}"
     return _ptx(ptx, scores, slope, shift, out=(Int32,), loc=loc, ip=ip)
+
+
+@dsl_user_op
+def _four_codes(a, b, c, d, *, loc=None, ip=None):
+    """float32 in e4m3, to nearest even, saturating, the first in the lowest byte."""
+    low = "cvt.rn.satfinite.e4m3x2.f32 l, {$r1}, {$r0};"
+    high = "cvt.rn.satfinite.e4m3x2.f32 h, {$r3}, {$r2};"
+    ptx = "{.reg .b16 l, h; " + low + high + " mov.b32 {$w0}, {l, h};}"
+    return _ptx(ptx, a, b, c, d, out=(Int32,), loc=loc, ip=ip)
 
 
 @dsl_user_op
@@ -202,11 +211,25 @@ def _place(item, whole, tall: FastDivmod, heads: FastDivmod, parts: FastDivmod, 
     return row, head, sample, begin, end
 
 
-class _Forward:
-    """The kernel; CuTe DSL compiles it once for all sizes."""
+@cute.jit
+def _unit(largest: cute.Tensor, sample):
+    """The scale with which nothing that is attended to saturates: outputs are means of V's codes."""
+    return cute.arch.fmax(largest[sample], Float32(AMAX_FLOOR)) * (1 / E4M3_MAX)
 
-    def __init__(self, at_once: int) -> None:
+
+class _Forward:
+    """The kernel; CuTe DSL compiles it once for all sizes.
+
+    Attributes:
+        at_once: processors (SMs).
+        quantized: whether outputs are codes, see `coded_attention_quantize`; if not, all that is about scales is None.
+        bounded: whether a row's scale has a bound of its own.
+    """
+
+    def __init__(self, at_once: int, *, quantized: bool, bounded: bool) -> None:
         self.at_once = at_once
+        self.quantized = quantized
+        self.bounded = bounded
 
     @cute.jit
     def __call__(
@@ -217,32 +240,41 @@ class _Forward:
         out: cute.Tensor,
         partial: cute.Tensor,
         weights: cute.Tensor,
-        scale: Float32,
+        largest: cute.Tensor | None,
+        row_scale: cute.Tensor | None,
+        bound: cute.Tensor | None,
+        out_scale: cute.Tensor | None,
+        softmax_scale: Float32,
         parts: Int32,
         stream: CUstream,
     ):
-        """q, k, v, out: see `coded_attention`; partial (items, QUERIES, HEAD_DIM) and weights (items, QUERIES) for the
-        tiles whose keys are divided into `parts`."""
+        """q, k, v, out: see `coded_attention`, codes two an element of `out`; partial (items, QUERIES, HEAD_DIM) and
+        weights (items, QUERIES) for the tiles whose keys are divided into `parts`. largest (B,), row_scale and
+        out_scale (B, S) and bound (2,): see `coded_attention_quantize`."""
         # Rows and channels first, then head and sample.
         q, k, out = [layout_utils.select(x, [1, 3, 2, 0]) for x in (q, k, out)]
         v, partial = layout_utils.select(v, [2, 3, 1, 0]), layout_utils.select(partial, [1, 2, 0])
         q_layout = sm90_utils.make_smem_layout(F8, LayoutEnum.ROW_MAJOR, (QUERIES, HEAD_DIM), QUERY_STAGES)
         k_layout = sm90_utils.make_smem_layout(F8, LayoutEnum.ROW_MAJOR, (KEYS, HEAD_DIM), STAGES)
         v_layout = sm90_utils.make_smem_layout(F8, LayoutEnum.ROW_MAJOR, (VALUE_ROWS, KEYS), STAGES)
-        out_layout = sm90_utils.make_smem_layout(BFloat16, LayoutEnum.ROW_MAJOR, (GROUP_ROWS, HEAD_DIM), GROUPS)
-        q_tile, k_tile, v_tile, out_tile = [
-            cute.select(layout, mode=[0, 1]) for layout in (q_layout, k_layout, v_layout, out_layout)
+        partial_layout = sm90_utils.make_smem_layout(BFloat16, LayoutEnum.ROW_MAJOR, (GROUP_ROWS, HEAD_DIM), GROUPS)
+        width = HEAD_DIM // 2 if self.quantized else HEAD_DIM
+        out_layout = sm90_utils.make_smem_layout(BFloat16, LayoutEnum.ROW_MAJOR, (GROUP_ROWS, width), GROUPS)
+        q_tile, k_tile, v_tile, out_tile, partial_tile = [
+            cute.select(layout, mode=[0, 1]) for layout in (q_layout, k_layout, v_layout, out_layout, partial_layout)
         ]
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
         q_copy, q = cpasync.make_tiled_tma_atom(load, q, q_tile, (QUERIES, HEAD_DIM))
         k_copy, k = cpasync.make_tiled_tma_atom(load, k, k_tile, (KEYS, HEAD_DIM))
         v_copy, v = cpasync.make_tiled_tma_atom(load, v, v_tile, (VALUE_ROWS, KEYS))
-        out_copy, out = cpasync.make_tiled_tma_atom(store, out, out_tile, (GROUP_ROWS, HEAD_DIM))
-        partial_copy, partial = cpasync.make_tiled_tma_atom(store, partial, out_tile, (GROUP_ROWS, HEAD_DIM))
+        out_copy, out = cpasync.make_tiled_tma_atom(store, out, out_tile, (GROUP_ROWS, width))
+        partial_copy, partial = cpasync.make_tiled_tma_atom(store, partial, partial_tile, (GROUP_ROWS, HEAD_DIM))
         score_product = sm90_utils.make_tiled_mma(F8, "K", "K", KEYS, atom_layout_mnk=(GROUPS, 1, 1))
         value_product = sm90_utils.make_tiled_mma(F8, "K", "K", VALUE_ROWS, source="RS", atom_layout_mnk=(GROUPS, 1, 1))
         # Never multiplied with: it says which thread of a group holds what of an output without sums.
         held = sm90_utils.make_tiled_mma(F8, "K", "K", HEAD_DIM, source="RS")
+        held_codes = sm90_utils.make_tiled_mma(F8, "K", "K", HEAD_DIM // 2, source="RS")
+        narrow = cute.cosize(out_layout) if self.quantized else 0
 
         @cute.struct
         class Storage:
@@ -252,7 +284,8 @@ class _Forward:
             q: cute.struct.Align[cute.struct.MemRange[F8, cute.cosize(q_layout)], 1024]
             k: cute.struct.Align[cute.struct.MemRange[F8, cute.cosize(k_layout)], 1024]
             v: cute.struct.Align[cute.struct.MemRange[F8, cute.cosize(v_layout)], 1024]
-            out: cute.struct.Align[cute.struct.MemRange[BFloat16, cute.cosize(out_layout)], 1024]
+            partial: cute.struct.Align[cute.struct.MemRange[BFloat16, cute.cosize(partial_layout)], 1024]
+            codes: cute.struct.Align[cute.struct.MemRange[BFloat16, narrow], 1024]
 
         self.storage = Storage
         tall, blocks = cute.ceil_div(q.shape[0], QUERIES), cute.ceil_div(k.shape[0], KEYS)
@@ -263,9 +296,10 @@ class _Forward:
         items = whole + (tiles - whole) * parts
         self.kernel(
             q_copy, q, k_copy, k, v_copy, v, out_copy, out, partial_copy, partial, weights,
-            score_product, value_product, held, q_layout, k_layout, v_layout, out_layout,
+            largest, row_scale, bound, out_scale, score_product, value_product, held, held_codes,
+            q_layout, k_layout, v_layout, out_layout, partial_layout,
             FastDivmod(tall), FastDivmod(q.shape[2]), FastDivmod(parts),
-            whole, items, cute.ceil_div(blocks, parts), scale,
+            whole, items, cute.ceil_div(blocks, parts), softmax_scale,
         ).launch(
             grid=[cutlass.min(items, self.at_once), 1, 1], block=[THREADS, 1, 1], stream=stream, min_blocks_per_mp=1
         )  # fmt: skip
@@ -284,20 +318,26 @@ class _Forward:
         partial_copy: cute.CopyAtom,
         partial: cute.Tensor,
         weights: cute.Tensor,
+        largest: cute.Tensor | None,
+        row_scale: cute.Tensor | None,
+        bound: cute.Tensor | None,
+        out_scale: cute.Tensor | None,
         score_product: cute.TiledMma,
         value_product: cute.TiledMma,
         held: cute.TiledMma,
+        held_codes: cute.TiledMma,
         q_layout: cute.ComposedLayout,
         k_layout: cute.ComposedLayout,
         v_layout: cute.ComposedLayout,
         out_layout: cute.ComposedLayout,
+        partial_layout: cute.ComposedLayout,
         tall: FastDivmod,
         heads: FastDivmod,
         parts: FastDivmod,
         whole: Int32,
         items: Int32,
         part_blocks: Int32,
-        scale: Float32,
+        softmax_scale: Float32,
     ):
         """Items from the block's own number on: `whole` tiles, then parts of `part_blocks` blocks of keys."""
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -320,7 +360,9 @@ class _Forward:
         q_shared = storage.q.get_tensor(q_layout.outer, swizzle=q_layout.inner)
         k_shared = storage.k.get_tensor(k_layout.outer, swizzle=k_layout.inner)
         v_shared = storage.v.get_tensor(v_layout.outer, swizzle=v_layout.inner)
-        out_shared = storage.out.get_tensor(out_layout.outer, swizzle=out_layout.inner)
+        partial_shared = storage.partial.get_tensor(partial_layout.outer, swizzle=partial_layout.inner)
+        out_memory = storage.codes if cutlass.const_expr(self.quantized) else storage.partial
+        out_shared = out_memory.get_tensor(out_layout.outer, swizzle=out_layout.inner)
         pipeline_init_wait(cluster_shape_mn=(1, 1))
 
         item, at_once = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
@@ -371,11 +413,19 @@ class _Forward:
             summed = cute.make_rmem_tensor(value_slice.partition_shape_C((QUERIES, VALUE_ROWS)), Float32)
             to_shared = cute.make_tiled_copy_C(copy_utils.get_smem_store_atom(BFloat16), held).get_slice(thread)
             rounded = cute.make_rmem_tensor(held.get_slice(thread).partition_shape_C((GROUP_ROWS, HEAD_DIM)), BFloat16)
-            rounded_shared = to_shared.partition_D(out_shared[None, None, group])
+            rounded_shared = to_shared.partition_D(partial_shared[None, None, group])
+            if cutlass.const_expr(self.quantized):
+                store_atom = copy_utils.get_smem_store_atom(BFloat16)
+                codes_to_shared = cute.make_tiled_copy_C(store_atom, held_codes).get_slice(thread)
+                code_pairs = cute.make_rmem_tensor(
+                    held_codes.get_slice(thread).partition_shape_C((GROUP_ROWS, HEAD_DIM // 2)), BFloat16
+                )
+                codes = cute.recast_tensor(code_pairs, Int32)
+                codes_shared = codes_to_shared.partition_D(out_shared[None, None, group])
             q_at = make_pipeline_state(PipelineUserType.Consumer, QUERY_STAGES)
             k_at = make_pipeline_state(PipelineUserType.Consumer, STAGES)
             v_at = make_pipeline_state(PipelineUserType.Consumer, STAGES)
-            slope = _pack(*[CODES_A_BINADE * math.log2(math.e) * scale] * 2)
+            slope = _pack(*[CODES_A_BINADE * math.log2(math.e) * softmax_scale] * 2)
             # By the slope as it is rounded, so that no code is above the top one.
             binades = _unpack(slope)[0] / CODES_A_BINADE
             multiply = sm90_utils.gemm_w_idx
@@ -452,57 +502,89 @@ class _Forward:
                     cute.arch.shuffle_sync(sums[i] + summed[SUMS + 2 * i], offset=thread % 32 // 4 * 4) for i in (0, 1)
                 ]
                 inverse = [cute.arch.rcp_approx(total) for total in totals]
-                for i in cutlass.range_constexpr(cute.size(rounded)):
-                    rounded[i] = BFloat16(summed[i] * inverse[i // 2 % 2])
+                at = GROUP_ROWS * group + thread // 32 * 16 + thread % 32 // 4
                 if thread < 32:
                     # What the store of the tile before reads.
                     cute.arch.cp_async_bulk_wait_group(0, read=True)
                 cute.arch.barrier(barrier_id=1 + group, number_of_threads=128)
-                cute.copy(to_shared, to_shared.retile(rounded), rounded_shared)
+                if cutlass.const_expr(self.quantized):
+                    if item >= whole:
+                        self.store_rounded(summed, inverse, rounded, to_shared, rounded_shared)
+                    else:
+                        for i in cutlass.range_constexpr(2):
+                            token = QUERIES * row + at + 8 * i
+                            unit = _unit(largest, sample)
+                            if token < tokens:
+                                if cutlass.const_expr(self.bounded):
+                                    unit = cute.arch.fmax(unit, row_scale[sample, token] * bound[0] + bound[1])
+                                if (head == 0) & (quad_thread == 0):
+                                    out_scale[sample, token] = unit
+                            by = inverse[i] * cute.arch.rcp_approx(unit)
+                            # Of sixteen channels a thread has four neighbours: `reference.transposed_values`.
+                            for j in cutlass.range_constexpr(HEAD_DIM // 16):
+                                four = [summed[8 * j + 2 * i + k] * by for k in (0, 1, 4, 5)]
+                                codes[2 * j + i] = _four_codes(*four)
+                        cute.copy(codes_to_shared, codes_to_shared.retile(code_pairs), codes_shared)
+                else:
+                    self.store_rounded(summed, inverse, rounded, to_shared, rounded_shared)
                 cute.arch.fence_view_async_shared()
                 cute.arch.barrier(barrier_id=1 + group, number_of_threads=128)
                 if thread < 32:
                     one = cute.make_layout(1)
                     if item >= whole:
                         tiles = cute.local_tile(partial[None, None, item - whole], (GROUP_ROWS, HEAD_DIM), (None, 0))
-                        write, _, _ = copy_utils.tma_get_copy_fn(partial_copy, 0, one, out_shared, tiles)
+                        write, _, _ = copy_utils.tma_get_copy_fn(partial_copy, 0, one, partial_shared, tiles)
                         write(src_idx=group, dst_idx=group)
                     else:
-                        tiles = cute.local_tile(out[None, None, head, sample], (GROUP_ROWS, HEAD_DIM), (None, 0))
+                        width = cutlass.const_expr(HEAD_DIM // 2 if self.quantized else HEAD_DIM)
+                        tiles = cute.local_tile(out[None, None, head, sample], (GROUP_ROWS, width), (None, 0))
                         write, _, _ = copy_utils.tma_get_copy_fn(out_copy, 0, one, out_shared, tiles)
                         write(src_idx=group, dst_idx=GROUPS * row + group)
                     cute.arch.cp_async_bulk_commit_group()
                 if (item >= whole) & (quad_thread == 0):
-                    at = GROUP_ROWS * group + thread // 32 * 16 + thread % 32 // 4
                     for i in cutlass.range_constexpr(2):
                         weights[item - whole, at + 8 * i] = bins[i] + cute.math.log2(totals[i], fastmath=True)
                 item += at_once
             if thread < 32:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
 
+    @cute.jit
+    def store_rounded(self, summed, inverse, rounded, to_shared, rounded_shared):
+        """A thread's outputs, in bfloat16, into shared memory."""
+        for i in cutlass.range_constexpr(cute.size(rounded)):
+            rounded[i] = BFloat16(summed[i] * inverse[i // 2 % 2])
+        cute.copy(to_shared, to_shared.retile(rounded), rounded_shared)
+
 
 @jit_cache
-def coded_attention_kernel(at_once: int, source: str) -> Any:
+def coded_attention_kernel(at_once: int, quantized: bool, bounded: bool, source: str) -> Any:
     """Compile the kernel for the GPU at hand, or for the one that CUTE_DSL_ARCH names.
 
     Args:
-        at_once: processors (SMs). source: `SOURCE`, lest quack's cache on disk keeps the kernel of another version.
+        at_once, quantized, bounded: see `_Forward`.
+        source: `SOURCE`, lest quack's cache on disk keeps the kernel of another version.
     """
     batch, tokens, heads, items = (cute.sym_int() for _ in range(4))
     q, k = (make_fake_tensor(F8, (batch, tokens, heads, HEAD_DIM), 16) for _ in range(2))
     v = make_fake_tensor(F8, (batch, heads, VALUE_ROWS, cute.sym_int(divisibility=PADDING)), 16)
-    out = make_fake_tensor(BFloat16, (batch, tokens, heads, HEAD_DIM), 8)
+    out = make_fake_tensor(BFloat16, (batch, tokens, heads, HEAD_DIM // 2 if quantized else HEAD_DIM), 8)
     partial = make_fake_tensor(BFloat16, (items, QUERIES, HEAD_DIM), 8)
     weights = make_fake_tensor(Float32, (items, QUERIES), 4)
-    scalars = Float32(1.0), Int32(1), make_fake_stream()
-    kernel = _Forward(at_once)
-    return cute.compile(kernel, q, k, v, out, partial, weights, *scalars, options="--enable-tvm-ffi")
+    largest = make_fake_tensor(Float32, (batch,)) if quantized else None
+    row_scale = make_fake_tensor(Float32, (batch, tokens)) if bounded else None
+    bound = make_fake_tensor(Float32, (2,)) if bounded else None
+    out_scale = make_fake_tensor(Float32, (batch, tokens)) if quantized else None
+    kernel = _Forward(at_once, quantized=quantized, bounded=bounded)
+    operands = q, k, v, out, partial, weights, largest, row_scale, bound, out_scale
+    return cute.compile(kernel, *operands, Float32(1.0), Int32(1), make_fake_stream(), options="--enable-tvm-ffi")
 
 
 @triton.jit
 def _combine_kernel(
-    partial_ptr, weights_ptr, out_ptr, tall, first_tile, tokens, parts,
+    partial_ptr, weights_ptr, out_ptr, largest_ptr, row_scale_ptr, bound_ptr, out_scale_ptr,
+    tall, first_tile, tokens, parts, out_stride,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr,
+    QUANTIZED: tl.constexpr, BOUNDED: tl.constexpr,
 ):  # fmt: skip
     """A few rows of a tile: the mean of its parts, whose weights are given as logarithms to base 2."""
     tile = tl.program_id(0) // (TILE // ROWS)
@@ -521,9 +603,21 @@ def _combine_kernel(
         out += tl.where(weight[:, None] == 0, 0.0, weight[:, None] * value)
         total += weight
     lane, token = (first_tile + tile) // tall, (first_tile + tile) % tall * TILE + row
-    at = (lane // HEADS).to(tl.int64) * tokens * HEADS + token * HEADS + lane % HEADS
-    mean = to_bfloat16(out / total[:, None])
-    tl.store(out_ptr + at[:, None] * HEAD_DIM + dims[None, :], mean, mask=(token < tokens)[:, None])
+    sample, head, exists = lane // HEADS, lane % HEADS, token < tokens
+    place = sample.to(tl.int64) * tokens + token
+    mean = out / total[:, None]
+    to = out_ptr + place[:, None] * out_stride + head * HEAD_DIM
+    if QUANTIZED:
+        amax = tl.load(largest_ptr + sample)
+        unit = tl.zeros([ROWS], tl.float32) + tl.where(amax > FLOOR, amax, FLOOR) * (1 / MAX)
+        if BOUNDED:
+            least = tl.load(row_scale_ptr + place, mask=exists, other=0.0) * tl.load(bound_ptr) + tl.load(bound_ptr + 1)
+            unit = tl.where(least > unit, least, unit)
+        tl.store(out_scale_ptr + place, unit, mask=exists & (head == 0))
+        channel = dims // 16 * 16 + dims % 8 // 2 * 4 + dims % 16 // 8 * 2 + dims % 2
+        tl.store(to + channel[None, :], to_e4m3(mean / unit[:, None]), mask=exists[:, None])
+    else:
+        tl.store(to + dims[None, :], to_bfloat16(mean), mask=exists[:, None])
 
 
 def parts_of(batch: int, tokens: int, heads: int, at_once: int) -> tuple[int, int]:
@@ -549,30 +643,97 @@ def parts_of(batch: int, tokens: int, heads: int, at_once: int) -> tuple[int, in
     return (parts, left) if parts > 1 else (1, 0)
 
 
-def combine_parts(partial: torch.Tensor, weights: torch.Tensor, out: torch.Tensor, parts: int) -> None:
+def combine_parts(
+    partial: torch.Tensor,
+    weights: torch.Tensor,
+    out: torch.Tensor,
+    parts: int,
+    *,
+    largest: torch.Tensor | None = None,
+    row_scale: torch.Tensor | None = None,
+    bound: torch.Tensor | None = None,
+    out_scale: torch.Tensor | None = None,
+) -> None:
     """Write the last tiles of `out` (B, S, H, Dh): the means of their parts.
 
     Args:
-        partial: (tiles * parts, QUERIES, Dh), the parts of a tile side by side.
+        partial: (tiles * parts, QUERIES, Dh) bfloat16, the parts of a tile side by side.
         weights: (tiles * parts, QUERIES) float32, of each row, as logarithms to base 2. Of -inf, a row may be NaN.
+        out: of bfloat16, or of e4m3 with `largest`, as all else in `coded_attention_quantize`; tokens may be strided.
+            For e4m3 the channels of `partial` are in the order of `reference.transposed_values`.
     """
     batch, tokens, heads, dim = out.shape
     require_runnable(partial, weights, out)
     tiles, tall = len(partial) // parts, -(-tokens // QUERIES)
+    scales = (weights if x is None else x for x in (largest, row_scale, bound, out_scale))
     wrap_triton(_combine_kernel)[(tiles * QUERIES // COMBINED_ROWS,)](
         partial,
         weights,
         out,
+        *scales,
         tall,
         batch * heads * tall - tiles,
         tokens,
         parts,
+        out.stride(1),
         heads,
         dim,
         QUERIES,
         COMBINED_ROWS,
+        largest is not None,
+        bound is not None,
         num_warps=COMBINED_ROWS // 2,
     )
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    largest: torch.Tensor | None = None,
+    row_scale: torch.Tensor | None = None,
+    bound: torch.Tensor | None = None,
+    out_scale: torch.Tensor | None = None,
+) -> None:
+    """Attention into `out` (B, S, H, 128); see `coded_attention`, and `coded_attention_quantize` for what is optional.
+
+    Raises:
+        ValueError: for shapes and types that do not fit, and for tensors that are not on CUDA.
+    """
+    batch, tokens, heads, dim = query.shape
+    given = {"key": key, "value": value, "largest": largest, "scale": row_scale, "bound": bound}
+    expected = {
+        "key": query.shape,
+        "value": transposed_shape(*query.shape),
+        "largest": (batch,),
+        "scale": (batch * tokens, 1),
+        "bound": (2,),
+    }
+    got = {name: tuple(x.shape) for name, x in given.items() if x is not None}
+    if wrong := {name: shape for name, shape in got.items() if shape != tuple(expected[name])}:
+        fitting = {name: tuple(expected[name]) for name in got}
+        raise ValueError(f"expected {fitting} beside a query of {tuple(query.shape)}, got {wrong}")
+    if dim != HEAD_DIM or tokens < LEAST_TOKENS:
+        raise ValueError(f"expected heads of {HEAD_DIM} and {LEAST_TOKENS} tokens at least, got {dim} and {tokens}")
+    if types := {x.dtype for x in (query, key, value)} - {E4M3}:
+        raise ValueError(f"expected e4m3 q, k and v, got {', '.join(map(str, types))}")
+    tensors = [query, *(x for x in given.values() if x is not None)]
+    if elsewhere := {x.device.type for x in tensors} - {"cuda"}:
+        raise ValueError(f"attention got tensors on {', '.join(elsewhere)}; it runs on CUDA, `reference` anywhere")
+    at_once = processors()
+    parts, tiles = parts_of(batch, tokens, heads, at_once)
+    partial = torch.empty((max(parts * tiles, 1), QUERIES, dim), dtype=torch.bfloat16, device=query.device)
+    weights = torch.empty((len(partial), QUERIES), dtype=torch.float32, device=query.device)
+    operands = (x.contiguous() for x in (query, key, value))
+    by_row = [None if x is None else x.view(batch, tokens) for x in (row_scale, out_scale)]
+    kernel = coded_attention_kernel(at_once, largest is not None, bound is not None, SOURCE)
+    # Codes go two an element: 16 bits are what a matrix of the tensor cores' layout is stored in.
+    stored = out.view(torch.bfloat16)
+    kernel(*operands, stored, partial, weights, largest, by_row[0], bound, by_row[1], dim**-0.5, parts)
+    if tiles:
+        scales = {"largest": largest, "row_scale": row_scale, "bound": bound, "out_scale": out_scale}
+        combine_parts(partial, weights, out, parts, **scales)
 
 
 @torch.library.custom_op("fluxfast::coded_attention", mutates_args=())
@@ -593,29 +754,56 @@ def coded_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
     Raises:
         ValueError: for shapes and types that do not fit, and for tensors that are not on CUDA.
     """
-    batch, tokens, heads, dim = query.shape
-    expected = {"key": query.shape, "value": transposed_shape(*query.shape)}
-    got = {"key": key.shape, "value": value.shape}
-    if tuple(expected.values()) != tuple(tuple(shape) for shape in got.values()):
-        raise ValueError(f"expected {expected} beside a query of {tuple(query.shape)}, got {got}")
-    if dim != HEAD_DIM or tokens < LEAST_TOKENS:
-        raise ValueError(f"expected heads of {HEAD_DIM} and {LEAST_TOKENS} tokens at least, got {dim} and {tokens}")
-    if types := {x.dtype for x in (query, key, value)} - {E4M3}:
-        raise ValueError(f"expected e4m3 q, k and v, got {', '.join(map(str, types))}")
-    if elsewhere := {x.device.type for x in (query, key, value)} - {"cuda"}:
-        raise ValueError(f"attention got tensors on {', '.join(elsewhere)}; it runs on CUDA, `reference` anywhere")
-    at_once = processors()
-    parts, tiles = parts_of(batch, tokens, heads, at_once)
     out = torch.empty(query.shape, dtype=torch.bfloat16, device=query.device)
-    partial = torch.empty((max(parts * tiles, 1), QUERIES, dim), dtype=torch.bfloat16, device=query.device)
-    weights = torch.empty((len(partial), QUERIES), dtype=torch.float32, device=query.device)
-    operands = (x.contiguous() for x in (query, key, value))
-    coded_attention_kernel(at_once, SOURCE)(*operands, out, partial, weights, dim**-0.5, parts)
-    if tiles:
-        combine_parts(partial, weights, out, parts)
+    _attend(query, key, value, out)
     return out
 
 
 @coded_attention.register_fake
 def _(query, key, value):
     return torch.empty_like(query, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("fluxfast::coded_attention_quantize", mutates_args=())
+def coded_attention_quantize(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    largest: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    bound: torch.Tensor | None = None,
+    beside: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`coded_attention` of all heads of a token as one row of codes, whose scale is known before the row is.
+
+    An output is a mean of V, so that with a scale of V's largest magnitude / 448 nothing saturates.
+
+    Args:
+        query, key: as there. value: as there, its channels in the order of `reference.transposed_values`'s `mixed`.
+        largest: (B,) float32, of each sample the largest magnitude in `value`.
+        scale, bound: (B * S, 1) and (2,) float32, or None: a row's scale is at least `scale * bound[0] + bound[1]`,
+            which is that of what goes beside it, see `gemm.gelu_linear_quantize_beside`.
+        beside: columns that are left to be written by others.
+
+    Returns:
+        codes (B * S, H * 128 + beside) float8_e4m3fn and scale (B * S, 1) float32. What `coded_attention` says of NaN
+        is true of codes; a row with one has a scale all the same.
+
+    Raises:
+        ValueError: as there, and for a scale without a bound.
+    """
+    batch, tokens, heads, dim = query.shape
+    if (scale is None) != (bound is None):
+        raise ValueError("scale and bound are given together or not at all")
+    codes = torch.empty((batch * tokens, heads * dim + beside), dtype=E4M3, device=query.device)
+    out_scale = torch.empty((batch * tokens, 1), dtype=torch.float32, device=query.device)
+    out = codes[:, : heads * dim].view(batch, tokens, heads, dim)
+    _attend(query, key, value, out, largest, scale, bound, out_scale)
+    return codes, out_scale
+
+
+@coded_attention_quantize.register_fake
+def _(query, key, value, largest, scale=None, bound=None, beside=0):
+    batch, tokens, heads, dim = query.shape
+    codes = query.new_empty((batch * tokens, heads * dim + beside), dtype=E4M3)
+    return codes, query.new_empty((batch * tokens, 1), dtype=torch.float32)

@@ -11,6 +11,7 @@ from fluxfast.kernels.blocks import (
     Attention,
     FusedFluxSingleTransformerBlock,
     FusedFluxTransformerBlock,
+    GroupedFluxTransformerBlock,
     Pending,
     Stream,
     _ModulatedBlock,
@@ -70,14 +71,20 @@ def fuse_blocks(
         chained: the single blocks hand the joint stream on instead of splitting and concatenating it between blocks
             (53 MB a block at FLUX's size). ControlNet residuals, which diffusers adds between blocks, then do not fit.
             Joining and splitting is done in hooks around the chain: all blocks stay alike and compile once.
+        ops: with `grouped`, streams are joined in front of the first double block already.
         fused_residuals: a block's last gated residual is added by the norm of the next one, see `blocks.Pending`, and
             behind the last of either kind in a hook.
 
     Raises:
-        ValueError: for `fused_residuals` of single blocks that are not `chained`.
+        ValueError: for `fused_residuals` of single blocks, and for grouped double ones, that are not `chained`.
     """
     doubles, singles = transformer.transformer_blocks, transformer.single_transformer_blocks
+    if ops.grouped is not None and not chained:
+        raise ValueError("grouped double blocks need chained: single blocks take their joint stream as it is")
     for index, block in enumerate(doubles):
+        if ops.grouped is not None:
+            doubles[index] = GroupedFluxTransformerBlock(block, attention=attention, ops=ops)
+            continue
         doubles[index] = FusedFluxTransformerBlock(block, attention=attention, ops=ops, fused_residuals=fused_residuals)
     for index, block in enumerate(singles):
         singles[index] = FusedFluxSingleTransformerBlock(
@@ -90,7 +97,8 @@ def fuse_blocks(
         )
     # Hooks of one block run in the order in which they are registered.
     if chained and len(singles):
-        singles[0].register_forward_pre_hook(_join, with_kwargs=True)
+        first = doubles[0] if ops.grouped is not None else singles[0]
+        first.register_forward_pre_hook(_join, with_kwargs=True)
     for blocks in (doubles, singles) if fused_residuals else ():
         if len(blocks):
             blocks[0].register_forward_pre_hook(_begin, with_kwargs=True)

@@ -10,6 +10,7 @@ and the epilogue reads 27 that the GEMM did not.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -42,6 +43,12 @@ FAST_ACCUMULATION = (("fp8_slow_accum", False),)
 def _vectors(*, columns: tuple[str, ...], rows: tuple[str, ...]) -> dict[str, ColVecLoad | RowVecLoad]:
     """Operands with an element a row of the product (quack's column vectors), and with one a column."""
     return {name: ColVecLoad(name) for name in columns} | {name: RowVecLoad(name) for name in rows}
+
+
+@gemm_epilogue(ops=_vectors(columns=("scale",), rows=("weight_scale", "bias")))
+def linear(acc, scale, weight_scale, bias):
+    """acc * scale * weight_scale + bias, an element; the store rounds."""
+    return {"D": acc * scale * weight_scale + bias}
 
 
 @gemm_epilogue(ops=_vectors(columns=("scale", "out_scale"), rows=("weight_scale", "bias")))
@@ -79,8 +86,9 @@ def tiles(rows: int, columns: int, widths: tuple[int, ...], at_once: int) -> dic
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """A vector, or a copy where quack would refuse its address: a sample's scales begin anywhere in the batch's."""
-    return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
+    """Vectors, or a copy where quack would refuse an address: a sample's scales begin anywhere in the batch's."""
+    steps = (x.data_ptr(), *(stride * x.element_size() for stride in x.stride()[:-1]))
+    return x.clone(memory_format=torch.contiguous_format) if any(step % ALIGNMENT for step in steps) else x
 
 
 def multiply(
@@ -90,16 +98,25 @@ def multiply(
     weight: torch.Tensor,
     out: torch.Tensor,
     *c: torch.Tensor,
+    begins: torch.Tensor | None = None,
     **vectors: torch.Tensor,
 ) -> None:
-    """`out` (M, N) = epilogue(q @ weight.T, ...), cut by `tiles`; c is like `out`, vectors have M or N elements."""
+    """`out` (M, N) = epilogue(q @ weight.T, ...), cut by `tiles`; c is like `out`.
+
+    Args:
+        vectors: of M or N elements.
+        begins: None, or int32, where each group of rows begins and the last one ends: `weight` is (groups, N, K) then,
+            vectors are (M,) or (groups, N).
+    """
+    shaped = {name: vector.view(1, -1) if begins is None else vector for name, vector in vectors.items()}
     epilogue.gemm(
         q,
         weight,
         out,
         *c,
-        epi_args={name: _aligned(vector.view(1, -1)) for name, vector in vectors.items()},
+        epi_args={name: _aligned(vector) for name, vector in shaped.items()},
         post_init_attrs=FAST_ACCUMULATION,
+        cu_seqlens_m=begins,
         **cut,
     )
 
@@ -164,6 +181,34 @@ def _(q, scale, weight, weight_scale, bias, bound, left=None):
     return q.new_empty((len(q), width), dtype=E4M3), q.new_empty((len(q), 1), dtype=torch.float32)
 
 
+@torch.library.custom_op("fluxfast::gelu_linear_quantize_beside", mutates_args={"codes"})
+def gelu_linear_quantize_beside(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor,
+    codes: torch.Tensor,
+    out_scale: torch.Tensor,
+) -> None:
+    """gelu_tanh(a @ w.T + bias) in the last columns of rows of codes, whose scales are known and large enough.
+
+    Args:
+        q, scale, weight, weight_scale, bias: as for `gelu_linear_quantize`.
+        codes: (M, D + N) float8_e4m3fn, written from column D on. out_scale: (M, 1) float32, at least the bound there.
+
+    Raises:
+        ValueError: as there.
+    """
+    rows, width = len(q), len(weight)
+    vectors = {"scale": (scale, (rows, 1)), "weight_scale": (weight_scale, (1, width)), "bias": (bias, (width,))}
+    vectors |= {"out_scale": (out_scale, (rows, 1))}
+    d = max(codes.shape[1] - width, 0)
+    _check(rows, width, q=(q, (rows, weight.shape[1])), **vectors, codes=(codes, (rows, d + width)))
+    given = {name: vector for name, (vector, _) in vectors.items()}
+    multiply(gelu, tiles(rows, width, GELU_WIDTHS, processors()), q, weight, codes[:, d:], **given)
+
+
 @torch.library.custom_op("fluxfast::residual_linear", mutates_args=())
 def residual_linear(
     q: torch.Tensor,
@@ -206,4 +251,154 @@ def residual_linear(
 
 @residual_linear.register_fake
 def _(q, scale, weight, weight_scale, bias, residual, gate):
+    return torch.empty_like(residual, memory_format=torch.contiguous_format)
+
+
+@functools.cache
+def _begins(text_tokens: int, tokens: int, device: torch.device) -> torch.Tensor:
+    """Of the groups of one sample. Kept: to make it is a copy from the host, which no CUDA graph takes."""
+    return torch.tensor([0, text_tokens, tokens], dtype=torch.int32, device=device)
+
+
+def _multiply_grouped(
+    epilogue: Any,
+    widths: tuple[int, ...],
+    text_tokens: int,
+    operands: dict[str, tuple[torch.Tensor, tuple[int, ...]]],
+    out: torch.Tensor,
+    **gates: torch.Tensor,
+) -> None:
+    """Sample by sample; `operands` are given with their shapes, gates are (B, 2, N).
+
+    Raises:
+        ValueError: for shapes that do not fit, and for tensors that are not on CUDA.
+    """
+    (batch, tokens, width) = out.shape
+    if not 0 < text_tokens < tokens:
+        raise ValueError(f"expected tokens of text and of the image, got {text_tokens} of {tokens} that are text")
+    _check(batch * tokens, width, **operands)
+    given = {name: x for name, (x, _) in operands.items()}
+    q, weight, residual = given.pop("q"), given.pop("weight"), given.pop("residual", None)
+    # A group's tiles come in pairs of a cluster's.
+    pair = 2 * TILE_ROWS
+    high = sum(-(-part // pair) * pair for part in (text_tokens, tokens - text_tokens))
+    cut = tiles(high, width, widths, processors())
+    begins = _begins(text_tokens, tokens, q.device)
+    for sample in range(batch):
+        c = () if residual is None else (residual[sample],)
+        by_token = {name: given[name][sample, :, 0] for name in ("scale", "out_scale") if name in given}
+        both = {name: given[name] for name in ("weight_scale", "bias")}
+        both |= {name: gate[sample] for name, gate in gates.items()}
+        multiply(epilogue, cut, q[sample], weight, out[sample], *c, begins=begins, **by_token, **both)
+
+
+def _grouped_operands(
+    q: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor
+) -> dict[str, tuple[torch.Tensor, tuple[int, ...]]]:
+    """What every grouped product has, with the shapes that it should be of."""
+    batch, tokens = q.shape[:2]
+    width, k = weight.shape[1:]
+    return {
+        "q": (q, (batch, tokens, k)),
+        "scale": (scale, (batch, tokens, 1)),
+        "weight": (weight, (2, width, k)),
+        "weight_scale": (weight_scale, (2, width)),
+        "bias": (bias, (2, width)),
+    }
+
+
+@torch.library.custom_op("fluxfast::grouped_linear", mutates_args=())
+def grouped_linear(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor,
+    text_tokens: int,
+) -> torch.Tensor:
+    """a @ w.T + bias in one GEMM for two streams with weights of their own: a grouped GEMM.
+
+    Args:
+        q, scale: (B, T + S, K) float8_e4m3fn and (B, T + S, 1) float32, a = q * scale, the text's tokens first.
+        weight, weight_scale, bias: (2, N, K) float8_e4m3fn, (2, N) float32 and (2, N) bfloat16 or float32, the text's
+            first.
+        text_tokens: T, at least one; S too.
+
+    Returns:
+        (B, T + S, N) bfloat16. The tensor cores accumulate as they do for `use_fast_accum`.
+
+    Raises:
+        ValueError: for shapes that do not fit, and for tensors that are not on CUDA.
+    """
+    out = torch.empty((*q.shape[:2], weight.shape[1]), dtype=torch.bfloat16, device=q.device)
+    operands = _grouped_operands(q, scale, weight, weight_scale, bias)
+    _multiply_grouped(linear, WIDTHS, text_tokens, operands, out)
+    return out
+
+
+@grouped_linear.register_fake
+def _(q, scale, weight, weight_scale, bias, text_tokens):
+    return q.new_empty((*q.shape[:2], weight.shape[1]), dtype=torch.bfloat16)
+
+
+@torch.library.custom_op("fluxfast::grouped_gelu_linear_quantize", mutates_args=())
+def grouped_gelu_linear_quantize(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor,
+    bound: torch.Tensor,
+    text_tokens: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `gelu_linear_quantize`, nothing to the left, for two streams as in `grouped_linear`; one bound for both.
+
+    Returns:
+        codes (B, T + S, N) float8_e4m3fn and scale (B, T + S, 1) float32.
+    """
+    codes = torch.empty((*q.shape[:2], weight.shape[1]), dtype=E4M3, device=q.device)
+    out_scale = torch.addcmul(bound[1], scale, bound[0])
+    operands = _grouped_operands(q, scale, weight, weight_scale, bias)
+    operands |= {"out_scale": (out_scale, tuple(scale.shape))}
+    _multiply_grouped(gelu, GELU_WIDTHS, text_tokens, operands, codes)
+    return codes, out_scale
+
+
+@grouped_gelu_linear_quantize.register_fake
+def _(q, scale, weight, weight_scale, bias, bound, text_tokens):
+    codes = q.new_empty((*q.shape[:2], weight.shape[1]), dtype=E4M3)
+    return codes, q.new_empty((*q.shape[:2], 1), dtype=torch.float32)
+
+
+@torch.library.custom_op("fluxfast::grouped_residual_linear", mutates_args=())
+def grouped_residual_linear(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor,
+    gate: torch.Tensor,
+    text_tokens: int,
+) -> torch.Tensor:
+    """As `residual_linear`, for two streams as in `grouped_linear`.
+
+    Args:
+        residual: (B, T + S, N) bfloat16 or float32. gate: (B, 2, N), the text's first.
+
+    Returns:
+        (B, T + S, N) in the type of the residual.
+    """
+    out = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    operands = _grouped_operands(q, scale, weight, weight_scale, bias)
+    shape = (*q.shape[:2], weight.shape[1])
+    operands |= {"residual": (residual, shape)}
+    if gate.shape != (shape[0], 2, shape[2]):
+        raise ValueError(f"expected a gate of {(shape[0], 2, shape[2])}, got {tuple(gate.shape)}")
+    _multiply_grouped(gated_residual, WIDTHS, text_tokens, operands, out, gate=gate)
+    return out
+
+
+@grouped_residual_linear.register_fake
+def _(q, scale, weight, weight_scale, bias, residual, gate, text_tokens):
     return torch.empty_like(residual, memory_format=torch.contiguous_format)

@@ -116,10 +116,19 @@ class RowwiseFloat8GeluLinear(RowwiseFloat8EpilogueLinear):
     Attributes:
         bound: (2,) float32: the largest sum of magnitudes of a row of weights; the largest magnitude of a bias / 448,
             not zero.
+        beside: the operation that writes beside codes that are there, or None.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, *, operation: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        *,
+        operation: Callable[..., Any],
+        beside: Callable[..., None] | None = None,
+    ) -> None:
         super().__init__(weight, bias, operation=operation)
+        self.beside = beside
         sums = dequantize_rowwise(self.weight, self.weight_scale.t()).abs().sum(dim=1)
         offset = self.bias.float().abs().max().clamp(min=AMAX_FLOOR) / E4M3_MAX
         self.register_buffer("bound", torch.stack([sums.max(), offset]))
@@ -132,6 +141,47 @@ class RowwiseFloat8GeluLinear(RowwiseFloat8EpilogueLinear):
         `left` is (M, D) of any floating type, or None for D = 0.
         """
         return self.operation(q, scale, self.weight, self.weight_scale, self.bias, self.bound, left)
+
+    def forward_gelu_beside(
+        self, q: torch.Tensor, scale: torch.Tensor, codes: torch.Tensor, out_scale: torch.Tensor
+    ) -> None:
+        """Write the last N columns of codes (M, D + N), of scales (M, 1) that are at least the bound's."""
+        assert self.beside is not None, "of the operations that a level has, attention_epilogue is with gelu_epilogue"
+        self.beside(q, scale, self.weight, self.weight_scale, self.bias, codes, out_scale)
+
+
+class GroupedRowwiseFloat8Linear(nn.Module):
+    """The text's Linear and the image's as one grouped GEMM over both streams' tokens, with what its epilogue does.
+
+    Attributes:
+        weight: (2, N, K) float8_e4m3fn, the text's first. weight_scale: (2, N) float32. bias: (2, N) bfloat16.
+        bound: (2,) float32, of `RowwiseFloat8GeluLinear`, the looser of the two's; what has none needs none.
+        operation: one of `gemm`'s grouped ones, or its reference.
+    """
+
+    def __init__(self, text: nn.Module, image: nn.Module, *, operation: Callable[..., Any]) -> None:
+        """Of two Linears of one kind, quantised."""
+        super().__init__()
+        both = (text, image)
+        if len({linear.weight.shape for linear in both}) != 1:
+            raise ValueError(f"expected two Linears of one size, got {text} and {image}")
+        self.register_buffer("weight", torch.stack([linear.weight for linear in both]))
+        self.register_buffer("weight_scale", torch.cat([linear.weight_scale for linear in both]))
+        zeros = text.weight_scale[0].to(torch.bfloat16).zero_()
+        self.register_buffer("bias", torch.stack([zeros if x.bias is None else x.bias for x in both]))
+        bounds = [linear.bound for linear in both if isinstance(linear, RowwiseFloat8GeluLinear)]
+        self.register_buffer("bound", torch.maximum(*bounds) if bounds else None)
+        self.out_features, self.in_features = self.weight.shape[1:]
+        self.operation = operation
+
+    def forward_grouped(self, q: torch.Tensor, scale: torch.Tensor, *args: Any) -> Any:
+        """(B, T + S, K) e4m3 with row scales (B, T + S, 1), and what else the operation takes -> what it returns."""
+        extra = () if self.bound is None else (self.bound,)
+        return self.operation(q, scale, self.weight, self.weight_scale, self.bias, *extra, *args)
+
+    def extra_repr(self) -> str:
+        """The sizes, for `print`."""
+        return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
 class DenseLinear(nn.Module):

@@ -63,18 +63,26 @@ def _layernorm_kernel(
     shift_stride,
     scale_stride,
     rows_per_sample,
+    text_tokens,
+    shift_group_stride,
+    scale_group_stride,
     eps: tl.constexpr,
     D: tl.constexpr,
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
     ADD_RESIDUAL: tl.constexpr,
     STORE_VALUE: tl.constexpr,
+    GROUPED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     sample = row // rows_per_sample
     x = x_ptr + row * x_stride
     shift = shift_ptr + sample * shift_stride
     scale = scale_ptr + sample * scale_stride
+    if GROUPED:  # noqa: SIM102 - decided when the kernel is compiled
+        if row % rows_per_sample >= text_tokens:
+            shift += shift_group_stride
+            scale += scale_group_stride
 
     head = load_span(x, 0, D, HEAD)
     if TAIL > 0:
@@ -137,8 +145,12 @@ def _launch(
     gate: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     value: torch.Tensor | None = None,
+    text_tokens: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Launch with or without each optional tensor; `x` stands in for an absent one and is then not touched there."""
+    """Launch with or without each optional tensor; `x` stands in for an absent one and is then not touched there.
+
+    With `text_tokens`, shift and scale are (B, 2, D), the text's first.
+    """
     rows, d = x.shape
     q = torch.empty((rows, d), dtype=E4M3, device=x.device)
     q_scale = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
@@ -159,11 +171,15 @@ def _launch(
         shift.stride(0),
         scale.stride(0),
         rows // shift.shape[0],
+        0 if text_tokens is None else text_tokens,
+        shift.stride(1),
+        scale.stride(1),
         eps,
         d,
         *split_row(d),
         residual is not None,
         value is not None,
+        text_tokens is not None,
         num_warps=NUM_WARPS,
     )
     return q, q_scale
@@ -187,6 +203,30 @@ def layernorm_modulate_quantize(
     """
     _check(x, shift, scale)
     return _launch(x, shift, scale, eps)
+
+
+@triton_op("fluxfast::grouped_layernorm_modulate_quantize", mutates_args={})
+def grouped_layernorm_modulate_quantize(
+    x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, text_tokens: int, eps: float = 1e-6
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`layernorm_modulate_quantize` of two streams with vectors of their own.
+
+    Args:
+        x: (B, T + S, D) bfloat16 or float32, contiguous, the text's T tokens first. shift, scale: (B, 2, D), the text's
+            first; may be strided.
+
+    Returns:
+        q (B, T + S, D) float8_e4m3fn and row scale (B, T + S, 1) float32.
+    """
+    samples, tokens, d = x.shape
+    if any(v.shape != (samples, 2, d) for v in (shift, scale)) or not x.is_contiguous() or text_tokens > tokens:
+        raise ValueError(
+            f"expected contiguous (B, T + S, D), (B, 2, D), (B, 2, D) and T, got {tuple(x.shape)} of strides "
+            f"{x.stride()}, {tuple(shift.shape)}, {tuple(scale.shape)} and {text_tokens}"
+        )
+    require_runnable(x, shift, scale)
+    q, q_scale = _launch(x.view(-1, d), shift, scale, eps, text_tokens=text_tokens)
+    return q.view(x.shape), q_scale.view(samples, tokens, 1)
 
 
 @triton_op("fluxfast::layernorm_modulate_quantize_with_value", mutates_args={})
@@ -229,9 +269,10 @@ def _empty(x: torch.Tensor) -> torch.Tensor:
 
 
 def _empty_quantized(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape, dtype=E4M3), x.new_empty((x.shape[0], 1), dtype=torch.float32)
+    return x.new_empty(x.shape, dtype=E4M3), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
 
 
+grouped_layernorm_modulate_quantize.register_fake(lambda x, shift, scale, text_tokens, eps=1e-6: _empty_quantized(x))
 layernorm_modulate_quantize.register_fake(lambda x, shift, scale, eps=1e-6: _empty_quantized(x))
 layernorm_modulate_quantize_with_value.register_fake(
     lambda x, shift, scale, eps=1e-6: (*_empty_quantized(x), _empty(x))

@@ -28,6 +28,16 @@ Op = Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupedOps:
+    """The operations of a double block whose streams are one, (B, T + S, D); see their references, `grouped_...`."""
+
+    layernorm_modulate: Op
+    linear: Op
+    gelu_linear: Op
+    residual_linear: Op
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BlockOps:
     """The operations of a fused block; rows are (M, D), per-sample vectors (B, D).
 
@@ -42,6 +52,9 @@ class BlockOps:
             they are of `linear`, and `gelu` or `gelu_concat` follows.
         residual_linear: (linears) -> module with `forward_residual(q, scale, residual, gate)`, for the Linears whose
             output a gate lets into a stream. None: they are of `linear`, and the norm behind them adds it.
+        attention_quantize: see `reference.coded_attention_quantize`; takes what `qk_norm_rope` gives. None: the block's
+            attention, then `quantize` or what quantises it beside the MLP.
+        grouped: for double blocks whose two streams are one. None: each has its own GEMMs and norms.
     """
 
     linear: Op
@@ -53,6 +66,8 @@ class BlockOps:
     qk_norm_rope: Op
     gelu_linear: Op | None = None
     residual_linear: Op | None = None
+    attention_quantize: Op | None = None
+    grouped: GroupedOps | None = None
 
 
 REFERENCE = BlockOps(
@@ -66,9 +81,9 @@ REFERENCE = BlockOps(
 )
 
 
-def epilogue_linears(kind: type[RowwiseFloat8EpilogueLinear], operation: Op) -> Op:
-    """(linears) -> module of this kind, for `BlockOps`; the operation is one of `gemm`, or its reference."""
-    return lambda linears: kind(*stack_linears(linears), operation=operation)
+def epilogue_linears(kind: type[RowwiseFloat8EpilogueLinear], **operations: Op) -> Op:
+    """(linears) -> module of this kind, for `BlockOps`; the operations are `gemm`'s, or their references."""
+    return lambda linears: kind(*stack_linears(linears), **operations)
 
 
 def triton_ops(
@@ -80,6 +95,8 @@ def triton_ops(
     transposed_v: bool = False,
     gelu_epilogue: bool = False,
     residual_epilogue: bool = False,
+    attention_epilogue: bool = False,
+    grouped: bool = False,
 ) -> BlockOps:
     """`REFERENCE` with Triton kernels instead.
 
@@ -92,13 +109,21 @@ def triton_ops(
         transposed_v: `hadamard`, with v as `flash.coded_attention` takes it.
         gelu_epilogue: for GELU and its quantisation, in quack's GEMM in front.
         residual_epilogue: for gated residuals, in quack's GEMMs in front.
+        attention_epilogue: for the attention's output, in `flash.coded_attention_quantize`.
+        grouped: for both streams of a double block together, in quack's grouped GEMMs.
 
     Raises:
         ImportError: if Triton, or quack for an epilogue, is not installed.
-        ValueError: for `hadamard` without `qk_rope`, whose kernel it is in, and for `transposed_v` without both.
+        ValueError: for `hadamard` without `qk_rope`, whose kernel it is in, and for `transposed_v` without both; for
+            `attention_epilogue` without `transposed_v` or with a row that GELU's kernel would quantise as a whole; for
+            `grouped` without both other epilogues.
     """
     if (hadamard and not qk_rope) or (transposed_v and not hadamard):
         raise ValueError("hadamard is done by the kernel of qk_rope, and v transposed beside both: ask for all of them")
+    if attention_epilogue and not (transposed_v and gelu_epilogue):
+        raise ValueError("attention_epilogue is for v transposed, and leaves room for what gelu_epilogue writes beside")
+    if grouped and not (gelu_epilogue and residual_epilogue):
+        raise ValueError("grouped GEMMs are those of gelu_epilogue and residual_epilogue: ask for both")
     from fluxfast.kernels import activations, norms, qkv
 
     changes: dict[str, Op] = {}
@@ -112,15 +137,31 @@ def triton_ops(
     if qk_rope:
         plain = qkv.qk_norm_rope_hadamard_quantize if hadamard else qkv.qk_norm_rope_quantize
         changes.update(qk_norm_rope=qkv.qk_norm_rope_hadamard_quantize_transposed if transposed_v else plain)
+    if attention_epilogue:
+        from fluxfast.kernels import flash
+
+        changes.update(qk_norm_rope=qkv.qk_norm_rope_hadamard_quantize_mixed)
+        changes.update(attention_quantize=flash.coded_attention_quantize)
     if quantize_rows:
         changes.update(quantize=activations.quantize_rows)
     if gelu_epilogue or residual_epilogue:
         from fluxfast.kernels import gemm
 
         if gelu_epilogue:
-            changes.update(gelu_linear=epilogue_linears(RowwiseFloat8GeluLinear, gemm.gelu_linear_quantize))
+            operations = {"operation": gemm.gelu_linear_quantize, "beside": gemm.gelu_linear_quantize_beside}
+            changes.update(gelu_linear=epilogue_linears(RowwiseFloat8GeluLinear, **operations))
         if residual_epilogue:
-            changes.update(residual_linear=epilogue_linears(RowwiseFloat8ResidualLinear, gemm.residual_linear))
+            operation = gemm.residual_linear
+            changes.update(residual_linear=epilogue_linears(RowwiseFloat8ResidualLinear, operation=operation))
+        if grouped:
+            changes.update(
+                grouped=GroupedOps(
+                    layernorm_modulate=norms.grouped_layernorm_modulate_quantize,
+                    linear=gemm.grouped_linear,
+                    gelu_linear=gemm.grouped_gelu_linear_quantize,
+                    residual_linear=gemm.grouped_residual_linear,
+                )
+            )
     return dataclasses.replace(REFERENCE, **changes)
 
 

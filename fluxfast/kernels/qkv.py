@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch.library import triton_op, wrap_triton
 
-from fluxfast.kernels.device import require_runnable, to_e4m3
+from fluxfast.kernels.device import magnitude_bits, require_runnable, to_e4m3
 from fluxfast.kernels.reference import PADDING, SUM_ROWS, transposed_shape
 from fluxfast.kernels.rowwise import E4M3
 
@@ -86,6 +86,7 @@ def _qk_norm_rope_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    largest_ptr,
     text_batch_stride,
     text_stride,
     image_batch_stride,
@@ -100,10 +101,15 @@ def _qk_norm_rope_kernel(
     HEAD_DIM: tl.constexpr,
     HADAMARD: tl.constexpr,
     WITH_V: tl.constexpr,
+    WITH_LARGEST: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     sample = program // tokens
     token = program % tokens
+    if WITH_LARGEST:  # noqa: SIM102 - decided when the kernel is compiled
+        # For the kernel behind this one, which finds the maximum.
+        if (token == 0) & (tl.program_id(1) == 0):
+            tl.store(largest_ptr + sample, 0)
     heads = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
     # Weights, cos and sin are read once a head, in the layout of q: as (HEAD_DIM,) they would go through shared memory.
     dims = tl.broadcast_to(tl.arange(0, HEAD_DIM)[None, :], [GROUP, HEAD_DIM])
@@ -136,6 +142,7 @@ def _transpose_v_kernel(
     text_ptr,
     image_ptr,
     out_ptr,
+    largest_ptr,
     text_batch_stride,
     text_stride,
     image_batch_stride,
@@ -148,8 +155,12 @@ def _transpose_v_kernel(
     SUMS: tl.constexpr,
     PAD: tl.constexpr,
     TOKENS: tl.constexpr,
+    WITH_LARGEST: tl.constexpr,
 ):
-    """V of one head and some tokens, and the rows behind it: see `reference.transposed_values`."""
+    """V of one head and some tokens, and the rows behind it: see `reference.transposed_values`.
+
+    WITH_LARGEST: its channels are mixed, and of each sample the largest magnitude is found, in the bits of a float32.
+    """
     lane = tl.program_id(1).to(tl.int64)
     sample, head = lane // HEADS, lane % HEADS
     place = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -164,7 +175,12 @@ def _transpose_v_kernel(
     v += tl.load(image + dims[None, :], mask=exists & (is_text == 0), other=0.0).to(tl.float32)
     out = out_ptr + lane * (HEAD_DIM + SUMS) * padded + place[None, :]
     inside = (place < padded)[None, :]
-    tl.store(out + tl.arange(0, HEAD_DIM)[:, None] * padded, tl.trans(to_e4m3(v)), mask=inside)
+    codes = to_e4m3(v)
+    channel = tl.arange(0, HEAD_DIM)
+    if WITH_LARGEST:
+        tl.atomic_max(largest_ptr + sample, tl.max(magnitude_bits(codes.to(tl.float32))), sem="relaxed")
+        channel = channel // 16 * 16 + channel % 4 // 2 * 8 + channel % 16 // 4 * 2 + channel % 2
+    tl.store(out + channel[:, None] * padded, tl.trans(codes), mask=inside)
     row = tl.arange(0, SUMS)[:, None]
     ones = tl.where((row == 0) & (token < tokens)[None, :], 1.0, 0.0)
     tl.store(out + (HEAD_DIM + row) * padded, to_e4m3(ones), mask=inside)
@@ -210,7 +226,8 @@ def _launch(
     *,
     hadamard: bool,
     transposed: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    with_largest: bool = False,
+) -> tuple[torch.Tensor, ...]:
     head_dim = norm_q.shape[0]
     _check(qkv, head_dim, cos, sin, (text_qkv, text_norm_q, text_norm_k), hadamard=hadamard)
     text_tokens = 0 if text_qkv is None else text_qkv.shape[1]
@@ -221,6 +238,7 @@ def _launch(
     require_runnable(qkv, text, norm_q, norm_k, text_norm_q, text_norm_k, cos, sin)
     batch, tokens, heads = qkv.shape[0], text_tokens + qkv.shape[1], qkv.shape[2] // (3 * head_dim)
     q, k, v = _outputs(qkv, tokens, head_dim, transposed=transposed)
+    largest = qkv.new_empty(batch, dtype=torch.int32) if with_largest else None
     wrap_triton(_qk_norm_rope_kernel)[(batch * tokens, triton.cdiv(heads, HEADS_PER_PROGRAM))](
         text,
         qkv,
@@ -233,6 +251,7 @@ def _launch(
         q,
         k,
         v,
+        q if largest is None else largest,
         text.stride(0),
         text.stride(1),
         qkv.stride(0),
@@ -247,6 +266,7 @@ def _launch(
         head_dim,
         hadamard,
         not transposed,
+        with_largest,
         num_warps=NUM_WARPS,
     )
     if transposed:
@@ -255,6 +275,7 @@ def _launch(
             text,
             qkv,
             v,
+            v if largest is None else largest,
             text.stride(0),
             text.stride(1),
             qkv.stride(0),
@@ -267,9 +288,10 @@ def _launch(
             SUM_ROWS,
             PADDING,
             TRANSPOSED_TOKENS,
+            with_largest,
             num_warps=NUM_WARPS,
         )
-    return q, k, v
+    return (q, k, v) if largest is None else (q, k, v, largest.view(torch.float32))
 
 
 def _outputs(
@@ -310,7 +332,9 @@ def qk_norm_rope_quantize(
     Raises:
         ValueError: for shapes that do not fit and tensors that Triton cannot reach.
     """
-    return _launch(qkv, norm_q, norm_k, cos, sin, eps, text_qkv, text_norm_q, text_norm_k, hadamard=False)
+    arguments = (qkv, norm_q, norm_k, cos, sin, eps, text_qkv, text_norm_q, text_norm_k)
+    q, k, v = _launch(*arguments, hadamard=False)
+    return q, k, v
 
 
 @triton_op("fluxfast::qk_norm_rope_hadamard_quantize", mutates_args={})
@@ -329,7 +353,9 @@ def qk_norm_rope_hadamard_quantize(
 
     Dh is a power of two, 64 at least. An infinity in q or k makes 64 channels NaN.
     """
-    return _launch(qkv, norm_q, norm_k, cos, sin, eps, text_qkv, text_norm_q, text_norm_k, hadamard=True)
+    arguments = (qkv, norm_q, norm_k, cos, sin, eps, text_qkv, text_norm_q, text_norm_k)
+    q, k, v = _launch(*arguments, hadamard=True)
+    return q, k, v
 
 
 @triton_op("fluxfast::qk_norm_rope_hadamard_quantize_transposed", mutates_args={})
@@ -346,7 +372,36 @@ def qk_norm_rope_hadamard_quantize_transposed(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `qk_norm_rope_hadamard_quantize`, v as `coded_attention` takes it, see `reference.transposed_values`."""
     arguments = (qkv, norm_q, norm_k, cos, sin, eps, text_qkv, text_norm_q, text_norm_k)
-    return _launch(*arguments, hadamard=True, transposed=True)
+    q, k, v = _launch(*arguments, hadamard=True, transposed=True)
+    return q, k, v
+
+
+@triton_op("fluxfast::qk_norm_rope_hadamard_quantize_mixed", mutates_args={})
+def qk_norm_rope_hadamard_quantize_mixed(
+    qkv: torch.Tensor,
+    norm_q: torch.Tensor,
+    norm_k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float = 1e-6,
+    text_qkv: torch.Tensor | None = None,
+    text_norm_q: torch.Tensor | None = None,
+    text_norm_k: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `qk_norm_rope_hadamard_quantize`, v and what else `coded_attention_quantize` takes.
+
+    Dh is a multiple of 16. v is `reference.transposed_values(v, mixed=True)`, and behind it comes the largest magnitude
+    in each sample's, (B,) float32, NaN if one is.
+    """
+    arguments = (qkv, norm_q, norm_k, cos, sin, eps, text_qkv, text_norm_q, text_norm_k)
+    q, k, v, largest = _launch(*arguments, hadamard=True, transposed=True, with_largest=True)
+    return q, k, v, largest
+
+
+@qk_norm_rope_hadamard_quantize_mixed.register_fake
+def _(qkv, norm_q, norm_k, cos, sin, eps=1e-6, text_qkv=None, text_norm_q=None, text_norm_k=None):
+    outputs = _outputs(qkv, cos.shape[0], norm_q.shape[0], transposed=True)
+    return *outputs, qkv.new_empty(len(qkv), dtype=torch.float32)
 
 
 @qk_norm_rope_hadamard_quantize_transposed.register_fake

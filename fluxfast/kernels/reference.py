@@ -8,12 +8,15 @@ Rows are tokens. A per-sample vector such as `shift` has shape (B, D); row r of 
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from fluxfast.kernels.rowwise import E4M3, cast_e4m3, quantize_rowwise
+from fluxfast.kernels.rowwise import AMAX_FLOOR, E4M3, E4M3_MAX, cast_e4m3, quantize_rowwise
 
 Quantized = tuple[torch.Tensor, torch.Tensor]
 
@@ -170,6 +173,99 @@ def gelu_linear_quantize(
     return cast_e4m3(value / scale), scale
 
 
+def gelu_linear_quantize_beside(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor,
+    codes: torch.Tensor,
+    out_scale: torch.Tensor,
+) -> None:
+    """Reference of `gemm.gelu_linear_quantize_beside`."""
+    value = F.gelu(scaled_product(q, scale, weight, weight_scale, bias), approximate="tanh")
+    codes[:, codes.shape[1] - len(weight) :] = cast_e4m3(value / out_scale)
+
+
+def grouped(
+    operation: Callable[..., Any], text_tokens: int, joint: Sequence[torch.Tensor], both: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """An operation on rows, for the text's tokens and for the image's, whose weights and vectors are others.
+
+    Args:
+        text_tokens: T.
+        joint: its first arguments, (B, T + S, ...), text first. both: the rest, (2, ...), text first.
+
+    Returns:
+        What it returns for the rows of each, together: (B, T + S, ...).
+    """
+    found = []
+    for group, tokens in enumerate((slice(0, text_tokens), slice(text_tokens, None))):
+        out = operation(*(x[:, tokens].flatten(0, 1) for x in joint), *(x[group] for x in both))
+        found.append((out,) if isinstance(out, torch.Tensor) else out)
+    joined = []
+    for text, image in zip(*found, strict=True):
+        x = text.new_empty((*joint[0].shape[:2], text.shape[-1]))
+        x[:, :text_tokens], x[:, text_tokens:] = (y.unflatten(0, (len(x), -1)) for y in (text, image))
+        joined.append(x)
+    return tuple(joined)
+
+
+def grouped_linear(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor,
+    text_tokens: int,
+) -> torch.Tensor:
+    """Reference of `gemm.grouped_linear`."""
+    return grouped(scaled_product, text_tokens, (q, scale), (weight, weight_scale, bias))[0].to(torch.bfloat16)
+
+
+def grouped_gelu_linear_quantize(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor,
+    bound: torch.Tensor,
+    text_tokens: int,
+) -> Quantized:
+    """Reference of `gemm.grouped_gelu_linear_quantize`."""
+    both = (weight, weight_scale, bias, bound.expand(2, 2))
+    codes, out_scale = grouped(gelu_linear_quantize, text_tokens, (q, scale), both)
+    return codes, out_scale
+
+
+def grouped_residual_linear(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor,
+    residual: torch.Tensor,
+    gate: torch.Tensor,
+    text_tokens: int,
+) -> torch.Tensor:
+    """Reference of `gemm.grouped_residual_linear`."""
+
+    def add(q, scale, residual, weight, weight_scale, bias, gate):
+        return residual_linear(q, scale, weight, weight_scale, bias, residual, gate)
+
+    both = (weight, weight_scale, bias, gate.transpose(0, 1))
+    return grouped(add, text_tokens, (q, scale, residual), both)[0]
+
+
+def grouped_layernorm_modulate_quantize(
+    x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, text_tokens: int, eps: float = 1e-6
+) -> Quantized:
+    """Reference of `norms.grouped_layernorm_modulate_quantize`."""
+    operation = functools.partial(layernorm_modulate_quantize, eps=eps)
+    q, q_scale = grouped(operation, text_tokens, (x,), (shift.transpose(0, 1), scale.transpose(0, 1)))
+    return q, q_scale
+
+
 def layernorm_modulate_quantize(
     x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, eps: float = 1e-6
 ) -> Quantized:
@@ -247,6 +343,23 @@ def qk_norm_rope_hadamard_quantize_transposed(
     return q, k, transposed_values(v)
 
 
+def qk_norm_rope_hadamard_quantize_mixed(
+    qkv: torch.Tensor,
+    norm_q: torch.Tensor,
+    norm_k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float = 1e-6,
+    text_qkv: torch.Tensor | None = None,
+    text_norm_q: torch.Tensor | None = None,
+    text_norm_k: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Reference of `qkv.qk_norm_rope_hadamard_quantize_mixed`."""
+    arguments = (qkv, norm_q, norm_k, cos, sin, eps, text_qkv, text_norm_q, text_norm_k)
+    q, k, v = qk_norm_rope_hadamard_quantize(*arguments)
+    return q, k, transposed_values(v, mixed=True), v.float().abs().flatten(1).amax(1)
+
+
 def transposed_shape(batch: int, tokens: int, heads: int, dim: int) -> tuple[int, int, int, int]:
     """Of `transposed_values`."""
     return batch, heads, dim + SUM_ROWS, -(-tokens // PADDING) * PADDING
@@ -259,11 +372,21 @@ def _token_order(places: int, device: torch.device) -> torch.Tensor:
     return place - inner + inner // 4 * 2 + inner % 4 // 2 * 8 + inner % 2
 
 
-def transposed_values(v: torch.Tensor) -> torch.Tensor:
+def _channel_order(dim: int, device: torch.device) -> torch.Tensor:
+    """Which channel stands where in `transposed_values` with `mixed`."""
+    place = torch.arange(dim, device=device)
+    inner = place % 16
+    return place - inner + inner % 8 // 2 * 4 + inner // 8 * 2 + inner % 2
+
+
+def transposed_values(v: torch.Tensor, *, mixed: bool = False) -> torch.Tensor:
     """V as `flash.coded_attention` multiplies with it: channels in front of tokens.
 
     Args:
         v: (B, S, H, Dh) float8_e4m3fn.
+        mixed: of every 16 channels too the order is another, 0 1 4 5 8 9 12 13 2 3 6 7 10 11 14 15: a thread holds
+            outputs of two neighbours and of the two 8 further, and writes codes of four neighbours. Dh is a multiple
+            of 16.
 
     Returns:
         (B, H, Dh + 8, S'), S' the next multiple of 16. Row Dh is one for every token, the seven behind it are zero, and
@@ -273,13 +396,39 @@ def transposed_values(v: torch.Tensor) -> torch.Tensor:
     """
     tokens, dim = v.shape[1], v.shape[3]
     rows = torch.zeros(transposed_shape(*v.shape), device=v.device)
-    rows[:, :, :dim, :tokens] = v.float().permute(0, 2, 3, 1)
+    channels = _channel_order(dim, v.device) if mixed else torch.arange(dim, device=v.device)
+    rows[:, :, :dim, :tokens] = v.float().permute(0, 2, 3, 1)[:, :, channels]
     rows[:, :, dim, :tokens] = 1
     return rows[..., _token_order(rows.shape[-1], v.device)].to(E4M3)
 
 
 def coded_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Reference of `flash.coded_attention`: one scale a row, where the kernel may have had smaller ones on its way."""
+    return _coded_attention(query, key, value).to(torch.bfloat16)
+
+
+def coded_attention_quantize(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    largest: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    bound: torch.Tensor | None = None,
+    beside: int = 0,
+) -> Quantized:
+    """Reference of `flash.coded_attention_quantize`; the columns beside are zeros."""
+    batch, tokens, _, dim = query.shape
+    out = torch.empty(query.shape, device=query.device)
+    out[..., _channel_order(dim, query.device)] = _coded_attention(query, key, value)
+    unit = (largest.fmax(largest.new_tensor(AMAX_FLOOR)) / E4M3_MAX)[:, None].expand(batch, tokens).reshape(-1, 1)
+    if scale is not None and bound is not None:
+        unit = torch.fmax(unit, scale * bound[0] + bound[1])
+    codes = cast_e4m3(out.view(batch * tokens, -1) / unit)
+    return torch.cat([codes.float(), codes.new_zeros((len(codes), beside), dtype=torch.float32)], -1).to(E4M3), unit
+
+
+def _coded_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Before it is rounded: float32 (B, S, H, Dh), channels in the order of `value`."""
     tokens, dim = query.shape[1], query.shape[3]
     rows = torch.empty_like(value, dtype=torch.float32)
     rows[..., _token_order(value.shape[-1], value.device)] = value.float()
@@ -292,7 +441,7 @@ def coded_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
     codes = places.clamp(min=0).round().to(torch.uint8).view(E4M3).float()
     probabilities = torch.where(places.isnan(), torch.nan, codes)
     out = probabilities @ v.transpose(-1, -2) / probabilities.sum(-1, keepdim=True)
-    return out.transpose(1, 2).contiguous().to(torch.bfloat16)
+    return out.transpose(1, 2).contiguous()
 
 
 def group_norm_silu(
