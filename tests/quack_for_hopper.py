@@ -39,6 +39,22 @@ def compile_epilogue(name: str, rows: int, columns: int) -> None:
     take(f"{name}_{rows}")
 
 
+def compile_grouped(name: str, columns: int, widths: tuple[int, ...]) -> None:
+    """A product of both streams, cut as on a GPU for those of schnell."""
+    text, tokens = 256, 4352
+    q, weight = torch.empty(tokens, D, dtype=E4M3), torch.empty(2, columns, D, dtype=E4M3)
+    out = torch.empty(tokens, columns, dtype=E4M3 if name == "gelu" else torch.bfloat16)
+    vectors = {"scale": torch.empty(tokens), "weight_scale": torch.empty(2, columns)}
+    vectors["bias"] = torch.empty(2, columns, dtype=torch.bfloat16)
+    vectors |= {"out_scale": torch.empty(tokens)} if name == "gelu" else {}
+    vectors |= {"gate": torch.empty(2, 6, columns, dtype=torch.bfloat16)[:, 2]} if name == "gated_residual" else {}
+    c = (torch.empty_like(out),) if name == "gated_residual" else ()
+    begins = torch.tensor([0, text, tokens], dtype=torch.int32)
+    cut = gemm.tiles(tokens, columns, widths, PROCESSORS) | {"_launch": False}
+    gemm.multiply(getattr(gemm, name), cut, q, weight, out, *c, begins=begins, **vectors)
+    take(f"grouped_{name}")
+
+
 def take(name: str) -> None:
     """The machine code that was left, under a name that says whose it is."""
     (binary,) = LEFT.glob("*.cubin")
@@ -50,5 +66,9 @@ for sizes in (("gelu", 4352, 12288), ("gelu", 256, 12288)):
     compile_epilogue(*sizes)
 for rows in (4352, 4096, 256):
     compile_epilogue("gated_residual", rows, D)
-flash.coded_attention_kernel(PROCESSORS, flash.SOURCE)
-take("coded_attention")
+compile_grouped("linear", 3 * D, gemm.WIDTHS)
+compile_grouped("gelu", 4 * D, gemm.GELU_WIDTHS)
+compile_grouped("gated_residual", D, gemm.WIDTHS)
+for quantized, bounded in ((False, False), (True, False), (True, True)):
+    flash.coded_attention_kernel(PROCESSORS, quantized, bounded, flash.SOURCE)
+    take("coded_attention" + "_quantized" * quantized + "_bounded" * bounded)

@@ -29,8 +29,14 @@ INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if CUDA else "cpu"
 IN_REACH = TRITON and (CUDA or INTERPRETER)
 
-OF_QUACK = ("gelu_linear_quantize", "residual_linear")
+OF_QUACK = (
+    "gelu_linear_quantize",
+    "gelu_linear_quantize_beside",
+    "grouped_gelu_linear_quantize",
+    "coded_attention_quantize",
+)
 TRANSPOSED = "qk_norm_rope_hadamard_quantize_transposed"
+MIXED = "qk_norm_rope_hadamard_quantize_mixed"
 OPERATIONS = sorted(
     name for name in dir(reference) if "quantize" in name and name not in (*OF_QUACK, "quantize_rowwise")
 )
@@ -222,6 +228,92 @@ def test_residual_linear(kind, samples, tokens, k, columns, dtype):
     torch.testing.assert_close(got.double(), exact, rtol=2**-8 if dtype == torch.bfloat16 else 1e-4, atol=5e-3)
 
 
+@epilogues
+def test_gelu_linear_beside(kind):
+    """The codes of `gelu_linear_quantize` for the same scales, and not a byte of what stands in front of them."""
+    given = factors(130, 96, 160)
+    bound = bound_of(*given[2:])
+    want, scale = operation(kind, "gelu_linear_quantize")(*given, bound)
+    codes = normal(130, 32 + 160).to(E4M3)
+    left = codes[:, :32].float()
+    operation(kind, "gelu_linear_quantize_beside")(*given, codes, scale)
+    assert torch.equal(codes[:, 32:].float(), want.float()) and torch.equal(codes[:, :32].float(), left)
+
+
+def both(batch: int, text: int, image: int, k: int, columns: int):
+    """The operands of a grouped product, and for each group those of a plain one, of all samples' rows."""
+    plain = [factors(batch * tokens, k, columns) for tokens in (text, image)]
+    joint = [torch.cat([g[i].float().unflatten(0, (batch, -1)) for g in plain], 1) for i in (0, 1)]
+    weights = [torch.stack([g[i].float().squeeze(0) if i == 3 else g[i] for g in plain]) for i in (2, 3, 4)]
+    return (joint[0].to(E4M3), joint[1], *weights), plain
+
+
+def by_group(x: torch.Tensor, text: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of text of all samples, and those of the image."""
+    return x[:, :text].flatten(0, 1), x[:, text:].flatten(0, 1)
+
+
+grouped_sizes = pytest.mark.parametrize(
+    ("batch", "text", "image", "k", "columns"), [(1, 3, 5, 32, 48), (2, 129, 300, 96, 208), (1, 256, 512, 3072, 336)]
+)
+
+
+@epilogues
+@grouped_sizes
+def test_grouped_linear(kind, batch, text, image, k, columns):
+    """Each token is multiplied with the weights of its stream, wherever the border is."""
+    given, plain = both(batch, text, image, k, columns)
+    got = operation(kind, "grouped_linear")(*given, text)
+    assert got.dtype == torch.bfloat16 and got.shape == (batch, text + image, columns) and got.is_contiguous()
+    for rows, own in zip(by_group(got, text), plain, strict=True):
+        torch.testing.assert_close(rows.double(), product64(*own), rtol=2**-8, atol=5e-3)
+
+
+@epilogues
+@grouped_sizes
+def test_grouped_gelu_linear(kind, batch, text, image, k, columns):
+    """As each stream's own, under one bound for both."""
+    given, plain = both(batch, text, image, k, columns)
+    bound = torch.maximum(*(bound_of(*own[2:]) for own in plain))
+    q, scale = operation(kind, "grouped_gelu_linear_quantize")(*given, bound, text)
+    torch.testing.assert_close(scale, given[1] * bound[0] + bound[1])
+    atol = (k / 32 * 2**-11 + 2e-3) if kind == "quack" else 1e-5
+    for codes, s, own in zip(by_group(q, text), by_group(scale, text), plain, strict=True):
+        exact = gelu64(product64(*own))
+        allowed = exact.abs() * (2**-4 + 1e-4) + s.double() * (2**-10 + 1e-4) + atol
+        assert bool(((dequantize_rowwise(codes, s).double() - exact).abs() <= allowed).all())
+
+
+@epilogues
+@grouped_sizes
+def test_grouped_residual_linear(kind, batch, text, image, k, columns):
+    """Each stream's gate, of each sample."""
+    given, plain = both(batch, text, image, k, columns)
+    residual, gate = normal(batch, text + image, columns), normal(batch, 2, 6, columns)[:, :, 3]
+    got = operation(kind, "grouped_residual_linear")(*given, residual, gate, text)
+    assert got.dtype == torch.bfloat16 and got.is_contiguous()
+    for group, (rows, c, own) in enumerate(zip(by_group(got, text), by_group(residual, text), plain, strict=True)):
+        its_gate = gate[:, group].double().repeat_interleave(len(rows) // batch, 0)
+        torch.testing.assert_close(rows.double(), c.double() + its_gate * product64(*own), rtol=2**-8, atol=5e-3)
+
+
+@quack_installed
+def test_grouped_linears_refuse_what_does_not_fit():
+    """Streams without a token, shapes that are not both Linears', and a CPU, in one sentence each."""
+    given, _ = both(1, 3, 5, 32, 48)
+    multiply = operation("quack", "grouped_linear")
+    for text in (0, 8):
+        with pytest.raises(ValueError, match=f"tokens of text and of the image, got {text} of 8"):
+            multiply(*given, text)
+    with pytest.raises(ValueError, match=r"'bias': \(2, 48\).* for 8 rows and 48 outputs, got \{'bias': \(1, 48\)\}"):
+        multiply(*given[:4], given[4][:1], 3)
+    with pytest.raises(ValueError, match=r"expected a gate of \(1, 2, 48\), got \(1, 48\)"):
+        operation("quack", "grouped_residual_linear")(*given, normal(1, 8, 48), normal(1, 48), 3)
+    if not CUDA:
+        with pytest.raises(ValueError, match="tensors on cpu; it runs on CUDA"):
+            multiply(*given, 3)
+
+
 @quack_installed
 @pytest.mark.parametrize(
     ("rows", "columns", "width", "takes_turns"),
@@ -327,6 +419,18 @@ def test_layernorm_modulate(kind, samples, tokens, d):
 
 
 @implementations
+@pytest.mark.parametrize(("samples", "text", "image", "d"), [(1, 2, 5, 3072), (2, 1, 3, 96), (3, 2, 1, 100)])
+def test_grouped_layernorm_modulate(kind, samples, text, image, d):
+    """Each token is modulated by the vectors of its stream and of its sample."""
+    x, vectors = normal(samples, text + image, d, spread=5.0) + 2, normal(samples, 2, 6, d)
+    shift, scale = vectors[:, :, 0], vectors[:, :, 1]
+    got = operation(kind, "grouped_layernorm_modulate_quantize")(x, shift, scale, text)
+    for group, tokens in enumerate((slice(0, text), slice(text, None))):
+        exact = layernorm64(x[:, tokens].flatten(0, 1), shift[:, group], scale[:, group])
+        assert_quantized(*(part[:, tokens].flatten(0, 1) for part in got), exact)
+
+
+@implementations
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("samples", "tokens", "d"), [(1, 3, 3072), (2, 3, 23)])
 def test_residual_layernorm_modulate(kind, samples, tokens, d, dtype):
@@ -362,6 +466,9 @@ def hadamard64(x):
         (TRANSPOSED, 1, 3, 130, 24, 128),
         (TRANSPOSED, 2, 0, 16, 3, 64),
         (TRANSPOSED, 2, 16, 1, 9, 256),
+        (MIXED, 1, 3, 130, 24, 128),
+        (MIXED, 2, 0, 16, 3, 64),
+        (MIXED, 3, 16, 1, 9, 256),
     ],
 )
 def test_qk_norm_rope(kind, name, batch, text, image, heads, dim):
@@ -387,8 +494,21 @@ def test_qk_norm_rope(kind, name, batch, text, image, heads, dim):
             exact = hadamard64(exact)
         torch.testing.assert_close(part.double(), exact, rtol=2**-4 + 1e-4, atol=2**-10 + 1e-4)
     v = cast_e4m3(torch.cat([s[:, :, 2] for s in double], 1))
-    expected = reference.transposed_values(v) if name == TRANSPOSED else v
+    expected = reference.transposed_values(v, mixed=name == MIXED) if name in (TRANSPOSED, MIXED) else v
     assert torch.equal(parts[2].float(), expected.float()) and parts[2].float().abs().max() <= 448
+    if name == MIXED:
+        assert torch.equal(parts[3], v.float().abs().amax((1, 2, 3))) and len(parts) == 4
+
+
+@implementations
+def test_largest_value(kind):
+    """Of the codes and not of what they round, wherever it stands, of each sample; NaN if one is."""
+    qkv, ones = normal(3, 200, 3 * 128) / 100, torch.ones(128, device=DEVICE)
+    # The next codes are 52 and 448.
+    qkv[0, 199, 2 * 128 + 127], qkv[1, 0, 2 * 128], qkv[2, 77, 300] = -51.0, float("-inf"), float("nan")
+    angles = torch.zeros(200, 128, device=DEVICE)
+    largest = operation(kind, MIXED)(qkv, ones, ones, angles, angles)[3]
+    assert largest[:2].tolist() == [52.0, 448.0] and largest[2].isnan()
 
 
 @implementations
@@ -423,6 +543,14 @@ def test_transposed_values():
     assert rows.shape == (1, 2, 11, 32)
     assert rows[0, 1, 2].tolist() == v[0, [*order, 16, 17], 0, 0].float().tolist() + [0.0] * 14
     assert rows[0, :, 3].sum(-1).tolist() == [18, 18] and not rows[:, :, 4:].any()
+
+
+def test_mixed_channels():
+    """Of 16 channels two and the two 2 further, which a thread would otherwise not hold, stand 8 apart."""
+    v = torch.arange(32, device=DEVICE).to(E4M3).view(1, 1, 1, 32).float()
+    rows = reference.transposed_values(v.to(E4M3), mixed=True).float()[0, 0, :, 0]
+    order = [0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15]
+    assert rows[:32].tolist() == v.flatten()[order + [16 + channel for channel in order]].tolist() and rows[32] == 1
 
 
 def attention64(query, key, value):
@@ -487,6 +615,68 @@ def test_coded_attention_of_scores_at_the_limits(kind):
     torch.testing.assert_close(got[5, 3], value[:, 3].mean(0), rtol=0.01, atol=0.01)
 
 
+def quantized_attention(kind, query, key, value, *args):
+    """`coded_attention_quantize` of e4m3 heads, and its codes' values as (B, S, H, Dh)."""
+    mixed, largest = reference.transposed_values(value, mixed=True), value.float().abs().amax((1, 2, 3))
+    codes, scale = operation(kind, "coded_attention_quantize")(query, key, mixed, largest, *args)
+    assert codes.dtype == E4M3 and codes.is_contiguous() and scale.dtype == torch.float32
+    heads = query.shape[2] * query.shape[3]
+    assert codes.shape[0] == scale.shape[0] == query.shape[0] * query.shape[1] and scale.shape[1] == 1
+    return codes, scale, dequantize_rowwise(codes[:, :heads], scale).view(query.shape)
+
+
+@epilogues
+@pytest.mark.parametrize(("batch", "tokens", "heads"), [(1, 129, 1), (2, 256, 3), (1, 1000, 2), (3, 385, 1)])
+def test_coded_attention_quantize(kind, batch, tokens, heads):
+    """What `coded_attention` gives, each channel in its place, rounded to codes of V's scale or of a larger one."""
+    query, key, value, transposed = heads_of(batch, tokens, heads, 1.0)
+    want = operation(kind, "coded_attention")(query, key, transposed).double()
+    unit = (value.float().abs().amax((1, 2, 3)) / 448).repeat_interleave(tokens)[:, None]
+    row_scale, bound = torch.rand(batch * tokens, 1, device=DEVICE) / 448, torch.tensor([9.0, 1e-4], device=DEVICE)
+    for args, expected in (
+        ((), unit),
+        ((row_scale, bound, 48), torch.maximum(unit, row_scale * bound[0] + bound[1])),
+    ):
+        codes, scale, got = quantized_attention(kind, query, key, value, *args)
+        assert codes.shape[1] == heads * 128 + (args[2] if args else 0)
+        torch.testing.assert_close(scale, expected, rtol=1e-6, atol=0.0)
+        steps = expected.view(batch, tokens, 1, 1).double() * 2**-10
+        # Beside the code's rounding that of the bfloat16 which it is compared with.
+        assert bool(((got.double() - want).abs() <= want.abs() * (2**-4 + 2**-8) + steps * 1.01).all())
+
+
+@epilogues
+def test_coded_attention_quantize_of_special_values(kind):
+    """All values alike reach the largest code; zeros have a scale; NaN is in the codes, and in no other channel."""
+    query, key, value, _ = heads_of(4, 200, 2, 1.0)
+    value[0], value[1] = value[0, 0, 0, 0].expand(200, 2, 128), torch.zeros(200, 2, 128, device=DEVICE).to(E4M3)
+    value[2, 3, 1, 5] = query[3, 7, 0, 5] = torch.tensor(float("nan")).to(E4M3)
+    codes, scale, got = quantized_attention(kind, query, key, value)
+    assert bool((codes[:200].float().abs() >= 416).all()) and not codes[200:400].float().any()
+    assert scale.isfinite().all() and bool((scale > 0).all())
+    lost = got.isnan()
+    assert lost[2, :, 1, 5].all() and lost[2].sum() == 200 and lost[3, 7, 0].all() and lost[3].sum() == 128
+
+
+@needs_quack
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1000), (1, 4352), (2, 513)])
+def test_coded_attention_quantize_of_parts(batch, tokens):
+    """The combining kernel gives rows of the last tiles the scales and codes that the attention would have given."""
+    from fluxfast.kernels import flash
+    from fluxfast.machine import processors
+
+    heads = next(h for h in range(1, 200) if flash.parts_of(batch, tokens, h, processors())[0] > 1)
+    query, key, value, transposed = heads_of(batch, tokens, heads, 1.0)
+    want = flash.coded_attention(query, key, transposed).double()
+    row_scale, bound = torch.rand(batch * tokens, 1, device=DEVICE) / 448, torch.tensor([9.0, 1e-4], device=DEVICE)
+    unit = (value.float().abs().amax((1, 2, 3)) / 448).repeat_interleave(tokens)[:, None]
+    for args, expected in (((), unit), ((row_scale, bound, 16), torch.maximum(unit, row_scale * 9 + 1e-4))):
+        _, scale, got = quantized_attention("quack", query, key, value, *args)
+        torch.testing.assert_close(scale, expected, rtol=1e-6, atol=0.0)
+        error = (got.double() - want).norm(dim=-1) / want.norm(dim=-1)
+        assert error.max() < 0.04
+
+
 @needs_quack
 @pytest.mark.parametrize(("batch", "tokens"), [(1, 1000), (1, 4352), (1, 513), (2, 513)])
 def test_coded_attention_of_parts(batch, tokens):
@@ -526,6 +716,37 @@ def test_triton_combine_parts(batch, tokens, heads, tiles, parts):
     torch.testing.assert_close(out.double(), expected, rtol=2**-8, atol=1e-5)
 
 
+@needs_kernels
+@pytest.mark.parametrize("is_bounded", [False, True])
+@pytest.mark.parametrize(("batch", "tokens", "heads", "tiles", "parts"), [(2, 130, 3, 5, 3), (1, 257, 1, 3, 2)])
+def test_triton_combine_parts_quantized(batch, tokens, heads, tiles, parts, is_bounded):
+    """Codes beside other columns, channels in order again, and a scale for each row of the first head that is there."""
+    pytest.importorskip("quack", reason="quack is not installed: pip install -e '.[dev]'")
+    from fluxfast.kernels import flash
+
+    partial, weights = normal(tiles * parts, flash.QUERIES, 128), torch.randn(tiles * parts, flash.QUERIES).to(DEVICE)
+    plain = torch.zeros(batch, tokens, heads, 128, dtype=torch.bfloat16, device=DEVICE)
+    flash.combine_parts(partial, weights, plain, parts)
+    order = reference._channel_order(128, DEVICE)
+    largest = torch.tensor([5.0, 7.0], device=DEVICE)[:batch]
+    row_scale, bound = torch.rand(batch * tokens, 1, device=DEVICE) / 40, torch.tensor([0.5, 1e-4], device=DEVICE)
+    codes = torch.zeros(batch * tokens, heads * 128 + 16, device=DEVICE).to(E4M3)
+    scale = torch.full((batch * tokens, 1), -1.0, device=DEVICE)
+    scales = {"row_scale": row_scale, "bound": bound} if is_bounded else {}
+    out = codes[:, : heads * 128].view(plain.shape)
+    flash.combine_parts(partial[..., order], weights, out, parts, largest=largest, out_scale=scale, **scales)
+    unit = (largest / 448).repeat_interleave(tokens)[:, None]
+    unit = torch.maximum(unit, row_scale * 0.5 + 1e-4) if is_bounded else unit
+    got = out.float() * unit.view(batch, tokens, 1, 1)
+    torch.testing.assert_close(got, plain.float(), rtol=2**-4 + 2**-7, atol=unit.max().item() * 2**-9)
+    # Of heads in the last tiles: the first one is there if they reach back to it.
+    tall = -(-tokens // flash.QUERIES)
+    first = torch.arange(batch * heads * tall).view(batch, heads, tall)[:, 0] >= batch * heads * tall - tiles
+    written = first.repeat_interleave(flash.QUERIES, 1)[:, :tokens].flatten()[:, None].to(DEVICE)
+    torch.testing.assert_close(scale, torch.where(written, unit, -1.0), rtol=1e-6, atol=0.0)
+    assert not codes[:, heads * 128 :].float().any()
+
+
 @quack_installed
 @pytest.mark.parametrize(
     ("batch", "tokens", "heads", "expected"),
@@ -561,6 +782,11 @@ def test_coded_attention_refuses_what_does_not_fit():
         attend(query.bfloat16(), key, transposed)
     with pytest.raises(ValueError, match="tensors on cpu; it runs on CUDA"):
         attend(*(x.cpu() for x in (query, key, transposed)))
+    mixed, one = reference.transposed_values(value, mixed=True), torch.ones(1, device=DEVICE)
+    with pytest.raises(ValueError, match=r"'largest': \(1,\)\} .* got \{'largest': \(2,\)\}"):
+        flash.coded_attention_quantize(query, key, mixed, one.expand(2))
+    with pytest.raises(ValueError, match="together or not at all"):
+        flash.coded_attention_quantize(query, key, mixed, one, torch.ones(130, 1))
 
 
 @implementations
@@ -621,7 +847,9 @@ def example_arguments(name: str) -> tuple:
         "residual_layernorm_modulate_quantize": (rows, normal(4, 64), *vectors),
         "qk_norm_rope_quantize": heads,
         "qk_norm_rope_hadamard_quantize": heads,
+        "grouped_layernorm_modulate_quantize": (normal(2, 5, 64), *normal(2, 2, 2, 64).unbind(2), 2),
         TRANSPOSED: heads,
+        MIXED: heads,
     }[name]
 
 

@@ -84,6 +84,8 @@ def arguments(name: str) -> tuple[Any, ...]:
         "qk_norm_rope_quantize": two_streams,
         "qk_norm_rope_hadamard_quantize": two_streams,
         "qk_norm_rope_hadamard_quantize_transposed": two_streams,
+        "qk_norm_rope_hadamard_quantize_mixed": two_streams,
+        "grouped_layernorm_modulate_quantize": (normal(1, 4, D), *normal(1, 2, 6, D).unbind(2)[:2], 2),
         "combine_parts": (
             normal(2, flash.QUERIES, 128),
             normal(2, flash.QUERIES, dtype=torch.float32),
@@ -111,13 +113,15 @@ def test_kernels_of_quack_compile(tmp_path: Path) -> None:
     result = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     found = {binary.stem: assembly(binary) for binary in out.iterdir()}
-    assert len(found) == 6
+    assert len(found) == 11
     for name, code in found.items():
-        assert "QGMMA" in code and not any(load in code for load in LOCAL_LOADS), name
+        spilled = sum(code.count(load) for load in LOCAL_LOADS)
+        # The scheduler of a grouped one keeps two of its numbers there from tile to tile.
+        assert "QGMMA" in code and spilled <= (6 if name == "grouped_gated_residual" else 0), name
     # One product after the other, waited for in between, is what ptxas makes of attention that it does not understand;
     # and its numbers of buffers, if in every thread, are moved in front of each product.
-    attention = found["coded_attention"]
-    assert attention.count("WARPGROUP.DEPBAR") == 5 and attention.count("QGMMA") == 24 > 4 * attention.count("R2UR")
+    for attention in (code for name, code in found.items() if name.startswith("coded_attention")):
+        assert attention.count("WARPGROUP.DEPBAR") == 5 and attention.count("QGMMA") == 24 > 4 * attention.count("R2UR")
 
 
 @pytest.mark.parametrize("name", [*OPERATIONS, "quantize_beside", "combine_parts", "group_norm_silu"])

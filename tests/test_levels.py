@@ -147,7 +147,9 @@ def test_rung_of_quack_says_what_is_missing(machine: Machine, found: str, field:
     assert why_not(get_level(field), HOPPER) is None
 
 
-@pytest.mark.parametrize("field", ["fused_qk_rope", "hadamard_qk", "split_attention_tail", "coded_softmax"])
+@pytest.mark.parametrize(
+    "field", ["fused_qk_rope", "hadamard_qk", "split_attention_tail", "coded_softmax", "attention_epilogue"]
+)
 def test_rung_of_float8_attention_says_that_there_is_none(field: str) -> None:
     """What is cast for FlashAttention-3, launches it or takes its place is nothing without it."""
     reason = why_not(get_level(field), dataclasses.replace(HOPPER_WITHOUT_FA3, quack=True))

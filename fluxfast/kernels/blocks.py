@@ -137,11 +137,13 @@ class _ModulatedBlock(nn.Module):
     def _attend(self, *heads: torch.Tensor) -> Quantized:
         """What `BlockOps.qk_norm_rope` gives -> what attention makes of it, quantised rows (B * S, D)."""
         if self.ops.attention_quantize is not None:
-            return self.ops.attention_quantize(*heads)
-        return self.ops.quantize(rows(self.attention(*heads).flatten(2)))
+            attended: Quantized = self.ops.attention_quantize(*heads)
+        else:
+            attended = self.ops.quantize(rows(self.attention(*heads).flatten(2)))
+        return attended
 
     def _project_back(
-        self, linear: nn.Module, quantized: Quantized, residual: torch.Tensor, gate: torch.Tensor
+        self, linear: nn.Module, quantized: Sequence[torch.Tensor | None], residual: torch.Tensor, gate: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """A Linear into a stream: its rows (B * S, D), and what `gate` lets in, None if the GEMM has added it."""
         if self.ops.residual_linear is None:
@@ -198,10 +200,10 @@ class FusedFluxTransformerBlock(_ModulatedBlock):
         text_weights = (self.norm_added_q.weight, self.norm_added_k.weight)
         heads = self.ops.qk_norm_rope(qkv, *weights, *rotary, EPS, text_qkv, *text_weights)
 
-        attended = [None if x is None else x.unflatten(0, (len(qkv), -1)) for x in self._attend(*heads)]
+        quantized = [None if x is None else x.unflatten(0, (len(qkv), -1)) for x in self._attend(*heads)]
         tokens = text_qkv.shape[1]
         text_attended, image_attended = (
-            [None if x is None else rows(x[:, part]) for x in attended]
+            [None if x is None else rows(x[:, part]) for x in quantized]
             for part in (slice(0, tokens), slice(tokens, None))
         )
         text_sum = self._project_back(self.to_add_out, text_attended, text_rows, text_vectors[2])
@@ -286,8 +288,10 @@ class GroupedFluxTransformerBlock(_ModulatedBlock):
         weights = (self.norm_q.weight, self.norm_k.weight)
         text_weights = (self.norm_added_q.weight, self.norm_added_k.weight)
         heads = self.ops.qk_norm_rope(qkv[:, tokens:], *weights, *rotary, EPS, qkv[:, :tokens], *text_weights)
-        attended = (part.unflatten(0, x.shape[:2]) for part in self._attend(*heads))
-        x = self.to_out.forward_grouped(*attended, x, gate, tokens)
+        attended, attended_scale = self._attend(*heads)
+        assert attended_scale is not None, "grouped GEMMs are float8's"
+        attended, attended_scale = attended.unflatten(0, x.shape[:2]), attended_scale.unflatten(0, x.shape[:2])
+        x = self.to_out.forward_grouped(attended, attended_scale, x, gate, tokens)
         activated = self.ff_in.forward_grouped(*norm(x, mlp_shift, mlp_scale, tokens, EPS), tokens)
         return self.ff_out.forward_grouped(*activated, x, mlp_gate, tokens)
 

@@ -240,10 +240,10 @@ class _Forward:
         out: cute.Tensor,
         partial: cute.Tensor,
         weights: cute.Tensor,
-        largest: cute.Tensor | None,
-        row_scale: cute.Tensor | None,
-        bound: cute.Tensor | None,
-        out_scale: cute.Tensor | None,
+        largest: Any,
+        row_scale: Any,
+        bound: Any,
+        out_scale: Any,
         softmax_scale: Float32,
         parts: Int32,
         stream: CUstream,
@@ -318,10 +318,10 @@ class _Forward:
         partial_copy: cute.CopyAtom,
         partial: cute.Tensor,
         weights: cute.Tensor,
-        largest: cute.Tensor | None,
-        row_scale: cute.Tensor | None,
-        bound: cute.Tensor | None,
-        out_scale: cute.Tensor | None,
+        largest: Any,
+        row_scale: Any,
+        bound: Any,
+        out_scale: Any,
         score_product: cute.TiledMma,
         value_product: cute.TiledMma,
         held: cute.TiledMma,
@@ -613,7 +613,8 @@ def _combine_kernel(
         if BOUNDED:
             least = tl.load(row_scale_ptr + place, mask=exists, other=0.0) * tl.load(bound_ptr) + tl.load(bound_ptr + 1)
             unit = tl.where(least > unit, least, unit)
-        tl.store(out_scale_ptr + place, unit, mask=exists & (head == 0))
+        if head == 0:
+            tl.store(out_scale_ptr + place, unit, mask=exists)
         channel = dims // 16 * 16 + dims % 8 // 2 * 4 + dims % 16 // 8 * 2 + dims % 2
         tl.store(to + channel[None, :], to_e4m3(mean / unit[:, None]), mask=exists[:, None])
     else:

@@ -126,7 +126,7 @@ def triton_ops(
         raise ValueError("grouped GEMMs are those of gelu_epilogue and residual_epilogue: ask for both")
     from fluxfast.kernels import activations, norms, qkv
 
-    changes: dict[str, Op] = {}
+    changes: dict[str, Any] = {}
     if quantize:
         changes.update(
             gelu=activations.gelu_quantize,

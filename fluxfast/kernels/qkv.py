@@ -178,7 +178,9 @@ def _transpose_v_kernel(
     codes = to_e4m3(v)
     channel = tl.arange(0, HEAD_DIM)
     if WITH_LARGEST:
-        tl.atomic_max(largest_ptr + sample, tl.max(magnitude_bits(codes.to(tl.float32))), sem="relaxed")
+        # Of what is not NaN, which the interpreter takes for a number in e4m3.
+        bits = tl.where(v != v, magnitude_bits(v), magnitude_bits(codes.to(tl.float32)))
+        tl.atomic_max(largest_ptr + sample, tl.max(bits), sem="relaxed")
         channel = channel // 16 * 16 + channel % 4 // 2 * 8 + channel % 16 // 4 * 2 + channel % 2
     tl.store(out + channel[:, None] * padded, tl.trans(codes), mask=inside)
     row = tl.arange(0, SUMS)[:, None]
