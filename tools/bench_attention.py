@@ -19,7 +19,7 @@ import torch
 
 from fluxfast.attention import fa3_fp8, fa3_fp8_split_tail
 from fluxfast.kernels import flash, reference
-from fluxfast.kernels.rowwise import E4M3
+from fluxfast.kernels.rowwise import E4M3, dequantize_rowwise
 from fluxfast.machine import processors
 from fluxfast.workloads import get_workload
 from tools.bench_gemms import DEVICE, sustained_us
@@ -29,13 +29,19 @@ TOKENS = {id: get_workload(id).tokens for id in ("schnell", "dev")}
 SPREADS = (0.1, 1.0, 2.0, 4.0)
 SETS = 4
 Set = tuple[torch.Tensor, ...]
+"""q, k, v, v transposed for either operation, and its largest magnitude."""
 
 
 def make(tokens: int, spread: float = 1.0) -> Set:
     """Random q, k, v of `tokens`, and v transposed; the product of one query and one key has a deviation of spread."""
     q, k, v = (torch.randn(1, tokens, HEADS, flash.HEAD_DIM, device=DEVICE) for _ in range(3))
     v = v.to(E4M3)
-    return (q * spread).to(E4M3), k.to(E4M3), v, reference.transposed_values(v)
+    transposed = (reference.transposed_values(v, mixed=mixed) for mixed in (False, True))
+    return (q * spread).to(E4M3), k.to(E4M3), v, *transposed, v.float().abs().amax()[None]
+
+
+def quantised(s: Set) -> tuple[torch.Tensor, torch.Tensor]:
+    return flash.coded_attention_quantize(*s[:2], *s[4:])
 
 
 def attentions() -> dict[str, Callable[[Set], torch.Tensor]]:
@@ -43,7 +49,14 @@ def attentions() -> dict[str, Callable[[Set], torch.Tensor]]:
         "FlashAttention-3": lambda s: fa3_fp8(*s[:3]),
         "FlashAttention-3, split tail": lambda s: fa3_fp8_split_tail(*s[:3]),
         "coded": lambda s: flash.coded_attention(*s[:2], s[3]),
+        "coded, and quantised": lambda s: quantised(s)[0],
     }
+
+
+def value(call: Callable[[Set], torch.Tensor], s: Set) -> torch.Tensor:
+    """What an attention gives, codes times their scales: (1, S, H, 128)."""
+    out = call(s)
+    return out if out.dim() == 4 else dequantize_rowwise(*quantised(s)).view(s[0].shape)
 
 
 def error(got: torch.Tensor, s: Set) -> float:
@@ -71,7 +84,7 @@ def main() -> None:
         print(f"{shape}, {tokens} tokens: {parts[0]} parts of the keys of {parts[1]} tiles")
         for name, call in attentions().items():
             row = {"shape": shape, "tokens": tokens, "name": name, "us": sustained_us(call, sets, options.seconds)}
-            row["errors"] = [error(call(s), s) for s in probes]
+            row["errors"] = [error(value(call, s), s) for s in probes]
             found["attention"].append(row)
             print(f"  {name:30} {row['us']:7.1f}", *(f"{e:.4f}" for e in row["errors"]), flush=True)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,13 @@
 """Times the GEMMs with epilogues at FLUX.1's sizes on a Hopper, beside cuBLASLt's and the kernels that they replace.
 
-    python -m tools.bench_gemms --out results/gemms [--seconds 0.5]
+    python -m tools.bench_gemms --out results/gemms [--seconds 0.5] [--grouped]
 
 Every figure is the mean over so many seconds of replays of a CUDA graph that runs the operation on input sets in turn,
 because a GEMM that runs for milliseconds only has another clock than one at the power limit. Each width of a tile that
 `gemm.tiles` may choose is timed, and the one that it does choose is marked.
+
+With `--grouped` it is the products of both streams of a double block, in one GEMM and in two as `residual_epilogue` has
+them, nothing behind them.
 """
 
 from __future__ import annotations
@@ -22,13 +25,19 @@ import torch.nn.functional as F
 
 from fluxfast import workspace
 from fluxfast.kernels import activations, gemm, norms, reference
-from fluxfast.kernels.linear import RowwiseFloat8GeluLinear
+from fluxfast.kernels.linear import GroupedRowwiseFloat8Linear, RowwiseFloat8GeluLinear
 from fluxfast.kernels.rowwise import E4M3, dequantize_rowwise, quantize_rowwise
 from fluxfast.machine import processors
 
 SETS = 4
 ROWS = (4352, 4096, 256)
 """Of a single block, and of a double block's image and text streams."""
+GROUPED_SHAPES = (
+    ("linear", 3072, 9216),
+    ("gelu", 3072, 12288),
+    ("gated_residual", 12288, 3072),
+    ("gated_residual", 3072, 3072),
+)
 SHAPES = (("gelu", 3072, 12288), ("gated_residual", 15360, 3072), ("gated_residual", 12288, 3072))
 DEVICE = "cuda"
 
@@ -79,6 +88,62 @@ def with_epilogue(epilogue: str, cut: dict[str, Any], s: Set) -> tuple[torch.Ten
     return out, *norms.layernorm_modulate_quantize(out, s.shift, s.shift)
 
 
+def alone(epilogue: str, s: Set) -> Any:
+    """One stream's product as a rung without grouped GEMMs has it."""
+    weights = s.linear.weight, s.linear.weight_scale, s.linear.bias
+    if epilogue == "linear":
+        return cublaslt(s)
+    if epilogue == "gelu":
+        return gemm.gelu_linear_quantize(s.q, s.scale, *weights, s.linear.bound)
+    return gemm.residual_linear(s.q, s.scale, *weights, s.residual, s.gate)
+
+
+def both(streams: tuple[Set, Set]) -> dict[str, torch.Tensor]:
+    """The operands of both streams' product in one GEMM."""
+    linear = GroupedRowwiseFloat8Linear(*(s.linear for s in streams), operation=gemm.grouped_linear)
+    operands = {name: torch.cat([getattr(s, name) for s in streams]) for name in ("scale", "residual", "gate")}
+    operands["q"] = torch.cat([s.q.view(torch.uint8) for s in streams]).view(E4M3)
+    return operands | {name: getattr(linear, name) for name in ("weight", "weight_scale", "bias", "bound")}
+
+
+def together(epilogue: str, cut: dict[str, Any], s: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Both streams' product in one GEMM, cut this way."""
+    tokens, bound = len(s["q"]), s["bound"]
+    begins = gemm.begins(tokens - max(ROWS[1:]), tokens, s["q"].device)
+    vectors = {"scale": s["scale"][:, 0], "weight_scale": s["weight_scale"], "bias": s["bias"]}
+    if epilogue == "gelu":
+        vectors["out_scale"] = torch.addcmul(bound[1], s["scale"], bound[0])[:, 0]
+    if epilogue == "gated_residual":
+        vectors["gate"] = s["gate"]
+    c = (s["residual"],) if epilogue == "gated_residual" else ()
+    out = torch.empty_like(s["residual"], dtype=E4M3 if epilogue == "gelu" else torch.bfloat16)
+    gemm.multiply(getattr(gemm, epilogue), cut, s["q"], s["weight"], out, *c, begins=begins, **vectors)
+    return out
+
+
+def time_grouped(seconds: float) -> list[dict[str, Any]]:
+    """Rows of the report, printed too."""
+    found = []
+    _, image, text = ROWS
+    for epilogue, k, columns in GROUPED_SHAPES:
+        sets = [(make(text, k, columns), make(image, k, columns)) for _ in range(SETS)]
+        row: dict[str, Any] = {"epilogue": epilogue, "rows": [text, image], "k": k, "columns": columns, "cut": []}
+        each = functools.partial(alone, epilogue)
+        row["apart_us"] = sustained_us(lambda streams, each=each: list(map(each, streams)), sets, seconds)
+        print(f"{epilogue} ({text} + {image}) x {k} x {columns}: two GEMMs {row['apart_us']:.1f}")
+        joint = [both(s) for s in sets]
+        widths = gemm.GELU_WIDTHS if epilogue == "gelu" else gemm.WIDTHS
+        chosen = gemm.tiles(text + image, columns, widths, processors())
+        for width in widths:
+            cut = chosen | {"tile_N": width}
+            row["cut"].append(
+                {"cut": cut, "us": sustained_us(functools.partial(together, epilogue, cut), joint, seconds)}
+            )
+            print(f"  {width:4d} columns {row['cut'][-1]['us']:7.1f}{' *' if cut == chosen else ''}", flush=True)
+        found.append(row)
+    return found
+
+
 def exact(epilogue: str, s: Set) -> torch.Tensor:
     y = reference.scaled_product(s.q, s.scale, s.linear.weight, s.linear.weight_scale, s.linear.bias)
     return F.gelu(y, approximate="tanh") if epilogue == "gelu" else s.residual + s.gate * y
@@ -90,7 +155,7 @@ def error(epilogue: str, got: tuple[torch.Tensor, ...], want: torch.Tensor) -> f
     return ((value - want).norm() / want.norm()).item()
 
 
-def sustained_us(call: Callable[[Set], Any], sets: list[Set], seconds: float) -> float:
+def sustained_us(call: Callable[[Any], Any], sets: list[Any], seconds: float) -> float:
     """Microseconds a call, from a CUDA graph of all sets that is replayed for a while, a quarter of it before."""
     for s in sets[:2]:
         call(s)
@@ -118,12 +183,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for gemms.json")
     parser.add_argument("--seconds", type=float, default=0.5, help="of replays for each figure: %(default)s")
+    parser.add_argument("--grouped", action="store_true", help="products of both streams of a double block")
     options = parser.parse_args()
     torch.manual_seed(0)
     workspace.drop()
     found: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "gemms": []}
     print(f"{found['device']}, torch {found['torch']}; microseconds, and the width that `tiles` chooses: *")
-    for epilogue, k, columns in SHAPES:
+    if options.grouped:
+        found["gemms"] = time_grouped(options.seconds)
+    for epilogue, k, columns in () if options.grouped else SHAPES:
         for rows in ROWS:
             sets = [make(rows, k, columns) for _ in range(SETS)]
             want = exact(epilogue, sets[0])

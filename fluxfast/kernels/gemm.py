@@ -255,7 +255,7 @@ def _(q, scale, weight, weight_scale, bias, residual, gate):
 
 
 @functools.cache
-def _begins(text_tokens: int, tokens: int, device: torch.device) -> torch.Tensor:
+def begins(text_tokens: int, tokens: int, device: torch.device) -> torch.Tensor:
     """Of the groups of one sample. Kept: to make it is a copy from the host, which no CUDA graph takes."""
     return torch.tensor([0, text_tokens, tokens], dtype=torch.int32, device=device)
 
@@ -283,13 +283,13 @@ def _multiply_grouped(
     pair = 2 * TILE_ROWS
     high = sum(-(-part // pair) * pair for part in (text_tokens, tokens - text_tokens))
     cut = tiles(high, width, widths, processors())
-    begins = _begins(text_tokens, tokens, q.device)
+    borders = begins(text_tokens, tokens, q.device)
     for sample in range(batch):
         c = () if residual is None else (residual[sample],)
         by_token = {name: given[name][sample, :, 0] for name in ("scale", "out_scale") if name in given}
         both = {name: given[name] for name in ("weight_scale", "bias")}
         both |= {name: gate[sample] for name, gate in gates.items()}
-        multiply(epilogue, cut, q[sample], weight, out[sample], *c, begins=begins, **by_token, **both)
+        multiply(epilogue, cut, q[sample], weight, out[sample], *c, begins=borders, **by_token, **both)
 
 
 def _grouped_operands(
