@@ -19,7 +19,7 @@ from fluxfast.kernels.rowwise import E4M3
 
 HEADS_PER_PROGRAM = 8
 NUM_WARPS = 4
-TRANSPOSED_TOKENS = 128
+TRANSPOSED_TOKENS = 64
 """A program's of the kernel that transposes."""
 
 
