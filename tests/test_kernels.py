@@ -258,6 +258,11 @@ grouped_sizes = pytest.mark.parametrize(
 )
 
 
+def sum_error(kind: str, k: int) -> float:
+    """Of a product's sums: tensor cores keep 13 bits of the sum that every 32 columns add to, here of magnitude one."""
+    return (k / 32 * 2**-11 + 2e-3) if kind == "quack" else 1e-3
+
+
 @epilogues
 @grouped_sizes
 def test_grouped_linear(kind, batch, text, image, k, columns):
@@ -266,7 +271,7 @@ def test_grouped_linear(kind, batch, text, image, k, columns):
     got = operation(kind, "grouped_linear")(*given, text)
     assert got.dtype == torch.bfloat16 and got.shape == (batch, text + image, columns) and got.is_contiguous()
     for rows, own in zip(by_group(got, text), plain, strict=True):
-        torch.testing.assert_close(rows.double(), product64(*own), rtol=2**-8, atol=5e-3)
+        torch.testing.assert_close(rows.double(), product64(*own), rtol=2**-8, atol=sum_error(kind, k))
 
 
 @epilogues
@@ -277,7 +282,7 @@ def test_grouped_gelu_linear(kind, batch, text, image, k, columns):
     bound = torch.maximum(*(bound_of(*own[2:]) for own in plain))
     q, scale = operation(kind, "grouped_gelu_linear_quantize")(*given, bound, text)
     torch.testing.assert_close(scale, given[1] * bound[0] + bound[1])
-    atol = (k / 32 * 2**-11 + 2e-3) if kind == "quack" else 1e-5
+    atol = sum_error(kind, k)
     for codes, s, own in zip(by_group(q, text), by_group(scale, text), plain, strict=True):
         exact = gelu64(product64(*own))
         allowed = exact.abs() * (2**-4 + 1e-4) + s.double() * (2**-10 + 1e-4) + atol
@@ -294,7 +299,9 @@ def test_grouped_residual_linear(kind, batch, text, image, k, columns):
     assert got.dtype == torch.bfloat16 and got.is_contiguous()
     for group, (rows, c, own) in enumerate(zip(by_group(got, text), by_group(residual, text), plain, strict=True)):
         its_gate = gate[:, group].double().repeat_interleave(len(rows) // batch, 0)
-        torch.testing.assert_close(rows.double(), c.double() + its_gate * product64(*own), rtol=2**-8, atol=5e-3)
+        exact = c.double() + its_gate * product64(*own)
+        # No gate of this many normal numbers is past five.
+        torch.testing.assert_close(rows.double(), exact, rtol=2**-8, atol=5 * sum_error(kind, k))
 
 
 @quack_installed
@@ -492,6 +499,8 @@ def test_qk_norm_rope(kind, name, batch, text, image, heads, dim):
         torch.testing.assert_close(exact.float(), embeddings.apply_rotary_emb(x.float(), (cos, sin), sequence_dim=1))
         if "hadamard" in name:
             exact = hadamard64(exact)
+        if name in (TRANSPOSED, MIXED) and index == 0:
+            exact = exact * 8 * math.log2(math.e) / dim**0.5
         torch.testing.assert_close(part.double(), exact, rtol=2**-4 + 1e-4, atol=2**-10 + 1e-4)
     v = cast_e4m3(torch.cat([s[:, :, 2] for s in double], 1))
     expected = reference.transposed_values(v, mixed=name == MIXED) if name in (TRANSPOSED, MIXED) else v
@@ -555,7 +564,7 @@ def test_mixed_channels():
 
 def attention64(query, key, value):
     query, key, value = (x.double().transpose(1, 2) for x in (query, key, value))
-    weights = (query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5).softmax(-1)
+    weights = (query @ key.transpose(-1, -2) * (math.log(2) / 8)).softmax(-1)
     return (weights @ value).transpose(1, 2)
 
 
@@ -566,7 +575,9 @@ def heads_of(batch, tokens, heads, spread):
 
 
 @epilogues
-@pytest.mark.parametrize(("batch", "tokens", "heads"), [(1, 129, 1), (2, 256, 3), (1, 1000, 2), (3, 385, 1)])
+@pytest.mark.parametrize(
+    ("batch", "tokens", "heads"), [(1, 129, 1), (2, 256, 3), (1, 1000, 2), (3, 385, 1), (2, 77, 2)]
+)
 def test_coded_attention(kind, batch, tokens, heads):
     """Probabilities are within e4m3's rounding and 6 %, whether one decides a row, or all do."""
     for spread, allowed in ((0.0, 0.004), (1.0, 0.037), (4.0, 0.03), (20.0, 0.02)):
@@ -605,8 +616,8 @@ def test_coded_attention_of_scores_at_the_limits(kind):
     query, key = (torch.zeros(1, 129, 4, 128, device=DEVICE) for _ in range(2))
     value = normal(1, 129, 4, 128).to(E4M3)
     query[0, 5] = 4.0
-    # Products of 2048 and 1920: 2^261 and 2^245. The last key is a block of its own, the first to be looked at.
-    key[0, 3, 0], key[0, 3, 1], key[0, 128, 2], key[0, :, 3] = 4.0, 3.75, -4.0, -4.0
+    # Products of 2304 and 1920: 2^288 and 2^240. The last key is a block of its own, the first to be looked at.
+    key[0, 3, 0], key[0, 3, 1], key[0, 128, 2], key[0, :, 3] = 4.5, 3.75, -4.0, -4.0
     operands = query.to(E4M3), key.to(E4M3), reference.transposed_values(value)
     got, value = operation(kind, "coded_attention")(*operands)[0].float(), value[0].float()
     assert got[5, 0].isnan().all() and got[:, 0].isnan().sum() == 128 and got[:, 1:].isfinite().all()
@@ -692,7 +703,8 @@ def test_coded_attention_of_parts(batch, tokens):
         own = [x[:, :, head : head + 1] for x in (query, key)]
         want = reference.coded_attention(*own, transposed[:, head : head + 1])[:, :, 0].double()
         error = (got[:, :, head] - want).norm(dim=-1) / want.norm(dim=-1)
-        assert error.max() < 0.05
+        # A part may scale its codes by less than the row does, and so keep smaller ones.
+        assert error.max() < 0.1 and error.square().mean().sqrt() < 0.02
 
 
 @needs_kernels
@@ -757,11 +769,12 @@ def test_triton_combine_parts_quantized(batch, tokens, heads, tiles, parts, is_b
         (1, 1000, 24, (2, 60)),  # 192
         (1, 512, 24, (1, 0)),  # not one wave
         (2, 129, 99, (1, 0)),  # 396: three waves
-        (1, 257, 45, (1, 0)),  # 135: three left, of three blocks of keys, which would be parts of two and one
+        (1, 257, 45, (3, 3)),  # 135: three left, of three blocks of keys
+        (1, 500, 34, (4, 4)),  # 136: four left, of four blocks
     ],
 )
 def test_parts_of_the_last_wave(batch, tokens, heads, expected):
-    """As many as find room at once, of two blocks of keys each at least."""
+    """As many as find room at once, of a block of keys each at least."""
     from fluxfast.kernels import flash
 
     assert flash.parts_of(batch, tokens, heads, 132) == expected
@@ -776,8 +789,8 @@ def test_coded_attention_refuses_what_does_not_fit():
     attend = flash.coded_attention
     with pytest.raises(ValueError, match=r"'value': \(1, 2, 136, 144\)\} beside .* got .*'value': .*1, 130, 2, 128"):
         attend(query, key, value)
-    with pytest.raises(ValueError, match="heads of 128 and 129 tokens at least, got 128 and 100"):
-        attend(query[:, :100], key[:, :100], reference.transposed_values(value[:, :100]))
+    with pytest.raises(ValueError, match="expected heads of 128, got 64"):
+        attend(query[..., :64], key[..., :64], reference.transposed_values(value[..., :64]))
     with pytest.raises(ValueError, match=r"expected e4m3 q, k and v, got torch\.bfloat16"):
         attend(query.bfloat16(), key, transposed)
     with pytest.raises(ValueError, match="tensors on cpu; it runs on CUDA"):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ TOKENS = {id: get_workload(id).tokens for id in ("schnell", "dev")}
 SPREADS = (0.1, 1.0, 2.0, 4.0)
 SETS = 4
 Set = tuple[torch.Tensor, ...]
-"""q, k, v, v transposed for either operation, and its largest magnitude."""
+"""q, k and v; q scaled for the operations of ours, v transposed for either, and its largest magnitude."""
 
 
 def make(tokens: int, spread: float = 1.0) -> Set:
@@ -37,18 +38,19 @@ def make(tokens: int, spread: float = 1.0) -> Set:
     q, k, v = (torch.randn(1, tokens, HEADS, flash.HEAD_DIM, device=DEVICE) for _ in range(3))
     v = v.to(E4M3)
     transposed = (reference.transposed_values(v, mixed=mixed) for mixed in (False, True))
-    return (q * spread).to(E4M3), k.to(E4M3), v, *transposed, v.float().abs().amax()[None]
+    scaled = (q * spread * reference.code_scale(flash.HEAD_DIM)).to(E4M3)
+    return (q * spread).to(E4M3), k.to(E4M3), v, scaled, *transposed, v.float().abs().amax()[None]
 
 
 def quantised(s: Set) -> tuple[torch.Tensor, torch.Tensor]:
-    return flash.coded_attention_quantize(*s[:2], *s[4:])
+    return flash.coded_attention_quantize(s[3], s[1], *s[5:])
 
 
 def attentions() -> dict[str, Callable[[Set], torch.Tensor]]:
     return {
         "FlashAttention-3": lambda s: fa3_fp8(*s[:3]),
         "FlashAttention-3, split tail": lambda s: fa3_fp8_split_tail(*s[:3]),
-        "coded": lambda s: flash.coded_attention(*s[:2], s[3]),
+        "coded": lambda s: flash.coded_attention(s[3], s[1], s[4]),
         "coded, and quantised": lambda s: quantised(s)[0],
     }
 
@@ -59,12 +61,13 @@ def value(call: Callable[[Set], torch.Tensor], s: Set) -> torch.Tensor:
     return out if out.dim() == 4 else dequantize_rowwise(*quantised(s)).view(s[0].shape)
 
 
-def error(got: torch.Tensor, s: Set) -> float:
+def error(got: torch.Tensor, s: Set, *, ours: bool) -> float:
     """Relative, in L2, of the first head and the last, which has the tail."""
+    query, scale = (s[3], math.log(2) / reference.CODES_A_BINADE) if ours else (s[0], flash.HEAD_DIM**-0.5)
     total, lost = 0.0, 0.0
     for head in (0, HEADS - 1):
-        q, k, v = (x[0, :, head].double() for x in s[:3])
-        exact = (q @ k.t() / flash.HEAD_DIM**0.5).softmax(-1) @ v
+        q, k, v = (x[0, :, head].double() for x in (query, *s[1:3]))
+        exact = (q @ k.t() * scale).softmax(-1) @ v
         total += exact.square().sum().item()
         lost += (got[0, :, head].double() - exact).square().sum().item()
     return (lost / total) ** 0.5
@@ -84,7 +87,7 @@ def main() -> None:
         print(f"{shape}, {tokens} tokens: {parts[0]} parts of the keys of {parts[1]} tiles")
         for name, call in attentions().items():
             row = {"shape": shape, "tokens": tokens, "name": name, "us": sustained_us(call, sets, options.seconds)}
-            row["errors"] = [error(value(call, s), s) for s in probes]
+            row["errors"] = [error(value(call, s), s, ours=name.startswith("coded")) for s in probes]
             found["attention"].append(row)
             print(f"  {name:30} {row['us']:7.1f}", *(f"{e:.4f}" for e in row["errors"]), flush=True)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ import torch
 import triton
 import triton.language as tl
 from cuda.bindings.driver import CUstream
-from cutlass import BFloat16, Float32, Int32, Int64, cute, pipeline
+from cutlass import BFloat16, Float16, Float32, Int32, Int64, cute, pipeline
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.cutlass_dsl import dsl_user_op
 from cutlass.memory import SmemAllocator
@@ -49,25 +49,28 @@ from fluxfast.kernels.rowwise import AMAX_FLOOR, E4M3, E4M3_MAX
 from fluxfast.machine import processors
 
 HEAD_DIM = 128
-GROUPS = 2
+import os
+
+GROUPS = int(os.environ.get("WGS", "2"))
 """Of four warps that multiply; each takes 64 queries, the height of a tensor core instruction."""
 GROUP_ROWS = 64
 QUERIES = GROUPS * GROUP_ROWS
-KEYS = 128
-STAGES = 4
+KEYS = int(os.environ.get("KEYS", "128"))
+STAGES = int(os.environ.get("STAGES", "4"))
 """Blocks of keys, and of values, that are in shared memory."""
 QUERY_STAGES = 2
 """Tiles of queries that are."""
 VALUE_ROWS = HEAD_DIM + SUM_ROWS
-LEAST_TOKENS = KEYS + 1
-"""Two blocks of keys: the first and the last are worked on outside of the loop."""
 THREADS = 128 * (GROUPS + 1)
-REGISTERS = (24, 240)
+REGISTERS = (24, 240) if GROUPS == 2 else (24, 160)
 """Of a thread that loads and of one that multiplies; together what a processor has."""
 COMBINED_ROWS = 8
 """Of a program, two a warp."""
 
 F8 = cutlass.Float8E4M3FN
+TURNS = int(os.environ.get("TURNS", "0"))
+UNIT = 2.0**-24
+"""The smallest half."""
 SUMS = 4 * (HEAD_DIM // 8)
 """Where a thread's accumulators of the row of ones begin: behind four for each eight columns."""
 CONSTANTS = (CODES_A_BINADE, LARGEST_BINADE, PADDING, SUM_ROWS, TOP_CODE, AMAX_FLOOR, E4M3_MAX)
@@ -105,14 +108,14 @@ def _bytes(a, b, chosen, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def _two_codes(scores, slope, shift, *, loc=None, ip=None):
-    """Of halves, max(0, scores * slope + shift) rounded to integers, in the lowest byte of each half.
+def _two_codes(scores, shift, *, loc=None, ip=None):
+    """Of halves, max(0, scores + shift / UNIT) rounded to integers, in the lowest byte of each half.
 
-    Added to 1024, whose unit in the last place is one, an integer is the low bits of the sum. NaN, a multiplication's
-    own, is 0x7FFF, and so ends in e4m3's NaN.
+    Subnormal halves are the multiples of UNIT, their bits the integers: one multiplication by UNIT, which is exact, and
+    an addition that rounds. NaN, a multiplication's own, is 0x7FFF, and so ends in e4m3's NaN.
     """
-    ptx = "{.reg .b32 t, m; mov.b32 m, 0x64006400; fma.rn.relu.f16x2 t, {$r0}, {$r1}, {$r2}; add.rn.f16x2 {$w0}, t, m;}"
-    return _ptx(ptx, scores, slope, shift, out=(Int32,), loc=loc, ip=ip)
+    ptx = "{.reg .b32 m; mov.b32 m, 0x00010001; fma.rn.relu.f16x2 {$w0}, {$r0}, m, {$r1};}"
+    return _ptx(ptx, scores, shift, out=(Int32,), loc=loc, ip=ip)
 
 
 @dsl_user_op
@@ -136,20 +139,22 @@ def _zero(x, *, loc=None, ip=None):
 
 
 @cute.jit
-def _pack_scores(scores: cute.Tensor, pairs: cute.Tensor):
-    """A thread's accumulators, for each eight columns two neighbours in a row and the two of the row 8 below."""
+def _mask_scores(pairs: cute.Tensor, left):
+    """-inf for the columns from `left` on, counted from a thread's first."""
     for i in cutlass.range_constexpr(cute.size(pairs)):
-        pairs[i] = _pack(scores[2 * i], scores[2 * i + 1])
+        for half in cutlass.range_constexpr(2):
+            if 8 * (i // 2) + half >= left:
+                pairs[i] = _bytes(pairs[i], Int32(0xFC00), (0x3254, 0x5410)[half])
 
 
 @cute.jit
-def _write_codes(pairs: cute.Tensor, bins, binades: Float32, slope: Int32):
+def _write_codes(pairs: cute.Tensor, bins):
     """Scores become codes, in place.
 
     Args:
-        pairs: of halves; the even ones are of a thread's first row, the odd ones of its second.
+        pairs: of halves, a thread's accumulators: for each eight columns two neighbours in a row and the two of the row
+            8 below.
         bins: for each row, the power of two that its codes are relative to.
-        binades: of a score's unit. slope: codes of it, as two halves.
 
     Returns:
         The new bins: at least the old ones, and no smaller than the largest score.
@@ -164,13 +169,13 @@ def _write_codes(pairs: cute.Tensor, bins, binades: Float32, slope: Int32):
         rows = _largest(rows, cute.arch.shuffle_sync_bfly(rows, offset=offset))
     new, shifts = [], []
     for old, score in zip(bins, _unpack(rows), strict=True):
-        row = cute.arch.fmax(old, _ceil(score * binades))
+        row = cute.arch.fmax(old, _ceil(score * (1 / CODES_A_BINADE)))
         # Past that, halves do not hold every code's place.
-        shift = cutlass.select_(row <= LARGEST_BINADE, TOP_CODE - CODES_A_BINADE * row, Float32(math.nan))
+        shift = cutlass.select_(row <= LARGEST_BINADE, (TOP_CODE - CODES_A_BINADE * row) * UNIT, Float32(math.nan))
         new.append(row)
         shifts.append(_pack(shift, shift))
     for i in cutlass.range_constexpr(cute.size(pairs)):
-        pairs[i] = _two_codes(pairs[i], slope, shifts[i % 2])
+        pairs[i] = _two_codes(pairs[i], shifts[i % 2])
     return new
 
 
@@ -244,7 +249,6 @@ class _Forward:
         row_scale: Any,
         bound: Any,
         out_scale: Any,
-        softmax_scale: Float32,
         parts: Int32,
         stream: CUstream,
     ):
@@ -269,8 +273,9 @@ class _Forward:
         v_copy, v = cpasync.make_tiled_tma_atom(load, v, v_tile, (VALUE_ROWS, KEYS))
         out_copy, out = cpasync.make_tiled_tma_atom(store, out, out_tile, (GROUP_ROWS, width))
         partial_copy, partial = cpasync.make_tiled_tma_atom(store, partial, partial_tile, (GROUP_ROWS, HEAD_DIM))
-        score_product = sm90_utils.make_tiled_mma(F8, "K", "K", KEYS, atom_layout_mnk=(GROUPS, 1, 1))
-        value_product = sm90_utils.make_tiled_mma(F8, "K", "K", VALUE_ROWS, source="RS", atom_layout_mnk=(GROUPS, 1, 1))
+        groups = {"atom_layout_mnk": (GROUPS, 1, 1)}
+        score_product = sm90_utils.make_tiled_mma(F8, "K", "K", KEYS, acc_dtype=Float16, **groups)
+        value_product = sm90_utils.make_tiled_mma(F8, "K", "K", VALUE_ROWS, source="RS", **groups)
         # Never multiplied with: it says which thread of a group holds what of an output without sums.
         held = sm90_utils.make_tiled_mma(F8, "K", "K", HEAD_DIM, source="RS")
         held_codes = sm90_utils.make_tiled_mma(F8, "K", "K", HEAD_DIM // 2, source="RS")
@@ -299,7 +304,7 @@ class _Forward:
             largest, row_scale, bound, out_scale, score_product, value_product, held, held_codes,
             q_layout, k_layout, v_layout, out_layout, partial_layout,
             FastDivmod(tall), FastDivmod(q.shape[2]), FastDivmod(parts),
-            whole, items, cute.ceil_div(blocks, parts), softmax_scale,
+            whole, items, cute.ceil_div(blocks, parts),
         ).launch(
             grid=[cutlass.min(items, self.at_once), 1, 1], block=[THREADS, 1, 1], stream=stream, min_blocks_per_mp=1
         )  # fmt: skip
@@ -337,7 +342,6 @@ class _Forward:
         whole: Int32,
         items: Int32,
         part_blocks: Int32,
-        softmax_scale: Float32,
     ):
         """Items from the block's own number on: `whole` tiles, then parts of `part_blocks` blocks of keys."""
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -408,8 +412,8 @@ class _Forward:
             v_operand = value_slice.make_fragment_B(value_slice.partition_B(v_shared))
             p_operand = value_slice.make_fragment_A(value_slice.partition_shape_A((QUERIES, KEYS)))
             probabilities = cute.recast_tensor(p_operand, Int32)
-            pairs = cute.make_rmem_tensor(2 * cute.size(probabilities), Int32)
-            scores = cute.make_rmem_tensor(score_slice.partition_shape_C((QUERIES, KEYS)), Float32)
+            scores = cute.make_rmem_tensor(score_slice.partition_shape_C((QUERIES, KEYS)), Float16)
+            pairs = cute.recast_tensor(scores, Int32)
             summed = cute.make_rmem_tensor(value_slice.partition_shape_C((QUERIES, VALUE_ROWS)), Float32)
             to_shared = cute.make_tiled_copy_C(copy_utils.get_smem_store_atom(BFloat16), held).get_slice(thread)
             rounded = cute.make_rmem_tensor(held.get_slice(thread).partition_shape_C((GROUP_ROWS, HEAD_DIM)), BFloat16)
@@ -425,10 +429,9 @@ class _Forward:
             q_at = make_pipeline_state(PipelineUserType.Consumer, QUERY_STAGES)
             k_at = make_pipeline_state(PipelineUserType.Consumer, STAGES)
             v_at = make_pipeline_state(PipelineUserType.Consumer, STAGES)
-            slope = _pack(*[CODES_A_BINADE * math.log2(math.e) * softmax_scale] * 2)
-            # By the slope as it is rounded, so that no code is above the top one.
-            binades = _unpack(slope)[0] / CODES_A_BINADE
             multiply = sm90_utils.gemm_w_idx
+            if cutlass.const_expr(TURNS == 1) and group == 1:
+                cute.arch.barrier_arrive(barrier_id=3, number_of_threads=256)
             while item < items:
                 row, head, sample, begin, end = _place(item, whole, tall, heads, parts, part_blocks, blocks)
                 # The last block of keys first: the only one that may not be full.
@@ -441,57 +444,39 @@ class _Forward:
                 k_at.advance()
                 if end * KEYS > tokens:
                     # Of `blocks`, which is `end` here: with that, ptxas keeps the loop's numbers in every thread.
-                    left = tokens - (blocks - 1) * KEYS - 2 * quad_thread
-                    for i in cutlass.range_constexpr(cute.size(scores)):
-                        if 8 * (i // 4) + i % 2 >= left:
-                            scores[i] = -Float32.inf
-                _pack_scores(scores, pairs)
+                    _mask_scores(pairs, tokens - (blocks - 1) * KEYS - 2 * quad_thread)
                 summed.fill(0.0)
                 sums = [Float32(0.0), Float32(0.0)]
-                k_ready.consumer_wait(k_at)
-                multiply(score_product, scores, q_operand, k_operand, True, A_idx=q_at.index, B_idx=k_at.index)
-                bins = _write_codes(pairs, [Float32(-LARGEST_BINADE)] * 2, binades, slope)
-                v_is_there = v_ready.consumer_try_wait(v_at)
-                warpgroup.wait_group(0)
-                k_ready.consumer_release(k_at)
-                k_at.advance()
+                bins = _write_codes(pairs, [Float32(-LARGEST_BINADE)] * 2)
                 _gather_codes(pairs, probabilities)
-                for _ in cutlass.range(end - begin - 2, unroll=1):
-                    # The probabilities of one block times its values, and the scores of the block after the next; while
-                    # the tensor cores are at it, codes of the scores of the next.
-                    k_is_there = k_ready.consumer_try_wait(k_at)
-                    v_ready.consumer_wait(v_at, v_is_there)
+                for _ in cutlass.range(end - begin - 1, unroll=1):
+                    # The probabilities of one block times its values, and the scores of the next. Meanwhile the other
+                    # group makes codes.
+                    v_ready.consumer_wait(v_at)
+                    if cutlass.const_expr(TURNS == 1):
+                        k_ready.consumer_wait(k_at)
+                        cute.arch.barrier(barrier_id=3 + group, number_of_threads=256)
                     multiply(value_product, summed, p_operand, v_operand, False, B_idx=v_at.index)
-                    _pack_scores(scores, pairs)
-                    k_ready.consumer_wait(k_at, k_is_there)
+                    if cutlass.const_expr(TURNS != 1):
+                        k_ready.consumer_wait(k_at)
                     multiply(score_product, scores, q_operand, k_operand, True, A_idx=q_at.index, B_idx=k_at.index)
-                    new_bins = _write_codes(pairs, bins, binades, slope)
-                    v_read = v_at.clone()
-                    v_at.advance()
-                    v_is_there = v_ready.consumer_try_wait(v_at)
+                    if cutlass.const_expr(TURNS == 1):
+                        cute.arch.barrier_arrive(barrier_id=4 - group, number_of_threads=256)
                     # Of both products, not only of the first: ptxas would else serialise all of them.
                     warpgroup.wait_group(0)
-                    v_ready.consumer_release(v_read)
+                    v_ready.consumer_release(v_at)
+                    v_at.advance()
                     k_ready.consumer_release(k_at)
                     k_at.advance()
                     for i in cutlass.range_constexpr(2):
                         sums[i] += summed[SUMS + 2 * i]
                         summed[SUMS + 2 * i] = _zero(summed[SUMS + 2 * i])
+                    new_bins = _write_codes(pairs, bins)
                     sums = _rescale(summed, SUMS, sums, bins, new_bins)
                     bins = new_bins
                     _gather_codes(pairs, probabilities)
                 q_ready.consumer_release(q_at)
                 q_at.advance()
-                v_ready.consumer_wait(v_at, v_is_there)
-                multiply(value_product, summed, p_operand, v_operand, False, B_idx=v_at.index)
-                _pack_scores(scores, pairs)
-                new_bins = _write_codes(pairs, bins, binades, slope)
-                warpgroup.wait_group(0)
-                v_ready.consumer_release(v_at)
-                v_at.advance()
-                sums = _rescale(summed, cute.size(summed), sums, bins, new_bins)
-                bins = new_bins
-                _gather_codes(pairs, probabilities)
                 v_ready.consumer_wait(v_at)
                 multiply(value_product, summed, p_operand, v_operand, False, B_idx=v_at.index, wg_wait=0)
                 v_ready.consumer_release(v_at)
@@ -576,7 +561,7 @@ def coded_attention_kernel(at_once: int, quantized: bool, bounded: bool, source:
     out_scale = make_fake_tensor(Float32, (batch, tokens)) if quantized else None
     kernel = _Forward(at_once, quantized=quantized, bounded=bounded)
     operands = q, k, v, out, partial, weights, largest, row_scale, bound, out_scale
-    return cute.compile(kernel, *operands, Float32(1.0), Int32(1), make_fake_stream(), options="--enable-tvm-ffi")
+    return cute.compile(kernel, *operands, Int32(1), make_fake_stream(), options="--enable-tvm-ffi")
 
 
 @triton.jit
@@ -630,7 +615,7 @@ def parts_of(batch: int, tokens: int, heads: int, at_once: int) -> tuple[int, in
         at_once: processors (SMs).
 
     Returns:
-        (1, 0) if nothing is divided. A part has two blocks of keys at least.
+        (1, 0) if nothing is divided. A part has a block of keys at least.
     """
     tiles, blocks = batch * heads * -(-tokens // QUERIES), -(-tokens // KEYS)
     left = tiles % at_once
@@ -638,7 +623,7 @@ def parts_of(batch: int, tokens: int, heads: int, at_once: int) -> tuple[int, in
         return 1, 0
 
     def fits(parts: int) -> bool:
-        return blocks - (parts - 1) * -(-blocks // parts) >= 2
+        return blocks > (parts - 1) * -(-blocks // parts)
 
     parts = max((parts for parts in range(1, at_once // left + 1) if fits(parts)), default=1)
     return (parts, left) if parts > 1 else (1, 0)
@@ -715,8 +700,8 @@ def _attend(
     if wrong := {name: shape for name, shape in got.items() if shape != tuple(expected[name])}:
         fitting = {name: tuple(expected[name]) for name in got}
         raise ValueError(f"expected {fitting} beside a query of {tuple(query.shape)}, got {wrong}")
-    if dim != HEAD_DIM or tokens < LEAST_TOKENS:
-        raise ValueError(f"expected heads of {HEAD_DIM} and {LEAST_TOKENS} tokens at least, got {dim} and {tokens}")
+    if dim != HEAD_DIM:
+        raise ValueError(f"expected heads of {HEAD_DIM}, got {dim}")
     if types := {x.dtype for x in (query, key, value)} - {E4M3}:
         raise ValueError(f"expected e4m3 q, k and v, got {', '.join(map(str, types))}")
     tensors = [query, *(x for x in given.values() if x is not None)]
@@ -731,7 +716,7 @@ def _attend(
     kernel = coded_attention_kernel(at_once, largest is not None, bound is not None, SOURCE)
     # Codes go two an element: 16 bits are what a matrix of the tensor cores' layout is stored in.
     stored = out.view(torch.bfloat16)
-    kernel(*operands, stored, partial, weights, largest, by_row[0], bound, by_row[1], dim**-0.5, parts)
+    kernel(*operands, stored, partial, weights, largest, by_row[0], bound, by_row[1], parts)
     if tiles:
         scales = {"largest": largest, "row_scale": row_scale, "bound": bound, "out_scale": out_scale}
         combine_parts(partial, weights, out, parts, **scales)
@@ -739,16 +724,16 @@ def _attend(
 
 @torch.library.custom_op("fluxfast::coded_attention", mutates_args=())
 def coded_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """softmax(q @ k.T / sqrt(128)) @ v, with probabilities in e4m3.
+    """softmax(q @ k.T * ln(2) / 8) @ v, with probabilities in e4m3.
 
     Args:
-        query, key: (B, S, H, 128) float8_e4m3fn, S > 128.
+        query, key: (B, S, H, 128) float8_e4m3fn; queries are multiplied by `reference.code_scale` beforehand.
         value: (B, H, 136, S') float8_e4m3fn, see `reference.transposed_values`.
 
     Returns:
-        (B, S, H, 128) bfloat16. A probability is within 6 % of itself and e4m3's own rounding, and where scores before
-        the division by sqrt(128) are past 1000, halves lose as much again. One below 2^-13 of a row's largest may be
-        smaller than it should be, one below 2^-14 zero. A row is NaN if q is, if the exponential of a score is past
+        (B, S, H, 128) bfloat16. A probability is within 6 % of itself and e4m3's own rounding, and where products of
+        queries and keys are past 500, the halves that they are added up in lose as much again. One below 2^-13 of a
+        row's largest may be smaller than it should be, one below 2^-14 zero. A row is NaN if q is, if the exponential of a score is past
         2^256, and if those of all scores are so far below 2^-256 that none has a code; NaN in k makes its head NaN, in
         v its channel.
 

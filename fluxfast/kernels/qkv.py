@@ -14,7 +14,7 @@ import triton.language as tl
 from torch.library import triton_op, wrap_triton
 
 from fluxfast.kernels.device import magnitude_bits, require_runnable, to_e4m3
-from fluxfast.kernels.reference import PADDING, SUM_ROWS, transposed_shape
+from fluxfast.kernels.reference import PADDING, SUM_ROWS, code_scale, transposed_shape
 from fluxfast.kernels.rowwise import E4M3
 
 HEADS_PER_PROGRAM = 8
@@ -54,7 +54,8 @@ def _hadamard(x, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr):
 @triton.jit
 def _one_stream(
     qkv, weight_q_ptr, weight_k_ptr, cos, sin, q, k, v, offsets, mask, dims, eps,
-    WIDTH: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HADAMARD: tl.constexpr, WITH_V: tl.constexpr,
+    WIDTH: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HADAMARD: tl.constexpr, Q_SCALE: tl.constexpr, WITH_V: tl.constexpr,
 ):  # fmt: skip
     """One token of one stream: `qkv` points at its 3 * WIDTH values, q, k, v at its heads in the outputs."""
     value_q = tl.load(qkv + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -67,6 +68,8 @@ def _one_stream(
     turned_k = _norm_rope(value_k, weight_k, cos, sin, eps, GROUP, HEAD_DIM)
     if HADAMARD:
         turned_q, turned_k = _hadamard(turned_q, GROUP, HEAD_DIM), _hadamard(turned_k, GROUP, HEAD_DIM)
+    if Q_SCALE != 1:
+        turned_q *= Q_SCALE
     tl.store(q + offsets, to_e4m3(turned_q), mask=mask)
     tl.store(k + offsets, to_e4m3(turned_k), mask=mask)
     if WITH_V:
@@ -100,6 +103,7 @@ def _qk_norm_rope_kernel(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HADAMARD: tl.constexpr,
+    Q_SCALE: tl.constexpr,
     WITH_V: tl.constexpr,
     WITH_LARGEST: tl.constexpr,
 ):
@@ -127,13 +131,13 @@ def _qk_norm_rope_kernel(
         text = text_ptr + sample * text_batch_stride + token * text_stride
         _one_stream(
             text, text_norm_q, text_norm_k, cos, sin, q, k, v, offsets, mask, dims, eps,
-            WIDTH, GROUP, HEAD_DIM, HADAMARD, WITH_V,
+            WIDTH, GROUP, HEAD_DIM, HADAMARD, Q_SCALE, WITH_V,
         )  # fmt: skip
     else:
         image = image_ptr + sample * image_batch_stride + (token - text_tokens) * image_stride
         _one_stream(
             image, norm_q, norm_k, cos, sin, q, k, v, offsets, mask, dims, eps,
-            WIDTH, GROUP, HEAD_DIM, HADAMARD, WITH_V,
+            WIDTH, GROUP, HEAD_DIM, HADAMARD, Q_SCALE, WITH_V,
         )  # fmt: skip
 
 
@@ -267,6 +271,7 @@ def _launch(
         HEADS_PER_PROGRAM,
         head_dim,
         hadamard,
+        code_scale(head_dim) if transposed else 1,
         not transposed,
         with_largest,
         num_warps=NUM_WARPS,
@@ -372,7 +377,8 @@ def qk_norm_rope_hadamard_quantize_transposed(
     text_norm_q: torch.Tensor | None = None,
     text_norm_k: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `qk_norm_rope_hadamard_quantize`, v as `coded_attention` takes it, see `reference.transposed_values`."""
+    """As `qk_norm_rope_hadamard_quantize`, for `coded_attention`: q is multiplied by `reference.code_scale` in front of
+    the cast, and v is `reference.transposed_values`."""
     arguments = (qkv, norm_q, norm_k, cos, sin, eps, text_qkv, text_norm_q, text_norm_k)
     q, k, v = _launch(*arguments, hadamard=True, transposed=True)
     return q, k, v
@@ -390,7 +396,7 @@ def qk_norm_rope_hadamard_quantize_mixed(
     text_norm_q: torch.Tensor | None = None,
     text_norm_k: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `qk_norm_rope_hadamard_quantize`, v and what else `coded_attention_quantize` takes.
+    """As `qk_norm_rope_hadamard_quantize_transposed`, for `coded_attention_quantize`.
 
     Dh is a multiple of 16. v is `reference.transposed_values(v, mixed=True)`, and behind it comes the largest magnitude
     in each sample's, (B,) float32, NaN if one is.

@@ -32,6 +32,11 @@ LARGEST_BINADE = 256
 """Of a probability before it is scaled: up to there, half precision tells its codes apart."""
 
 
+def code_scale(dim: int) -> float:
+    """What `coded_attention` wants queries of this head size multiplied by: a product is then a number of codes."""
+    return CODES_A_BINADE * math.log2(math.e) * dim**-0.5
+
+
 def per_sample(x: torch.Tensor, vector: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows (M, D) and vectors (B, D) as float32 (B, M // B, D) and (B, 1, D), so that they broadcast.
 
@@ -338,9 +343,9 @@ def qk_norm_rope_hadamard_quantize_transposed(
     text_norm_k: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Reference of `qkv.qk_norm_rope_hadamard_quantize_transposed`."""
-    arguments = (qkv, norm_q, norm_k, cos, sin, eps, text_qkv, text_norm_q, text_norm_k)
-    q, k, v = qk_norm_rope_hadamard_quantize(*arguments)
-    return q, k, transposed_values(v)
+    q, k, v = qk_norm_rope(qkv, norm_q, norm_k, cos, sin, eps, text_qkv, text_norm_q, text_norm_k)
+    q = hadamard(q) * code_scale(q.shape[-1])
+    return cast_e4m3(q), cast_e4m3(hadamard(k)), transposed_values(cast_e4m3(v))
 
 
 def qk_norm_rope_hadamard_quantize_mixed(
@@ -355,9 +360,10 @@ def qk_norm_rope_hadamard_quantize_mixed(
     text_norm_k: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Reference of `qkv.qk_norm_rope_hadamard_quantize_mixed`."""
-    arguments = (qkv, norm_q, norm_k, cos, sin, eps, text_qkv, text_norm_q, text_norm_k)
-    q, k, v = qk_norm_rope_hadamard_quantize(*arguments)
-    return q, k, transposed_values(v, mixed=True), v.float().abs().flatten(1).amax(1)
+    q, k, v = qk_norm_rope(qkv, norm_q, norm_k, cos, sin, eps, text_qkv, text_norm_q, text_norm_k)
+    q, v = hadamard(q) * code_scale(q.shape[-1]), cast_e4m3(v)
+    largest = v.float().abs().flatten(1).amax(1)
+    return cast_e4m3(q), cast_e4m3(hadamard(k)), transposed_values(v, mixed=True), largest
 
 
 def transposed_shape(batch: int, tokens: int, heads: int, dim: int) -> tuple[int, int, int, int]:
@@ -434,10 +440,8 @@ def _coded_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     rows[..., _token_order(value.shape[-1], value.device)] = value.float()
     q, k, v = query.float().transpose(1, 2), key.float().transpose(1, 2), rows[:, :, :dim, :tokens]
     scores = (q @ k.transpose(-1, -2)).half().float()
-    slope = torch.tensor(CODES_A_BINADE * math.log2(math.e) * dim**-0.5).half().float()
-    binade = (scores.amax(-1, keepdim=True) * slope / CODES_A_BINADE).ceil().clamp(min=-LARGEST_BINADE)
-    shift = torch.where(binade <= LARGEST_BINADE, TOP_CODE - CODES_A_BINADE * binade, torch.nan)
-    places = (scores * slope + shift).half().float()
+    binade = (scores.amax(-1, keepdim=True) / CODES_A_BINADE).ceil().clamp(min=-LARGEST_BINADE)
+    places = scores + torch.where(binade <= LARGEST_BINADE, TOP_CODE - CODES_A_BINADE * binade, torch.nan)
     codes = places.clamp(min=0).round().to(torch.uint8).view(E4M3).float()
     probabilities = torch.where(places.isnan(), torch.nan, codes)
     out = probabilities @ v.transpose(-1, -2) / probabilities.sum(-1, keepdim=True)
