@@ -49,26 +49,23 @@ from fluxfast.kernels.rowwise import AMAX_FLOOR, E4M3, E4M3_MAX
 from fluxfast.machine import processors
 
 HEAD_DIM = 128
-import os
-
-GROUPS = int(os.environ.get("WGS", "2"))
+GROUPS = 2
 """Of four warps that multiply; each takes 64 queries, the height of a tensor core instruction."""
 GROUP_ROWS = 64
 QUERIES = GROUPS * GROUP_ROWS
-KEYS = int(os.environ.get("KEYS", "128"))
-STAGES = int(os.environ.get("STAGES", "4"))
+KEYS = 256
+STAGES = 2
 """Blocks of keys, and of values, that are in shared memory."""
 QUERY_STAGES = 2
 """Tiles of queries that are."""
 VALUE_ROWS = HEAD_DIM + SUM_ROWS
 THREADS = 128 * (GROUPS + 1)
-REGISTERS = (24, 240) if GROUPS == 2 else (24, 160)
+REGISTERS = (24, 240)
 """Of a thread that loads and of one that multiplies; together what a processor has."""
 COMBINED_ROWS = 8
 """Of a program, two a warp."""
 
 F8 = cutlass.Float8E4M3FN
-TURNS = int(os.environ.get("TURNS", "0"))
 UNIT = 2.0**-24
 """The smallest half."""
 SUMS = 4 * (HEAD_DIM // 8)
@@ -430,8 +427,6 @@ class _Forward:
             k_at = make_pipeline_state(PipelineUserType.Consumer, STAGES)
             v_at = make_pipeline_state(PipelineUserType.Consumer, STAGES)
             multiply = sm90_utils.gemm_w_idx
-            if cutlass.const_expr(TURNS == 1) and group == 1:
-                cute.arch.barrier_arrive(barrier_id=3, number_of_threads=256)
             while item < items:
                 row, head, sample, begin, end = _place(item, whole, tall, heads, parts, part_blocks, blocks)
                 # The last block of keys first: the only one that may not be full.
@@ -453,15 +448,9 @@ class _Forward:
                     # The probabilities of one block times its values, and the scores of the next. Meanwhile the other
                     # group makes codes.
                     v_ready.consumer_wait(v_at)
-                    if cutlass.const_expr(TURNS == 1):
-                        k_ready.consumer_wait(k_at)
-                        cute.arch.barrier(barrier_id=3 + group, number_of_threads=256)
                     multiply(value_product, summed, p_operand, v_operand, False, B_idx=v_at.index)
-                    if cutlass.const_expr(TURNS != 1):
-                        k_ready.consumer_wait(k_at)
+                    k_ready.consumer_wait(k_at)
                     multiply(score_product, scores, q_operand, k_operand, True, A_idx=q_at.index, B_idx=k_at.index)
-                    if cutlass.const_expr(TURNS == 1):
-                        cute.arch.barrier_arrive(barrier_id=4 - group, number_of_threads=256)
                     # Of both products, not only of the first: ptxas would else serialise all of them.
                     warpgroup.wait_group(0)
                     v_ready.consumer_release(v_at)
