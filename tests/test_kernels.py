@@ -769,8 +769,8 @@ def test_triton_combine_parts_quantized(batch, tokens, heads, tiles, parts, is_b
         (1, 1000, 24, (2, 60)),  # 192
         (1, 512, 24, (1, 0)),  # not one wave
         (2, 129, 99, (1, 0)),  # 396: three waves
-        (1, 257, 45, (3, 3)),  # 135: three left, of three blocks of keys
-        (1, 500, 34, (4, 4)),  # 136: four left, of four blocks
+        (1, 257, 45, (2, 3)),  # 135: three left, of two blocks of keys
+        (1, 200, 67, (1, 0)),  # 134: two left, of one block
     ],
 )
 def test_parts_of_the_last_wave(batch, tokens, heads, expected):

@@ -1,20 +1,20 @@
 """Attention of e4m3 q, k, v for Hopper that writes its probabilities as codes: flash attention without exponentials.
 
 e4m3's code of 2^x is nearly 8 * x plus a constant: its mantissa is linear between powers of two, where 2^x is not, and
-the difference is at most 6 %, as much as the code's own rounding. So a probability costs a fused multiply-add to find
-its place on that scale, for two elements at once in half precision, and an addition that rounds to an integer, instead
-of an exponential of the special-function unit and a conversion. What a row is scaled by are powers of two only, which
-move codes by multiples of 8, exactly. Sums are of the codes' values, so that what is linear cancels: V gets a row of
-ones, and the tensor cores add up.
+the difference is at most 6 %, as much as the code's own rounding. Queries come scaled so that a product is a number of
+codes, and a probability costs one fused multiply-add, for two elements at once in half precision: it adds the constant
+and rounds to an integer, instead of an exponential of the special-function unit and a conversion. What a row is scaled
+by are powers of two only, which move codes by multiples of 8, exactly. Sums are of the codes' values, so that what is
+linear cancels: V gets a row of ones, and the tensor cores add up.
 
 One thread block a processor (SM) works through tiles of 128 queries: a warp loads K and V (TMA), two groups of four
-warps take 64 queries each. A group packs the scores of the next keys while it multiplies the probabilities of the last,
-then multiplies the keys after them while it makes codes of these: see `_Forward.kernel`. Where the last wave of tiles
-would leave most processors idle, its keys are divided into parts, which `_combine_kernel` adds up.
+warps take 64 queries each. While one group makes codes of its scores, the tensor cores are the other's. Where the last
+wave of tiles would leave most processors idle, its keys are divided into parts, which `_combine_kernel` adds up.
 
 The tensor cores add up e4m3 products with 13 bits behind the largest, whatever type the sum is kept in: a sum of 4352
-probabilities in one register would lose 7 %. Sums leave the registers after every 128 keys, the last 256 together; V's
-products, of both signs, stay, as in FlashAttention-3.
+probabilities in one register would lose 7 %. Sums leave the registers after every 256 keys, the last 512 together; V's
+products, of both signs, stay, as in FlashAttention-3. Scores are added up in half precision, which is what codes are
+made of, and takes half of the registers and of their traffic.
 """
 
 from __future__ import annotations
@@ -722,9 +722,9 @@ def coded_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
     Returns:
         (B, S, H, 128) bfloat16. A probability is within 6 % of itself and e4m3's own rounding, and where products of
         queries and keys are past 500, the halves that they are added up in lose as much again. One below 2^-13 of a
-        row's largest may be smaller than it should be, one below 2^-14 zero. A row is NaN if q is, if the exponential of a score is past
-        2^256, and if those of all scores are so far below 2^-256 that none has a code; NaN in k makes its head NaN, in
-        v its channel.
+        row's largest may be smaller than it should be, one below 2^-14 zero. A row is NaN if q is, if the exponential
+        of a score is past 2^256, and if those of all scores are so far below 2^-256 that none has a code; NaN in k
+        makes its head NaN, in v its channel.
 
     Raises:
         ValueError: for shapes and types that do not fit, and for tensors that are not on CUDA.
