@@ -28,6 +28,7 @@ def run(folder: Path, levels: list[str], *behave: str, **options: Any) -> dict[s
 def test_parents_are_measured_too() -> None:
     """Each level comes with its parent, once, and the default begins with the rung that the others stand on."""
     assert plan(["bf16", "compile", "fused_qkv"]) == ["bf16", "compile", "fused_qkv", "fp32"]
+    assert plan(["compile", "fp32", "flux_fast"], alone=True) == ["compile", "flux_fast", "fp32"]
     chosen = plan(FIRST)
     assert chosen[0] == "float8_rowwise" and len(chosen) == len(set(chosen))
     assert all(get_level(level).parent in (None, *chosen) for level in FIRST)

@@ -2,9 +2,10 @@
 
     python -m tools.measure_levels --minutes 25 --out results/levels [--levels merged_projections,bf16]
                                    [--workload schnell] [--level-s 240] [--processes 2] [--cache .cache] [--trace]
+                                   [--alone]
 
-For rungs that no baseline knows yet: every level runs in a fresh worker as the suite runs it, its parent with it, each
-under a time limit of its own. Results lie in `--out` as they come, the table is rewritten after each, and what the
+For rungs that no baseline knows yet: every level runs in a fresh worker as the suite runs it, its parent with it unless
+`--alone`, each under a time limit of its own. Results lie in `--out` as they come, the table is rewritten after each, and what the
 minutes do not reach is named. With `--cache` compiled code is kept: give the same folder again for warm starts.
 """
 
@@ -63,9 +64,13 @@ class Measured:
         return [result.measurement for result in self.results if result.measurement]
 
 
-def plan(levels: Sequence[str]) -> list[str]:
-    """The levels in their order, each followed by its parent unless that came before; fp32, the slowest, last."""
-    wanted = [id for level in levels for id in (level, get_level(level).parent) if id is not None]
+def plan(levels: Sequence[str], *, alone: bool = False) -> list[str]:
+    """The levels in their order, each followed by its parent unless that came before; fp32, the slowest, last.
+
+    Args:
+        alone: without parents that are not among the levels.
+    """
+    wanted = [id for level in levels for id in (level, None if alone else get_level(level).parent) if id is not None]
     return sorted(dict.fromkeys(wanted), key=lambda id: id == "fp32")
 
 
@@ -198,9 +203,10 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=1, help="rounds over all levels, a fresh process each")
     parser.add_argument("--cache", type=Path, help="compiled code of Inductor and Triton, kept between runs")
     parser.add_argument("--trace", action="store_true", help="profile one more call of each; see tools.kernel_table")
+    parser.add_argument("--alone", action="store_true", help="the levels that are named, without their parents")
     options = parser.parse_args()
     try:
-        levels = plan([get_level(name.strip()).id for name in options.levels.split(",")])
+        levels = plan([get_level(name.strip()).id for name in options.levels.split(",")], alone=options.alone)
         workload = get_workload(options.workload)
         machine = ask_machine(options.workload)
     except ValueError as error:
