@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -75,9 +75,10 @@ class Compiler:
         """Calls of compiled code."""
         return sum(graph.calls for graph in self.graphs)
 
-    def calls_of(self, *operators: str, beside: str | None = None) -> int:
-        """How often operators of these names ran within compiled code; only in graphs that hold `beside`, if given."""
-        graphs = [graph for graph in self.graphs if beside is None or graph.operators[beside]]
+    def calls_of(self, *operators: str, beside: Sequence[str] | None = None) -> int:
+        """How often operators of these names ran within compiled code; only in graphs that hold one of `beside`, if
+        given."""
+        graphs = [graph for graph in self.graphs if beside is None or any(graph.operators[name] for name in beside)]
         return sum(graph.calls * graph.operators[name] for graph in graphs for name in operators)
 
     def __call__(self, graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:

@@ -44,8 +44,8 @@ def fuse(transformer: nn.Module, level: Level) -> list[nn.Module]:
         "transposed_v": coded,
         "gelu_epilogue": level.gelu_epilogue,
         "residual_epilogue": level.residual_epilogue,
-        "attention_epilogue": level.attention_epilogue and coded and level.gelu_epilogue,
-        "grouped": level.grouped_gemms and level.gelu_epilogue and level.residual_epilogue,
+        "attention_epilogue": level.attention_epilogue,
+        "grouped": level.grouped_gemms,
     }
     ops = triton_ops(**kernels) if any(kernels.values()) else REFERENCE
     if attention is sdpa:

@@ -73,11 +73,11 @@ class Level:
         residual_epilogue: every gated residual of the blocks in the GEMM in front of it, quack's again, so that a norm
             reads one stream and a block leaves nothing to be added: of `fused_residuals` its quantising kernel stays.
         coded_softmax: attention of our own (CuTe DSL) in the place of FlashAttention-3 and of its second launch. It
-            finds a probability's e4m3 code by a multiplication and a rounding, without an exponential, and takes V
-            transposed, from a kernel behind the QKV GEMM.
+            finds a probability's e4m3 code by an addition that rounds, without an exponential, and takes V transposed,
+            from a kernel behind the QKV GEMM.
         attention_epilogue: the attention's output quantised in the attention's own epilogue. Its scale is known before
             a row is: an output is a mean of V, whose largest magnitude the kernel that transposes V finds. In a single
-            block GELU's GEMM writes its codes beside.
+            block GELU's GEMM writes its codes beside. Nothing of `fused_residuals` is left then.
         grouped_gemms: text and image tokens of a double block as one stream, with a norm or a GEMM of both in one
             launch and with weights of their own, "grouped GEMMs" of quack. The streams are joined in front of the first
             double block instead of the first single one.

@@ -253,7 +253,8 @@ def fused_block_facts(built: Built, calls: int, loops: int, forwards: int) -> li
         adaln = forwards * (2 * double + single)
         facts.append(
             Fact("precomputed_modulation", "AdaLN Linears called by the blocks",
-                 compiler.calls_of("linear", beside="_scaled_mm"), _all_if(not level.precomputed_modulation, adaln))
+                 compiler.calls_of("linear", beside=("_scaled_mm", GROUPED[0])),
+                 _all_if(not level.precomputed_modulation, adaln))
         )  # fmt: skip
     return facts
 

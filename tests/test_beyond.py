@@ -23,6 +23,7 @@ from fluxfast import proof
 from fluxfast.build import Built, build, generate
 from fluxfast.compilation import lay_out_position_bias, position_biases_in_order
 from fluxfast.errors import LevelUnavailable, StepNotApplied
+from fluxfast.kernels.blocks import GroupedFluxTransformerBlock
 from fluxfast.levels import BEYOND, get_level
 from fluxfast.machine import why_not
 from fluxfast.workloads import Workload
@@ -139,6 +140,39 @@ def test_residuals_go_from_block_to_block(
     assert facts["launches of Triton's gated residual and norm kernel"] == 2 * STEPS * (4 * 2 + 3)
     assert facts["launches of Triton's kernel that quantises rows alone"] == 2 * STEPS * 2
     assert built.compiler.calls_of("fluxfast::layernorm_modulate_quantize") == 0
+
+
+@pytest.mark.parametrize(("scope", "graphs"), [("blocks", 3), ("full", 2)])
+def test_joint_stream_goes_from_block_to_block(
+    micro: Workload, hopper: None, tmp_path: Path, scope: str, graphs: int
+) -> None:
+    """Double blocks hand on the joint stream that single ones take, and each kind is compiled once."""
+    micro_pipeline(num_layers=2, num_single_layers=3).save_pretrained(tmp_path)
+    workload = dataclasses.replace(micro, checkpoint=str(tmp_path), compile_scope=scope)
+    facts = run_and_prove(build(workload, get_level("grouped_gemms")), workload)
+    assert facts["compiled graphs, recompilations included"] == graphs
+    assert facts["GEMMs of both streams of a double block"] == 2 * STEPS * 4 * 2
+    assert facts["float8 GEMMs called by the fused blocks"] == 2 * STEPS * 3
+
+
+def test_modulation_of_grouped_blocks_is_counted(
+    micro: Workload, hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A double block without a GEMM of cuBLASLt's that computes its own modulation beside the table is noticed."""
+
+    def computed(block: GroupedFluxTransformerBlock, temb: torch.Tensor, kwargs: object) -> torch.Tensor:
+        return block.compute_modulation(block.modulation[:, : block.norm_q.weight.shape[0] * 2]) + block.modulation
+
+    monkeypatch.setattr(GroupedFluxTransformerBlock, "_modulation", computed)
+    with pytest.raises(StepNotApplied, match=rf"{2 * STEPS * 2} AdaLN Linears called by the blocks, expected 0"):
+        run_and_prove(build(micro, get_level("grouped_gemms")), micro)
+
+
+@pytest.mark.parametrize("field", ["coded_softmax", "gelu_epilogue", "residual_epilogue"])
+def test_last_rung_without_what_it_stands_on_is_refused(micro: Workload, hopper: None, field: str) -> None:
+    """What quantises or multiplies both streams in an epilogue has none: the sentence says what to ask for."""
+    with pytest.raises(ValueError, match=r"is for v transposed|ask for both|beside both"):
+        build(micro, get_level("grouped_gemms"), unapplied=field)
 
 
 def test_text_encoders_see_the_same_masks_in_a_capture(micro: Workload, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -205,21 +205,23 @@ def test_attention_epilogue_loses_no_more(transformer, with_epilogues, with_atte
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("attention_epilogue", [False, True])
 def test_grouped_blocks_are_those_of_two_streams(
-    transformer, with_epilogues, with_attention_epilogue, batch, attention_epilogue
+    transformer, with_epilogues, with_attention_epilogue, batch, attention_epilogue, monkeypatch
 ):
-    """Text's tokens meet text's weights, vectors and gates, and the image's its own; but for roundings, no more."""
+    """Text's tokens meet text's weights, vectors and gates, and the image's its own; but for sums' order, no more."""
+
+    def forward_quantized(linear: RowwiseFloat8Linear, q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        weights = linear.weight, linear.weight_scale, linear.bias
+        return reference.scaled_product(q, scale, *weights).to(torch.bfloat16)
+
+    # PyTorch's own sums are of another order, and an element that rounds to the next code moves all behind it.
+    monkeypatch.setattr(RowwiseFloat8Linear, "forward_quantized", forward_quantized)
     exact = run(transformer, batch)
     transformer.to(torch.bfloat16)
     ops = with_attention_epilogue if attention_epilogue else with_epilogues
     options = {"attention": reference.coded_attention, "chained": True}
-    plain, model = (fused(transformer, ops=o, **options) for o in (ops, dataclasses.replace(ops, grouped=GROUPED)))
-    for one, joint in zip(plain.transformer_blocks, model.transformer_blocks, strict=True):
-        # The looser of two bounds: with another scale each element of the other stream is rounded anew.
-        assert torch.equal(joint.ff_in.bound, torch.maximum(one.ff_in.bound, one.ff_context_in.bound))
-        one.ff_in.bound = one.ff_context_in.bound = joint.ff_in.bound
-    want = run(plain, batch)
-    # What is left: sums in another order, which a few times round to the code on the other side.
-    assert relative_error(run(model, batch), want) < 0.4 * relative_error(want, exact)
+    want = run(fused(transformer, ops=ops, **options), batch)
+    model = fused(transformer, ops=dataclasses.replace(ops, grouped=GROUPED), **options)
+    assert relative_error(run(model, batch), want) < 0.2 * relative_error(want, exact)
     tembs = []
     hook = model.transformer_blocks[0].register_forward_pre_hook(
         lambda block, args, kwargs: tembs.append(kwargs["temb"]), with_kwargs=True
@@ -228,6 +230,16 @@ def test_grouped_blocks_are_those_of_two_streams(
     hook.remove()
     PrecomputedModulation([*model.transformer_blocks, *model.single_transformer_blocks]).fill(tembs[0][None])
     torch.testing.assert_close(run(model, batch), got)
+
+
+@pytest.mark.parametrize(("double", "single"), [(2, 0), (0, 2), (1, 1)])
+def test_grouped_blocks_of_one_kind(with_epilogues, double, single):
+    """Streams are joined in front of the first block and taken apart behind the last, of whichever kind they are."""
+    transformer = make_transformer(double, single).to(torch.bfloat16)
+    options = {"attention": reference.coded_attention, "chained": True}
+    want = run(fused(transformer, ops=with_epilogues, **options))
+    got = run(fused(transformer, ops=dataclasses.replace(with_epilogues, grouped=GROUPED), **options))
+    assert relative_error(got, want) < 0.03
 
 
 def test_grouped_blocks_refuse_streams_that_are_taken_apart(transformer, with_epilogues):

@@ -73,6 +73,7 @@ def arguments(name: str) -> tuple[Any, ...]:
     angles = [normal(4, 128, dtype=torch.float32) for _ in range(2)]
     two_streams = (normal(1, 2, 3 * D), *head[:2], *angles, 1e-6, normal(1, 2, 3 * D), *head[2:])
     norm = normal(1, 8, 8, 512).movedim(-1, 1), normal(512), normal(512), 32, 1e-6, True, normal(512)
+    parts = normal(2, flash.QUERIES, 128), normal(2, flash.QUERIES, dtype=torch.float32)
     return {
         "gelu_concat_quantize": (rows, normal(4, 4 * D)),
         "gelu_quantize": (normal(4, 4 * D),),
@@ -86,12 +87,7 @@ def arguments(name: str) -> tuple[Any, ...]:
         "qk_norm_rope_hadamard_quantize_transposed": two_streams,
         "qk_norm_rope_hadamard_quantize_mixed": two_streams,
         "grouped_layernorm_modulate_quantize": (normal(1, 4, D), *normal(1, 2, 6, D).unbind(2)[:2], 2),
-        "combine_parts": (
-            normal(2, flash.QUERIES, 128),
-            normal(2, flash.QUERIES, dtype=torch.float32),
-            normal(1, 129, 1, 128),
-            2,
-        ),
+        "combine_parts": (*parts, normal(1, 129, 1, 128), 2),
         "group_norm_silu": norm,
     }[name]
 
@@ -103,7 +99,7 @@ def assembly(binary: Path) -> str:
 
 
 def test_kernels_of_quack_compile(tmp_path: Path) -> None:
-    """Its GEMMs with our epilogues, and our attention: tensor cores multiply, and at FLUX.1's sizes nothing spills."""
+    """Its GEMMs with our epilogues, and our attention: tensor cores multiply, and at FLUX.1's sizes no sum spills."""
     script = Path(__file__).with_name("quack_for_hopper.py")
     settings = {"QUACK_ARCH": "90", "CUTE_DSL_ARCH": "sm_90a", "QUACK_CACHE_ENABLED": "0"}
     left, out = tmp_path / "left", tmp_path / "out"
@@ -122,6 +118,15 @@ def test_kernels_of_quack_compile(tmp_path: Path) -> None:
     # and its numbers of buffers, if in every thread, are moved in front of each product.
     for attention in (code for name, code in found.items() if name.startswith("coded_attention")):
         assert attention.count("WARPGROUP.DEPBAR") == 5 and attention.count("QGMMA") == 24 > 4 * attention.count("R2UR")
+
+
+def test_combining_into_codes_compiles(compiled: list[Any]) -> None:
+    """With every scale that it can be given."""
+    partial, weights, out, parts = arguments("combine_parts")
+    one, rows = torch.ones(1), torch.ones(129, 1)
+    scales = {"largest": one, "row_scale": rows, "bound": torch.ones(2), "out_scale": rows.clone()}
+    flash.combine_parts(partial, weights, out.to(E4M3), parts, **scales)
+    assert len(compiled) == 1 and "cvt.rn.satfinite.e4m3x2" in compiled[0].asm["ptx"]
 
 
 @pytest.mark.parametrize("name", [*OPERATIONS, "quantize_beside", "combine_parts", "group_norm_silu"])

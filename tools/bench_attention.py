@@ -10,6 +10,7 @@ for queries of each spread: with 1 many keys share a row, with 4 a few have all 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -34,7 +35,7 @@ Set = tuple[torch.Tensor, ...]
 
 
 def make(tokens: int, spread: float = 1.0) -> Set:
-    """Random q, k, v of `tokens`, and v transposed; the product of one query and one key has a deviation of spread."""
+    """Random operands of `tokens`, see `Set`; the product of one query and one key has a deviation of spread."""
     q, k, v = (torch.randn(1, tokens, HEADS, flash.HEAD_DIM, device=DEVICE) for _ in range(3))
     v = v.to(E4M3)
     transposed = (reference.transposed_values(v, mixed=mixed) for mixed in (False, True))
@@ -42,23 +43,33 @@ def make(tokens: int, spread: float = 1.0) -> Set:
     return (q * spread).to(E4M3), k.to(E4M3), v, scaled, *transposed, v.float().abs().amax()[None]
 
 
-def quantised(s: Set) -> tuple[torch.Tensor, torch.Tensor]:
-    return flash.coded_attention_quantize(s[3], s[1], *s[5:])
+def quantised(s: Set, *, beside: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales; `beside` as in a single block, with bounds of the rows and room for what the MLP adds."""
+    if not beside:
+        return flash.coded_attention_quantize(s[3], s[1], *s[5:])
+    scale, bound = torch.full((s[0].shape[1], 1), 0.01, device=DEVICE), torch.tensor([1.0, 1e-3], device=DEVICE)
+    return flash.coded_attention_quantize(s[3], s[1], *s[5:], scale, bound, 4 * HEADS * flash.HEAD_DIM)
 
 
-def attentions() -> dict[str, Callable[[Set], torch.Tensor]]:
+Out = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+
+def attentions() -> dict[str, Callable[[Set], Out]]:
     return {
         "FlashAttention-3": lambda s: fa3_fp8(*s[:3]),
         "FlashAttention-3, split tail": lambda s: fa3_fp8_split_tail(*s[:3]),
         "coded": lambda s: flash.coded_attention(s[3], s[1], s[4]),
-        "coded, and quantised": lambda s: quantised(s)[0],
+        "coded, and quantised": quantised,
+        "coded, and quantised beside an MLP": functools.partial(quantised, beside=True),
     }
 
 
-def value(call: Callable[[Set], torch.Tensor], s: Set) -> torch.Tensor:
+def value(out: Out, s: Set) -> torch.Tensor:
     """What an attention gives, codes times their scales: (1, S, H, 128)."""
-    out = call(s)
-    return out if out.dim() == 4 else dequantize_rowwise(*quantised(s)).view(s[0].shape)
+    if isinstance(out, torch.Tensor):
+        return out
+    codes, scale = out
+    return dequantize_rowwise(codes[:, : HEADS * flash.HEAD_DIM], scale).view(s[0].shape)
 
 
 def error(got: torch.Tensor, s: Set, *, ours: bool) -> float:
@@ -87,9 +98,9 @@ def main() -> None:
         print(f"{shape}, {tokens} tokens: {parts[0]} parts of the keys of {parts[1]} tiles")
         for name, call in attentions().items():
             row = {"shape": shape, "tokens": tokens, "name": name, "us": sustained_us(call, sets, options.seconds)}
-            row["errors"] = [error(value(call, s), s, ours=name.startswith("coded")) for s in probes]
+            row["errors"] = [error(value(call(s), s), s, ours=name.startswith("coded")) for s in probes]
             found["attention"].append(row)
-            print(f"  {name:30} {row['us']:7.1f}", *(f"{e:.4f}" for e in row["errors"]), flush=True)
+            print(f"  {name:34} {row['us']:7.1f}", *(f"{e:.4f}" for e in row["errors"]), flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "attention.json").write_text(json.dumps(found, indent=2) + "\n")
 

@@ -106,19 +106,21 @@ def both(streams: tuple[Set, Set]) -> dict[str, torch.Tensor]:
     return operands | {name: getattr(linear, name) for name in ("weight", "weight_scale", "bias", "bound")}
 
 
-def together(epilogue: str, cut: dict[str, Any], s: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Both streams' product in one GEMM, cut this way."""
-    tokens, bound = len(s["q"]), s["bound"]
-    begins = gemm.begins(tokens - max(ROWS[1:]), tokens, s["q"].device)
+def together(epilogue: str, cut: dict[str, Any], s: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Both streams' product in one GEMM, cut this way; codes and their scales if it ends in GELU."""
+    _, image, text = ROWS
     vectors = {"scale": s["scale"][:, 0], "weight_scale": s["weight_scale"], "bias": s["bias"]}
+    scales, c = (), ()
     if epilogue == "gelu":
-        vectors["out_scale"] = torch.addcmul(bound[1], s["scale"], bound[0])[:, 0]
+        slope, offset = s["bound"].repeat_interleave(torch.tensor([text, image], device=DEVICE), 0).unbind(1)
+        vectors["out_scale"] = vectors["scale"] * slope + offset
+        scales = (vectors["out_scale"][:, None],)
     if epilogue == "gated_residual":
-        vectors["gate"] = s["gate"]
-    c = (s["residual"],) if epilogue == "gated_residual" else ()
+        vectors["gate"], c = s["gate"], (s["residual"],)
     out = torch.empty_like(s["residual"], dtype=E4M3 if epilogue == "gelu" else torch.bfloat16)
-    gemm.multiply(getattr(gemm, epilogue), cut, s["q"], s["weight"], out, *c, begins=begins, **vectors)
-    return out
+    borders = gemm.begins(text, text + image, out.device)
+    gemm.multiply(getattr(gemm, epilogue), cut, s["q"], s["weight"], out, *c, begins=borders, **vectors)
+    return out, *scales
 
 
 def time_grouped(seconds: float) -> list[dict[str, Any]]:
@@ -131,21 +133,28 @@ def time_grouped(seconds: float) -> list[dict[str, Any]]:
         each = functools.partial(alone, epilogue)
         row["apart_us"] = sustained_us(lambda streams, each=each: list(map(each, streams)), sets, seconds)
         print(f"{epilogue} ({text} + {image}) x {k} x {columns}: two GEMMs {row['apart_us']:.1f}")
-        joint = [both(s) for s in sets]
+        joint, want = [both(s) for s in sets], torch.cat([exact(epilogue, s) for s in sets[0]])
         widths = gemm.GELU_WIDTHS if epilogue == "gelu" else gemm.WIDTHS
-        chosen = gemm.tiles(text + image, columns, widths, processors())
+        chosen = gemm.tiles(gemm.grouped_rows(text, text + image), columns, widths, processors())
         for width in widths:
             cut = chosen | {"tile_N": width}
-            row["cut"].append(
-                {"cut": cut, "us": sustained_us(functools.partial(together, epilogue, cut), joint, seconds)}
-            )
-            print(f"  {width:4d} columns {row['cut'][-1]['us']:7.1f}{' *' if cut == chosen else ''}", flush=True)
+            call = functools.partial(together, epilogue, cut)
+            timed = {
+                "cut": cut,
+                "us": sustained_us(call, joint, seconds),
+                "error": error(epilogue, call(joint[0]), want),
+            }
+            row["cut"].append(timed)
+            mark = " *" if cut == chosen else ""
+            print(f"  {width:4d} columns {timed['us']:7.1f}, error {timed['error']:.4f}{mark}", flush=True)
         found.append(row)
     return found
 
 
 def exact(epilogue: str, s: Set) -> torch.Tensor:
     y = reference.scaled_product(s.q, s.scale, s.linear.weight, s.linear.weight_scale, s.linear.bias)
+    if epilogue == "linear":
+        return y
     return F.gelu(y, approximate="tanh") if epilogue == "gelu" else s.residual + s.gate * y
 
 
@@ -181,7 +190,7 @@ def sustained_us(call: Callable[[Any], Any], sets: list[Any], seconds: float) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for gemms.json")
+    parser.add_argument("--out", type=Path, required=True, help="folder for gemms.json, or grouped.json")
     parser.add_argument("--seconds", type=float, default=0.5, help="of replays for each figure: %(default)s")
     parser.add_argument("--grouped", action="store_true", help="products of both streams of a double block")
     options = parser.parse_args()
@@ -213,7 +222,7 @@ def main() -> None:
                 print(f"  {width:4d} columns {timed['us']:7.1f}, error {timed['error']:.4f}{mark}", flush=True)
             found["gemms"].append(row)
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "gemms.json").write_text(json.dumps(found, indent=2) + "\n")
+    (options.out / ("grouped.json" if options.grouped else "gemms.json")).write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

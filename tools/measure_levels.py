@@ -5,8 +5,9 @@
                                    [--alone]
 
 For rungs that no baseline knows yet: every level runs in a fresh worker as the suite runs it, its parent with it unless
-`--alone`, each under a time limit of its own. Results lie in `--out` as they come, the table is rewritten after each, and what the
-minutes do not reach is named. With `--cache` compiled code is kept: give the same folder again for warm starts.
+`--alone`, each under a time limit of its own. Results lie in `--out` as they come, the table is rewritten after each,
+and what the minutes do not reach is named. With `--cache` compiled code is kept: give the same folder again for warm
+starts.
 """
 
 from __future__ import annotations

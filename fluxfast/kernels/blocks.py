@@ -18,7 +18,8 @@ from fluxfast.kernels.ops import BlockOps
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(q, k, v), each (B, S, H, Dh) in e4m3 (unquantised for `ops.EXACT`) -> (B, S, H, Dh) in bfloat16.
 
-v may be what `BlockOps.qk_norm_rope` makes of it for this attention. `BlockOps.attention_quantize` takes its place."""
+q and v may be what `BlockOps.qk_norm_rope` makes of them for this attention, which takes no others then.
+`BlockOps.attention_quantize` takes its place."""
 Rotary = tuple[torch.Tensor, torch.Tensor]
 Quantized = tuple[torch.Tensor, torch.Tensor | None]
 """Rows (M, K) and their scales (M, 1); None for the latter if nothing is quantised."""

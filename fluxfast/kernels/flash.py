@@ -12,9 +12,9 @@ warps take 64 queries each. While one group makes codes of its scores, the tenso
 wave of tiles would leave most processors idle, its keys are divided into parts, which `_combine_kernel` adds up.
 
 The tensor cores add up e4m3 products with 13 bits behind the largest, whatever type the sum is kept in: a sum of 4352
-probabilities in one register would lose 7 %. Sums leave the registers after every 256 keys, the last 512 together; V's
-products, of both signs, stay, as in FlashAttention-3. Scores are added up in half precision, which is what codes are
-made of, and takes half of the registers and of their traffic.
+probabilities in one register would lose 7 %. Sums leave the registers after every 256 keys; V's products, of both
+signs, stay, as in FlashAttention-3. Scores are added up in half precision, which is what codes are made of, and takes
+half of the registers and of their traffic.
 """
 
 from __future__ import annotations
@@ -215,7 +215,7 @@ def _place(item, whole, tall: FastDivmod, heads: FastDivmod, parts: FastDivmod, 
 
 @cute.jit
 def _unit(largest: cute.Tensor, sample):
-    """The scale with which nothing that is attended to saturates: outputs are means of V's codes."""
+    """The scale with which no output saturates: they are means of V's codes."""
     return cute.arch.fmax(largest[sample], Float32(AMAX_FLOOR)) * (1 / E4M3_MAX)
 
 
@@ -755,7 +755,7 @@ def coded_attention_quantize(
 
     Args:
         query, key: as there. value: as there, its channels in the order of `reference.transposed_values`'s `mixed`.
-        largest: (B,) float32, of each sample the largest magnitude in `value`.
+        largest: (B,) float32, of each sample the largest magnitude in `value`, of what is not NaN.
         scale, bound: (B * S, 1) and (2,) float32, or None: a row's scale is at least `scale * bound[0] + bound[1]`,
             which is that of what goes beside it, see `gemm.gelu_linear_quantize_beside`.
         beside: columns that are left to be written by others.

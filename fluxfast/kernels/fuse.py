@@ -95,14 +95,14 @@ def fuse_blocks(
             chained=chained,
             fused_residuals=fused_residuals,
         )
+    joint = [*doubles, *singles] if ops.grouped is not None else [*singles]
     # Hooks of one block run in the order in which they are registered.
-    if chained and len(singles):
-        first = doubles[0] if ops.grouped is not None else singles[0]
-        first.register_forward_pre_hook(_join, with_kwargs=True)
+    if chained and joint:
+        joint[0].register_forward_pre_hook(_join, with_kwargs=True)
     for blocks in (doubles, singles) if fused_residuals else ():
         if len(blocks):
             blocks[0].register_forward_pre_hook(_begin, with_kwargs=True)
             blocks[-1].register_forward_hook(_end)
-    if chained and len(singles):
-        singles[-1].register_forward_hook(_split)
+    if chained and joint:
+        joint[-1].register_forward_hook(_split)
     return [*doubles, *singles]

@@ -260,6 +260,12 @@ def begins(text_tokens: int, tokens: int, device: torch.device) -> torch.Tensor:
     return torch.tensor([0, text_tokens, tokens], dtype=torch.int32, device=device)
 
 
+def grouped_rows(text_tokens: int, tokens: int) -> int:
+    """Rows of the tiles of both streams of a sample: each stream's come in pairs, a cluster's."""
+    pair = 2 * TILE_ROWS
+    return sum(-(-part // pair) * pair for part in (text_tokens, tokens - text_tokens))
+
+
 def _multiply_grouped(
     epilogue: Any,
     widths: tuple[int, ...],
@@ -279,10 +285,7 @@ def _multiply_grouped(
     _check(batch * tokens, width, **operands)
     given = {name: x for name, (x, _) in operands.items()}
     q, weight, residual = given.pop("q"), given.pop("weight"), given.pop("residual", None)
-    # A group's tiles come in pairs of a cluster's.
-    pair = 2 * TILE_ROWS
-    high = sum(-(-part // pair) * pair for part in (text_tokens, tokens - text_tokens))
-    cut = tiles(high, width, widths, processors())
+    cut = tiles(grouped_rows(text_tokens, tokens), width, widths, processors())
     borders = begins(text_tokens, tokens, q.device)
     for sample in range(batch):
         c = () if residual is None else (residual[sample],)
@@ -351,13 +354,18 @@ def grouped_gelu_linear_quantize(
     bound: torch.Tensor,
     text_tokens: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `gelu_linear_quantize`, nothing to the left, for two streams as in `grouped_linear`; one bound for both.
+    """As `gelu_linear_quantize`, nothing to the left, for two streams as in `grouped_linear`.
+
+    Args:
+        bound: (2, 2) float32, of each stream as there, the text's first.
 
     Returns:
         codes (B, T + S, N) float8_e4m3fn and scale (B, T + S, 1) float32.
     """
     codes = torch.empty((*q.shape[:2], weight.shape[1]), dtype=E4M3, device=q.device)
-    out_scale = torch.addcmul(bound[1], scale, bound[0])
+    out_scale = torch.empty_like(scale)
+    for tokens, (slope, offset) in zip((slice(0, text_tokens), slice(text_tokens, None)), bound.unbind(), strict=True):
+        torch.addcmul(offset, scale[:, tokens], slope, out=out_scale[:, tokens])
     operands = _grouped_operands(q, scale, weight, weight_scale, bias)
     operands |= {"out_scale": (out_scale, tuple(scale.shape))}
     _multiply_grouped(gelu, GELU_WIDTHS, text_tokens, operands, codes)

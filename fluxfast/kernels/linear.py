@@ -155,7 +155,7 @@ class GroupedRowwiseFloat8Linear(nn.Module):
 
     Attributes:
         weight: (2, N, K) float8_e4m3fn, the text's first. weight_scale: (2, N) float32. bias: (2, N) bfloat16.
-        bound: (2,) float32, of `RowwiseFloat8GeluLinear`, the looser of the two's; what has none needs none.
+        bound: (2, 2) float32, of each one's `RowwiseFloat8GeluLinear`; None if they are other Linears.
         operation: one of `gemm`'s grouped ones, or its reference.
     """
 
@@ -170,7 +170,7 @@ class GroupedRowwiseFloat8Linear(nn.Module):
         zeros = text.weight_scale[0].to(torch.bfloat16).zero_()
         self.register_buffer("bias", torch.stack([zeros if x.bias is None else x.bias for x in both]))
         bounds = [linear.bound for linear in both if isinstance(linear, RowwiseFloat8GeluLinear)]
-        self.register_buffer("bound", torch.maximum(*bounds) if bounds else None)
+        self.register_buffer("bound", torch.stack(bounds) if bounds else None)
         self.out_features, self.in_features = self.weight.shape[1:]
         self.operation = operation
 

@@ -106,7 +106,7 @@ def triton_ops(
         quantize_rows: for what is quantised as it is, the attention output of the double blocks. Inductor makes two
             kernels of it: the row maxima, then the codes with the two streams apart.
         hadamard: `qk_rope` with the Hadamard transform of q and k in front of the cast.
-        transposed_v: `hadamard`, with v as `flash.coded_attention` takes it.
+        transposed_v: `hadamard`, with q and v as `flash.coded_attention` takes them.
         gelu_epilogue: for GELU and its quantisation, in quack's GEMM in front.
         residual_epilogue: for gated residuals, in quack's GEMMs in front.
         attention_epilogue: for the attention's output, in `flash.coded_attention_quantize`.

@@ -182,8 +182,7 @@ def _transpose_v_kernel(
     codes = to_e4m3(v)
     channel = tl.arange(0, HEAD_DIM)
     if WITH_LARGEST:
-        # Of what is not NaN, which the interpreter takes for a number in e4m3.
-        bits = tl.where(v != v, magnitude_bits(v), magnitude_bits(codes.to(tl.float32)))
+        bits = tl.where(v != v, 0, magnitude_bits(codes.to(tl.float32)))
         tl.atomic_max(largest_ptr + sample, tl.max(bits), sem="relaxed")
         channel = channel // 16 * 16 + channel % 4 // 2 * 8 + channel % 16 // 4 * 2 + channel % 2
     tl.store(out + channel[:, None] * padded, tl.trans(codes), mask=inside)
@@ -398,8 +397,8 @@ def qk_norm_rope_hadamard_quantize_mixed(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `qk_norm_rope_hadamard_quantize_transposed`, for `coded_attention_quantize`.
 
-    Dh is a multiple of 16. v is `reference.transposed_values(v, mixed=True)`, and behind it comes the largest magnitude
-    in each sample's, (B,) float32, NaN if one is.
+    v is `reference.transposed_values(v, mixed=True)`, and behind it comes the largest magnitude in each sample's, of
+    what is not NaN, (B,) float32.
     """
     arguments = (qkv, norm_q, norm_k, cos, sin, eps, text_qkv, text_norm_q, text_norm_k)
     q, k, v, largest = _launch(*arguments, hadamard=True, transposed=True, with_largest=True)

@@ -238,7 +238,7 @@ def grouped_gelu_linear_quantize(
     text_tokens: int,
 ) -> Quantized:
     """Reference of `gemm.grouped_gelu_linear_quantize`."""
-    both = (weight, weight_scale, bias, bound.expand(2, 2))
+    both = (weight, weight_scale, bias, bound)
     codes, out_scale = grouped(gelu_linear_quantize, text_tokens, (q, scale), both)
     return codes, out_scale
 
@@ -362,7 +362,7 @@ def qk_norm_rope_hadamard_quantize_mixed(
     """Reference of `qkv.qk_norm_rope_hadamard_quantize_mixed`."""
     q, k, v = qk_norm_rope(qkv, norm_q, norm_k, cos, sin, eps, text_qkv, text_norm_q, text_norm_k)
     q, v = hadamard(q) * code_scale(q.shape[-1]), cast_e4m3(v)
-    largest = v.float().abs().flatten(1).amax(1)
+    largest = v.float().abs().nan_to_num().flatten(1).amax(1)
     return cast_e4m3(q), cast_e4m3(hadamard(k)), transposed_values(v, mixed=True), largest
 
 
@@ -426,7 +426,7 @@ def coded_attention_quantize(
     batch, tokens, _, dim = query.shape
     out = torch.empty(query.shape, device=query.device)
     out[..., _channel_order(dim, query.device)] = _coded_attention(query, key, value)
-    unit = (largest.fmax(largest.new_tensor(AMAX_FLOOR)) / E4M3_MAX)[:, None].expand(batch, tokens).reshape(-1, 1)
+    unit = (largest.clamp(min=AMAX_FLOOR) / E4M3_MAX).repeat_interleave(tokens)[:, None]
     if scale is not None and bound is not None:
         unit = torch.fmax(unit, scale * bound[0] + bound[1])
     codes = cast_e4m3(out.view(batch * tokens, -1) / unit)
