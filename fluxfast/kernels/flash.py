@@ -251,7 +251,7 @@ class _Forward:
     ):
         """q, k, v, out: see `coded_attention`, codes two an element of `out`; partial (items, QUERIES, HEAD_DIM) and
         weights (items, QUERIES) for the tiles whose keys are divided into `parts`. largest (B,), row_scale and
-        out_scale (B, S) and bound (2,): see `coded_attention_quantize`."""
+        out_scale (B * S,) and bound (2,): see `coded_attention_quantize`."""
         # Rows and channels first, then head and sample.
         q, k, out = [layout_utils.select(x, [1, 3, 2, 0]) for x in (q, k, out)]
         v, partial = layout_utils.select(v, [2, 3, 1, 0]), layout_utils.select(partial, [1, 2, 0])
@@ -427,6 +427,9 @@ class _Forward:
             k_at = make_pipeline_state(PipelineUserType.Consumer, STAGES)
             v_at = make_pipeline_state(PipelineUserType.Consumer, STAGES)
             multiply = sm90_utils.gemm_w_idx
+            slope, offset = Float32(0.0), Float32(0.0)
+            if cutlass.const_expr(self.bounded):
+                slope, offset = bound[0], bound[1]
             while item < items:
                 row, head, sample, begin, end = _place(item, whole, tall, heads, parts, part_blocks, blocks)
                 # The last block of keys first: the only one that may not be full.
@@ -486,13 +489,14 @@ class _Forward:
                         self.store_rounded(summed, inverse, rounded, to_shared, rounded_shared)
                     else:
                         for i in cutlass.range_constexpr(2):
-                            token = QUERIES * row + at + 8 * i
+                            # Rows past the end do as the last one: without a branch, which would cost ptxas its idea
+                            # of what is the same in all threads.
+                            token = cutlass.min(QUERIES * row + at + 8 * i, tokens - 1)
                             unit = _unit(largest, sample)
-                            if token < tokens:
-                                if cutlass.const_expr(self.bounded):
-                                    unit = cute.arch.fmax(unit, row_scale[sample, token] * bound[0] + bound[1])
-                                if (head == 0) & (quad_thread == 0):
-                                    out_scale[sample, token] = unit
+                            if cutlass.const_expr(self.bounded):
+                                unit = cute.arch.fmax(unit, row_scale[sample * tokens + token] * slope + offset)
+                            if (head == 0) & (quad_thread == 0):
+                                out_scale[sample * tokens + token] = unit
                             by = inverse[i] * cute.arch.rcp_approx(unit)
                             # Of sixteen channels a thread has four neighbours: `reference.transposed_values`.
                             for j in cutlass.range_constexpr(HEAD_DIM // 16):
@@ -545,9 +549,9 @@ def coded_attention_kernel(at_once: int, quantized: bool, bounded: bool, source:
     partial = make_fake_tensor(BFloat16, (items, QUERIES, HEAD_DIM), 8)
     weights = make_fake_tensor(Float32, (items, QUERIES), 4)
     largest = make_fake_tensor(Float32, (batch,)) if quantized else None
-    row_scale = make_fake_tensor(Float32, (batch, tokens)) if bounded else None
+    row_scale = make_fake_tensor(Float32, (cute.sym_int(),)) if bounded else None
     bound = make_fake_tensor(Float32, (2,)) if bounded else None
-    out_scale = make_fake_tensor(Float32, (batch, tokens)) if quantized else None
+    out_scale = make_fake_tensor(Float32, (cute.sym_int(),)) if quantized else None
     kernel = _Forward(at_once, quantized=quantized, bounded=bounded)
     operands = q, k, v, out, partial, weights, largest, row_scale, bound, out_scale
     return cute.compile(kernel, *operands, Int32(1), make_fake_stream(), options="--enable-tvm-ffi")
@@ -701,7 +705,7 @@ def _attend(
     partial = torch.empty((max(parts * tiles, 1), QUERIES, dim), dtype=torch.bfloat16, device=query.device)
     weights = torch.empty((len(partial), QUERIES), dtype=torch.float32, device=query.device)
     operands = (x.contiguous() for x in (query, key, value))
-    by_row = [None if x is None else x.view(batch, tokens) for x in (row_scale, out_scale)]
+    by_row = [None if x is None else x.reshape(-1) for x in (row_scale, out_scale)]
     kernel = coded_attention_kernel(at_once, largest is not None, bound is not None, SOURCE)
     # Codes go two an element: 16 bits are what a matrix of the tensor cores' layout is stored in.
     stored = out.view(torch.bfloat16)
