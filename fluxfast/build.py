@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from fluxfast import ahead, aoti, convolution, decoder, fused, proof, steps, upsampling, workspace
+from fluxfast import ahead, aoti, convolution, decoder, fused, proof, scaled_mm, steps, upsampling, workspace
 from fluxfast.attention import COUNT, LaunchCount, has_tail
 from fluxfast.checkpoints import Pipeline, load, pipeline_class
 from fluxfast.compilation import (
@@ -198,6 +198,8 @@ def build(
     on_stage("load", "")
     if machine.device == "cpu" and not convolution.has_bfloat16():
         convolution.replace_slow_bfloat16()
+    if machine.device == "cpu" and scaled_mm.is_slow():
+        scaled_mm.replace_reference()
     if applied.no_gemm_workspace:
         workspace.drop()
     pipeline = load(workload.checkpoint, getattr(torch, applied.dtype), machine.device, kind=pipeline_class(workload))

@@ -1,4 +1,4 @@
-"""Machines without a GPU: which baseline is theirs, and how they convolve bfloat16."""
+"""Machines without a GPU: which baseline is theirs, how they convolve bfloat16, and how they multiply float8."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import conv2d
 from torch.profiler import profile
 
-from fluxfast import convolution
+from fluxfast import convolution, scaled_mm
 from fluxfast.build import build
 from fluxfast.levels import BF16
 from fluxfast.machine import cpu_capability
@@ -144,3 +144,42 @@ def test_it_is_replaced_where_onednn_has_none(
     monkeypatch.setattr(convolution, "replace_slow_bfloat16", lambda: replaced.append(True))
     build(micro, BF16)
     assert bool(replaced) is not has_bfloat16
+
+
+FLOAT8 = torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize("is_by_row", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_float8_is_multiplied_in_float32(is_by_row: bool, has_bias: bool) -> None:
+    """Eagerly and compiled, with scales of a tensor or of rows: what the matrices stand for, rounded once."""
+    if torch.cuda.is_available():
+        pytest.skip("a GPU multiplies float8")
+    scaled_mm.replace_reference()
+    a, b = torch.randn(5, 32).to(FLOAT8), torch.randn(48, 32).to(FLOAT8).t()
+    scales = (torch.rand(5, 1), torch.rand(1, 48)) if is_by_row else (torch.tensor(0.5), torch.tensor(0.1))
+    bias = torch.randn(48).bfloat16() if has_bias else None
+    exact = (a.double() @ b.double()) * scales[0].double() * scales[1].double() + (0 if bias is None else bias.double())
+
+    def product(*args: torch.Tensor) -> torch.Tensor:
+        return torch._scaled_mm(*args, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+    torch._dynamo.reset()
+    for multiply in (product, torch.compile(product, fullgraph=True)):
+        found = multiply(a, b, *scales)
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU multiplies float8")
+@pytest.mark.parametrize(("tile", "half", "is_slow"), [(True, False, True), (True, True, False), (False, False, False)])
+def test_it_is_replaced_where_onednn_has_its_reference_alone(
+    micro: Workload, monkeypatch: pytest.MonkeyPatch, tile: bool, half: bool, is_slow: bool
+) -> None:
+    """That is where PyTorch hands float8 to oneDNN, for a processor with AMX, and AMX has no float16."""
+    replaced: list[bool] = []
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tile)
+    monkeypatch.setattr(torch.cpu, "_is_amx_fp16_supported", lambda: half)
+    monkeypatch.setattr(scaled_mm, "replace_reference", lambda: replaced.append(True))
+    build(micro, BF16)
+    assert bool(replaced) is is_slow
