@@ -1,9 +1,9 @@
 """Float8 matrix products on a processor for which oneDNN has only its reference: computed in float32.
 
-PyTorch multiplies float8 matrices through oneDNN where a processor has AMX. Without AMX for float16 oneDNN has no kernel
-for them but its reference: 3.1 s for 320 x 256 x 768, where float32 takes 0.02 s (two cores of an Intel Xeon with AMX
-for bfloat16, torch 2.13.0); two calls of the tiny pipeline at `float8` took nine minutes. Without AMX PyTorch itself
-multiplies in float32 what the matrices stand for, which is what is done here.
+PyTorch multiplies float8 matrices through oneDNN where a processor has AMX. Without AMX for float16 oneDNN has no
+kernel for them but its reference: 3.1 s for 320 x 256 x 768, where float32 takes 0.02 s (two cores of an Intel Xeon
+with AMX for bfloat16, torch 2.13.0); two calls of the tiny pipeline at `float8` took nine minutes. Without AMX PyTorch
+itself multiplies in float32 what the matrices stand for, which is what is done here.
 """
 
 from __future__ import annotations
