@@ -20,7 +20,7 @@ from fluxfast.compilation import block_lists, position_biases_in_order, text_enc
 from fluxfast.decoder import FusedGroupNorm, GemmAttnProcessor, norms
 from fluxfast.decoder import attentions as decoder_attentions
 from fluxfast.errors import StepNotApplied
-from fluxfast.kernels.linear import GroupedRowwiseFloat8Linear, RowwiseFloat8Linear
+from fluxfast.kernels.linear import ROWWISE_FLOAT8
 from fluxfast.levels import COORDINATE_DESCENT, INDUCTOR_FLAGS, TRITON_GEMMS, Level
 from fluxfast.steps import UNFUSED, attentions, block_linears, blocks_of, float8_candidates, linears
 from fluxfast.upsampling import SubpixelUpsample, upsamplings
@@ -141,7 +141,7 @@ def scaling(linear: nn.Module) -> str | None:
     """
     from torchao.quantization import Float8Tensor
 
-    if isinstance(linear, RowwiseFloat8Linear | GroupedRowwiseFloat8Linear):
+    if isinstance(linear, ROWWISE_FLOAT8):
         return "row"
     if not isinstance(linear.weight, Float8Tensor):
         return None
@@ -152,8 +152,7 @@ def scaling(linear: nn.Module) -> str | None:
 
 def quantization_facts(transformer: nn.Module, level: Level) -> list[Fact]:
     """Linears with a float8 weight of the level's scaling, and those that must not have one."""
-    kinds = nn.Linear | RowwiseFloat8Linear | GroupedRowwiseFloat8Linear
-    everywhere = [m for m in transformer.modules() if isinstance(m, kinds)]
+    everywhere = [m for m in transformer.modules() if isinstance(m, nn.Linear | ROWWISE_FLOAT8)]
     if level.quantization == "float8_rowwise":
         inner = block_linears(transformer)
         right = sum(scaling(m) == "row" for m in inner)
@@ -205,15 +204,15 @@ def fused_block_facts(built: Built, calls: int, loops: int, forwards: int) -> li
     merged = level.merged_projections and not level.gelu_epilogue
     attended = forwards * (double + single)
     added = _all_if(level.residual_epilogue, 2 * streams * double + single)
-    grouped = _all_if(level.grouped_gemms, 4 * double)
-    gemms = 4 * streams * double + (2 if merged else 3) * single - activated - added - grouped // 4
+    grouped = _all_if(level.grouped_gemms, double)
+    gemms = 4 * streams * double + (2 if merged else 3) * single - activated - added - grouped
     launches = forwards * (double * streams * len(QUANTIZING) + single * len(QUANTIZING_SINGLE) - activated)
     # In the middle of a double block anyway; with the field at the beginning of every block too.
     sums = _all_if(not level.residual_epilogue, 2 * double + _all_if(level.fused_residuals, 2 * double + single))
     facts = [
         # Before the other fields', whose counts it changes; so are the next two.
         Fact("grouped_gemms", "GEMMs of both streams of a double block",
-             compiler.calls_of(*GROUPED), forwards * grouped),
+             compiler.calls_of(*GROUPED), forwards * 4 * grouped),
         Fact("gelu_epilogue", "GEMMs with GELU and its quantisation in their epilogue",
              compiler.calls_of(*GELU), forwards * activated),
         Fact("residual_epilogue", "GEMMs with a gated residual in their epilogue",

@@ -14,7 +14,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import nn
 
 from fluxfast.attention import Fa3Fp8Processor, fa3_fp8, fa3_fp8_cast_inside, fa3_fp8_split_tail
-from fluxfast.kernels.linear import GroupedRowwiseFloat8Linear, RowwiseFloat8Linear
+from fluxfast.kernels.linear import ROWWISE_FLOAT8
 
 UNFUSED = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 """Projections that a fused attention no longer calls."""
@@ -70,8 +70,7 @@ def block_linears(transformer: nn.Module) -> list[nn.Module]:
         module
         for block in blocks_of(transformer)
         for name, module in block.named_modules()
-        if isinstance(module, nn.Linear | RowwiseFloat8Linear | GroupedRowwiseFloat8Linear)
-        and not name.startswith(("norm", "adaln"))
+        if isinstance(module, nn.Linear | ROWWISE_FLOAT8) and not name.startswith(("norm", "adaln"))
     ]
 
 

@@ -84,8 +84,10 @@ def fuse_blocks(
     for index, block in enumerate(doubles):
         if ops.grouped is not None:
             doubles[index] = GroupedFluxTransformerBlock(block, attention=attention, ops=ops)
-            continue
-        doubles[index] = FusedFluxTransformerBlock(block, attention=attention, ops=ops, fused_residuals=fused_residuals)
+        else:
+            doubles[index] = FusedFluxTransformerBlock(
+                block, attention=attention, ops=ops, fused_residuals=fused_residuals
+            )
     for index, block in enumerate(singles):
         singles[index] = FusedFluxSingleTransformerBlock(
             block,

@@ -184,6 +184,10 @@ class GroupedRowwiseFloat8Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
+ROWWISE_FLOAT8 = RowwiseFloat8Linear | GroupedRowwiseFloat8Linear
+"""Modules of ours with row-wise float8 weights, to tell them by."""
+
+
 class DenseLinear(nn.Module):
     """The unquantised stand-in with the same interface, for the reference mode of the fused blocks."""
 
