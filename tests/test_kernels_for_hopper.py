@@ -115,9 +115,11 @@ def test_kernels_of_quack_compile(tmp_path: Path) -> None:
         # The scheduler of a grouped one keeps two of its numbers there from tile to tile.
         assert "QGMMA" in code and spilled <= (6 if name == "grouped_gated_residual" else 0), name
     # One product after the other, waited for in between, is what ptxas makes of attention that it does not understand;
-    # and its numbers of buffers, if in every thread, are moved in front of each product.
+    # its numbers of buffers, if in every thread, are moved in front of each product; and telling the other thread block
+    # of a cluster that a buffer is read needs no fence of the whole GPU.
     for attention in (code for name, code in found.items() if name.startswith("coded_attention")):
         assert attention.count("WARPGROUP.DEPBAR") == 3 and attention.count("QGMMA") == 24 > 2 * attention.count("R2UR")
+        assert attention.count("UTMALDG.4D.MULTICAST") == 2 and "MEMBAR.ALL.GPU" not in attention
 
 
 def test_combining_into_codes_compiles(compiled: list[Any]) -> None:

@@ -30,7 +30,7 @@ import torch
 import triton
 import triton.language as tl
 from cuda.bindings.driver import CUstream
-from cutlass import BFloat16, Float16, Float32, Int32, Int64, cute, pipeline
+from cutlass import BFloat16, Float16, Float32, Int16, Int32, Int64, cute, pipeline
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.cutlass_dsl import dsl_user_op
 from cutlass.memory import SmemAllocator
@@ -54,6 +54,8 @@ GROUPS = 2
 GROUP_ROWS = 64
 QUERIES = GROUPS * GROUP_ROWS
 KEYS = 256
+CLUSTER = 2
+"""Thread blocks that share keys and values: each loads its part of a block of keys for all of them (TMA multicast)."""
 STAGES = 2
 """Blocks of keys, and of values, that are in shared memory."""
 QUERY_STAGES = 2
@@ -135,6 +137,26 @@ def _zero(x, *, loc=None, ip=None):
     return _ptx("mul.f32 {$w0}, {$r0}, 0f00000000;", x, out=(Float32,), loc=loc, ip=ip)
 
 
+@dsl_user_op
+def _peer(address, rank, *, loc=None, ip=None):
+    """Where the same shared memory of another thread block of the cluster is."""
+    return _ptx("mapa.shared::cluster.u32 {$w0}, {$r0}, {$r1};", address, rank, out=(Int32,), loc=loc, ip=ip)
+
+
+@dsl_user_op
+def _arrive(address, *, loc=None, ip=None):
+    """At a barrier of any thread block of the cluster."""
+    ptx = "mbarrier.arrive.shared::cluster.b64 _, [{$r0}];"
+    cute.arch.inline_ptx(ptx, read_only_args=[address], loc=loc, ip=ip)
+
+
+@cute.jit
+def _release(emptied, stage, thread):
+    """A warp tells all thread blocks of the cluster that it has read a buffer."""
+    if thread % 32 < CLUSTER:
+        _arrive(emptied + 8 * stage)
+
+
 @cute.jit
 def _mask_scores(pairs: cute.Tensor, left):
     """-inf for the columns from `left` on, counted from a thread's first."""
@@ -201,16 +223,19 @@ def _rescale(out: cute.Tensor, count: cutlass.Constexpr[int], sums, old, new):
 
 
 @cute.jit
-def _place(item, whole, tall: FastDivmod, heads: FastDivmod, parts: FastDivmod, part_blocks, blocks):
-    """An item's tile of queries, head and sample, and its blocks of keys: from one on, up to another."""
+def _place(item, rank, whole, tall: FastDivmod, heads: FastDivmod, parts: FastDivmod, part_blocks, blocks):
+    """Of an item, this thread block's tile of queries, head and sample, its blocks of keys, from one on, up to another,
+    and where its partial output goes."""
     tile, begin, end = item, Int32(0), blocks
+    place = Int32(0)
     if item >= whole:
         tile, part = divmod(item - whole, parts)
+        place = (CLUSTER * tile + rank) * parts.divisor + part
         tile, begin = tile + whole, part * part_blocks
         end = cutlass.min(begin + part_blocks, blocks)
     lane, row = divmod(tile, tall)
     sample, head = divmod(lane, heads)
-    return row, head, sample, begin, end
+    return CLUSTER * row + rank, head, sample, begin, end, place
 
 
 @cute.jit
@@ -258,16 +283,21 @@ class _Forward:
         q_layout = sm90_utils.make_smem_layout(F8, LayoutEnum.ROW_MAJOR, (QUERIES, HEAD_DIM), QUERY_STAGES)
         k_layout = sm90_utils.make_smem_layout(F8, LayoutEnum.ROW_MAJOR, (KEYS, HEAD_DIM), STAGES)
         v_layout = sm90_utils.make_smem_layout(F8, LayoutEnum.ROW_MAJOR, (VALUE_ROWS, KEYS), STAGES)
+        # The same memory, in parts that one thread block loads for all.
+        part = KEYS // CLUSTER
+        k_loaded = sm90_utils.make_smem_layout(F8, LayoutEnum.ROW_MAJOR, (part, HEAD_DIM), CLUSTER * STAGES)
+        v_loaded = sm90_utils.make_smem_layout(F8, LayoutEnum.ROW_MAJOR, (VALUE_ROWS, part), CLUSTER * STAGES)
         partial_layout = sm90_utils.make_smem_layout(BFloat16, LayoutEnum.ROW_MAJOR, (GROUP_ROWS, HEAD_DIM), GROUPS)
         width = HEAD_DIM // 2 if self.quantized else HEAD_DIM
         out_layout = sm90_utils.make_smem_layout(BFloat16, LayoutEnum.ROW_MAJOR, (GROUP_ROWS, width), GROUPS)
         q_tile, k_tile, v_tile, out_tile, partial_tile = [
-            cute.select(layout, mode=[0, 1]) for layout in (q_layout, k_layout, v_layout, out_layout, partial_layout)
+            cute.select(layout, mode=[0, 1]) for layout in (q_layout, k_loaded, v_loaded, out_layout, partial_layout)
         ]
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
         q_copy, q = cpasync.make_tiled_tma_atom(load, q, q_tile, (QUERIES, HEAD_DIM))
-        k_copy, k = cpasync.make_tiled_tma_atom(load, k, k_tile, (KEYS, HEAD_DIM))
-        v_copy, v = cpasync.make_tiled_tma_atom(load, v, v_tile, (VALUE_ROWS, KEYS))
+        shared_load = cpasync.CopyBulkTensorTileG2SMulticastOp() if CLUSTER > 1 else load
+        k_copy, k = cpasync.make_tiled_tma_atom(shared_load, k, k_tile, (part, HEAD_DIM))
+        v_copy, v = cpasync.make_tiled_tma_atom(shared_load, v, v_tile, (VALUE_ROWS, part))
         out_copy, out = cpasync.make_tiled_tma_atom(store, out, out_tile, (GROUP_ROWS, width))
         partial_copy, partial = cpasync.make_tiled_tma_atom(store, partial, partial_tile, (GROUP_ROWS, HEAD_DIM))
         groups = {"atom_layout_mnk": (GROUPS, 1, 1)}
@@ -290,20 +320,23 @@ class _Forward:
             codes: cute.struct.Align[cute.struct.MemRange[BFloat16, narrow], 1024]
 
         self.storage = Storage
-        tall, blocks = cute.ceil_div(q.shape[0], QUERIES), cute.ceil_div(k.shape[0], KEYS)
+        # All in clusters from here on.
+        tall, blocks = cute.ceil_div(q.shape[0], CLUSTER * QUERIES), cute.ceil_div(k.shape[0], KEYS)
+        at_once = self.at_once // CLUSTER
         tiles = tall * q.shape[2] * q.shape[3]
         whole = tiles
         if parts > 1:
-            whole = tiles // self.at_once * self.at_once
+            whole = tiles // at_once * at_once
         items = whole + (tiles - whole) * parts
         self.kernel(
             q_copy, q, k_copy, k, v_copy, v, out_copy, out, partial_copy, partial, weights,
             largest, row_scale, bound, out_scale, score_product, value_product, held, held_codes,
-            q_layout, k_layout, v_layout, out_layout, partial_layout,
+            q_layout, k_layout, v_layout, k_loaded, v_loaded, out_layout, partial_layout,
             FastDivmod(tall), FastDivmod(q.shape[2]), FastDivmod(parts),
             whole, items, cute.ceil_div(blocks, parts),
         ).launch(
-            grid=[cutlass.min(items, self.at_once), 1, 1], block=[THREADS, 1, 1], stream=stream, min_blocks_per_mp=1
+            grid=[CLUSTER * cutlass.min(items, at_once), 1, 1], block=[THREADS, 1, 1], cluster=[CLUSTER, 1, 1],
+            stream=stream, min_blocks_per_mp=1,
         )  # fmt: skip
 
     @cute.kernel
@@ -331,6 +364,8 @@ class _Forward:
         q_layout: cute.ComposedLayout,
         k_layout: cute.ComposedLayout,
         v_layout: cute.ComposedLayout,
+        k_loaded: cute.ComposedLayout,
+        v_loaded: cute.ComposedLayout,
         out_layout: cute.ComposedLayout,
         partial_layout: cute.ComposedLayout,
         tall: FastDivmod,
@@ -349,24 +384,33 @@ class _Forward:
         create = functools.partial(
             PipelineTmaAsync.create,
             producer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread),
-            consumer_group=pipeline.CooperativeGroup(pipeline.Agent.Thread, 4 * GROUPS),
             defer_sync=True,
         )
+        own = {"consumer_group": pipeline.CooperativeGroup(pipeline.Agent.Thread, 4 * GROUPS)}
+        # The warps of all thread blocks of the cluster tell each of them that they have read.
+        shared = {
+            "consumer_group": pipeline.CooperativeGroup(pipeline.Agent.Thread, CLUSTER * 4 * GROUPS),
+            "cta_layout_vmnk": cute.make_layout((1, CLUSTER, 1, 1)),
+            "num_stages": STAGES,
+        }
         q_ready = create(
-            barrier_storage=storage.q_barriers.data_ptr(), num_stages=QUERY_STAGES, tx_count=QUERIES * HEAD_DIM
+            barrier_storage=storage.q_barriers.data_ptr(), num_stages=QUERY_STAGES, tx_count=QUERIES * HEAD_DIM, **own
         )
-        k_ready = create(barrier_storage=storage.k_barriers.data_ptr(), num_stages=STAGES, tx_count=KEYS * HEAD_DIM)
-        v_ready = create(barrier_storage=storage.v_barriers.data_ptr(), num_stages=STAGES, tx_count=VALUE_ROWS * KEYS)
-        pipeline_init_arrive(cluster_shape_mn=(1, 1), is_relaxed=True)
+        k_ready = create(barrier_storage=storage.k_barriers.data_ptr(), tx_count=KEYS * HEAD_DIM, **shared)
+        v_ready = create(barrier_storage=storage.v_barriers.data_ptr(), tx_count=VALUE_ROWS * KEYS, **shared)
+        pipeline_init_arrive(cluster_shape_mn=(CLUSTER, 1), is_relaxed=True)
         q_shared = storage.q.get_tensor(q_layout.outer, swizzle=q_layout.inner)
         k_shared = storage.k.get_tensor(k_layout.outer, swizzle=k_layout.inner)
         v_shared = storage.v.get_tensor(v_layout.outer, swizzle=v_layout.inner)
+        k_parts = storage.k.get_tensor(k_loaded.outer, swizzle=k_loaded.inner)
+        v_parts = storage.v.get_tensor(v_loaded.outer, swizzle=v_loaded.inner)
         partial_shared = storage.partial.get_tensor(partial_layout.outer, swizzle=partial_layout.inner)
         out_memory = storage.codes if cutlass.const_expr(self.quantized) else storage.partial
         out_shared = out_memory.get_tensor(out_layout.outer, swizzle=out_layout.inner)
-        pipeline_init_wait(cluster_shape_mn=(1, 1))
+        pipeline_init_wait(cluster_shape_mn=(CLUSTER, 1))
 
-        item, at_once = cute.arch.block_idx()[0], cute.arch.grid_dim()[0]
+        rank = cute.arch.block_idx()[0] % CLUSTER
+        item, at_once = cute.arch.block_idx()[0] // CLUSTER, cute.arch.grid_dim()[0] // CLUSTER
         tokens = k.shape[0]
         blocks = cute.ceil_div(tokens, KEYS)
         if warp < 4:
@@ -376,26 +420,34 @@ class _Forward:
                 k_at = make_pipeline_state(PipelineUserType.Producer, STAGES)
                 v_at = make_pipeline_state(PipelineUserType.Producer, STAGES)
                 while item < items:
-                    row, head, sample, begin, end = _place(item, whole, tall, heads, parts, part_blocks, blocks)
+                    row, head, sample, begin, end, _ = _place(
+                        item, rank, whole, tall, heads, parts, part_blocks, blocks
+                    )
                     q_tiles = cute.local_tile(q[None, None, head, sample], (QUERIES, HEAD_DIM), (None, 0))
-                    k_tiles = cute.local_tile(k[None, None, head, sample], (KEYS, HEAD_DIM), (None, 0))
-                    v_tiles = cute.local_tile(v[None, None, head, sample], (VALUE_ROWS, KEYS), (0, None))
+                    k_tiles = cute.local_tile(k[None, None, head, sample], (KEYS // CLUSTER, HEAD_DIM), (None, 0))
+                    v_tiles = cute.local_tile(v[None, None, head, sample], (VALUE_ROWS, KEYS // CLUSTER), (0, None))
                     one = cute.make_layout(1)
+                    to_all = {"mcast_mask": Int16(2**CLUSTER - 1)} if CLUSTER > 1 else {}
                     q_load, _, _ = copy_utils.tma_get_copy_fn(q_copy, 0, one, q_tiles, q_shared)
-                    k_load, _, _ = copy_utils.tma_get_copy_fn(k_copy, 0, one, k_tiles, k_shared)
-                    v_load, _, _ = copy_utils.tma_get_copy_fn(v_copy, 0, one, v_tiles, v_shared)
+                    k_load, _, _ = copy_utils.tma_get_copy_fn(k_copy, 0, one, k_tiles, k_parts, **to_all)
+                    v_load, _, _ = copy_utils.tma_get_copy_fn(v_copy, 0, one, v_tiles, v_parts, **to_all)
                     q_ready.producer_acquire(q_at)
                     q_load(src_idx=row, dst_idx=q_at.index, tma_bar_ptr=q_ready.producer_get_barrier(q_at))
                     q_at.advance()
                     for i in cutlass.range(end - begin, unroll=1):
                         block = end - 1 - i
                         k_ready.producer_acquire(k_at)
-                        k_load(src_idx=block, dst_idx=k_at.index, tma_bar_ptr=k_ready.producer_get_barrier(k_at))
+                        its = {"src_idx": CLUSTER * block + rank, "dst_idx": CLUSTER * k_at.index + rank}
+                        k_load(**its, tma_bar_ptr=k_ready.producer_get_barrier(k_at))
                         k_at.advance()
                         v_ready.producer_acquire(v_at)
-                        v_load(src_idx=block, dst_idx=v_at.index, tma_bar_ptr=v_ready.producer_get_barrier(v_at))
+                        its = {"src_idx": CLUSTER * block + rank, "dst_idx": CLUSTER * v_at.index + rank}
+                        v_load(**its, tma_bar_ptr=v_ready.producer_get_barrier(v_at))
                         v_at.advance()
                     item += at_once
+                # Others of the cluster tell this thread block's barriers that they have read: it has to be there still.
+                k_ready.producer_tail(k_at)
+                v_ready.producer_tail(v_at)
         else:
             cute.arch.setmaxregister_increase(REGISTERS[1])
             thread = cute.arch.thread_idx()[0] - 128
@@ -427,18 +479,24 @@ class _Forward:
             k_at = make_pipeline_state(PipelineUserType.Consumer, STAGES)
             v_at = make_pipeline_state(PipelineUserType.Consumer, STAGES)
             multiply = sm90_utils.gemm_w_idx
+            k_emptied, v_emptied = [
+                _peer((barriers.data_ptr() + STAGES).toint(), thread % CLUSTER)
+                for barriers in (storage.k_barriers, storage.v_barriers)
+            ]
             slope, offset = Float32(0.0), Float32(0.0)
             if cutlass.const_expr(self.bounded):
                 slope, offset = bound[0], bound[1]
             while item < items:
-                row, head, sample, begin, end = _place(item, whole, tall, heads, parts, part_blocks, blocks)
+                row, head, sample, begin, end, place = _place(
+                    item, rank, whole, tall, heads, parts, part_blocks, blocks
+                )
                 # The last block of keys first: the only one that may not be full.
                 q_ready.consumer_wait(q_at)
                 k_ready.consumer_wait(k_at)
                 multiply(
                     score_product, scores, q_operand, k_operand, True, A_idx=q_at.index, B_idx=k_at.index, wg_wait=0
                 )
-                k_ready.consumer_release(k_at)
+                _release(k_emptied, k_at.index, thread)
                 k_at.advance()
                 if end * KEYS > tokens:
                     # Of `blocks`, which is `end` here: with that, ptxas keeps the loop's numbers in every thread.
@@ -456,9 +514,9 @@ class _Forward:
                     multiply(score_product, scores, q_operand, k_operand, True, A_idx=q_at.index, B_idx=k_at.index)
                     # Of both products, not only of the first: ptxas would else serialise all of them.
                     warpgroup.wait_group(0)
-                    v_ready.consumer_release(v_at)
+                    _release(v_emptied, v_at.index, thread)
                     v_at.advance()
-                    k_ready.consumer_release(k_at)
+                    _release(k_emptied, k_at.index, thread)
                     k_at.advance()
                     for i in cutlass.range_constexpr(2):
                         sums[i] += summed[SUMS + 2 * i]
@@ -471,7 +529,7 @@ class _Forward:
                 q_at.advance()
                 v_ready.consumer_wait(v_at)
                 multiply(value_product, summed, p_operand, v_operand, False, B_idx=v_at.index, wg_wait=0)
-                v_ready.consumer_release(v_at)
+                _release(v_emptied, v_at.index, thread)
                 v_at.advance()
 
                 # The first thread of a quad has the column of the row of ones.
@@ -510,7 +568,7 @@ class _Forward:
                 if thread < 32:
                     one = cute.make_layout(1)
                     if item >= whole:
-                        tiles = cute.local_tile(partial[None, None, item - whole], (GROUP_ROWS, HEAD_DIM), (None, 0))
+                        tiles = cute.local_tile(partial[None, None, place], (GROUP_ROWS, HEAD_DIM), (None, 0))
                         write, _, _ = copy_utils.tma_get_copy_fn(partial_copy, 0, one, partial_shared, tiles)
                         write(src_idx=group, dst_idx=group)
                     else:
@@ -521,7 +579,7 @@ class _Forward:
                     cute.arch.cp_async_bulk_commit_group()
                 if (item >= whole) & (quad_thread == 0):
                     for i in cutlass.range_constexpr(2):
-                        weights[item - whole, at + 8 * i] = bins[i] + cute.math.log2(totals[i], fastmath=True)
+                        weights[place, at + 8 * i] = bins[i] + cute.math.log2(totals[i], fastmath=True)
                 item += at_once
             if thread < 32:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
@@ -599,6 +657,11 @@ def _combine_kernel(
         tl.store(to + dims[None, :], to_bfloat16(mean), mask=exists[:, None])
 
 
+def tall_of(tokens: int) -> int:
+    """Tiles of queries of a head, some past its end perhaps: a multiple of a cluster's."""
+    return CLUSTER * -(-tokens // (CLUSTER * QUERIES))
+
+
 def parts_of(batch: int, tokens: int, heads: int, at_once: int) -> tuple[int, int]:
     """Into how many parts the keys of the last wave of tiles are divided, and how many tiles that are.
 
@@ -610,7 +673,7 @@ def parts_of(batch: int, tokens: int, heads: int, at_once: int) -> tuple[int, in
     Returns:
         (1, 0) if nothing is divided. A part has a block of keys at least.
     """
-    tiles, blocks = batch * heads * -(-tokens // QUERIES), -(-tokens // KEYS)
+    tiles, blocks = batch * heads * tall_of(tokens), -(-tokens // KEYS)
     left = tiles % at_once
     if tiles < at_once or left == 0:
         return 1, 0
@@ -643,7 +706,7 @@ def combine_parts(
     """
     batch, tokens, heads, dim = out.shape
     require_runnable(partial, weights, out)
-    tiles, tall = len(partial) // parts, -(-tokens // QUERIES)
+    tiles, tall = len(partial) // parts, tall_of(tokens)
     scales = (weights if x is None else x for x in (largest, row_scale, bound, out_scale))
     wrap_triton(_combine_kernel)[(tiles * QUERIES // COMBINED_ROWS,)](
         partial,

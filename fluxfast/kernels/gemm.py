@@ -223,7 +223,7 @@ def residual_linear(
 
     Args:
         q, scale, weight, weight_scale, bias: as for `gelu_linear_quantize`.
-        residual: (M, N) bfloat16 or float32. gate: (B, N), M a multiple of B; rows may be strided.
+        residual: (M, N) bfloat16, float16 or float32. gate: (B, N), M a multiple of B; rows may be strided.
 
     Returns:
         (M, N) in the type of the residual.
@@ -392,7 +392,7 @@ def grouped_residual_linear(
     """As `residual_linear`, for two streams as in `grouped_linear`.
 
     Args:
-        residual: (B, T + S, N) bfloat16 or float32. gate: (B, 2, N), the text's first.
+        residual: (B, T + S, N) bfloat16, float16 or float32. gate: (B, 2, N), the text's first.
 
     Returns:
         (B, T + S, N) in the type of the residual.

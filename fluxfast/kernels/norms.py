@@ -192,7 +192,7 @@ def layernorm_modulate_quantize(
     """layer_norm(x) * (1 + scale) + shift, quantised row by row.
 
     Args:
-        x: (M, D) bfloat16 or float32. shift, scale: (B, D), M a multiple of B. All may have strided rows.
+        x: (M, D) bfloat16, float16 or float32. shift, scale: (B, D), M a multiple of B. All may have strided rows.
 
     Returns:
         q (M, D) float8_e4m3fn and row scale (M, 1) float32; see `activations.gelu_concat_quantize` for their rounding.
@@ -212,8 +212,8 @@ def grouped_layernorm_modulate_quantize(
     """`layernorm_modulate_quantize` of two streams with vectors of their own.
 
     Args:
-        x: (B, T + S, D) bfloat16 or float32, contiguous, the text's T tokens first. shift, scale: (B, 2, D), the text's
-            first; may be strided.
+        x: (B, T + S, D) bfloat16, float16 or float32, contiguous, the text's T tokens first. shift, scale: (B, 2, D),
+            the text's first; may be strided.
 
     Returns:
         q (B, T + S, D) float8_e4m3fn and row scale (B, T + S, 1) float32.
