@@ -51,11 +51,13 @@ class CompiledGraph:
     Attributes:
         config: what Inductor's own config held for every option while compiling it.
         operators: how often each operator stands in the graph, by name: "linear", "fluxfast::gelu_quantize".
+        results: the same by name and by type of the tensor that it gives, None for several or none.
         calls: of the compiled code. A CUDA graph calls at capture only.
     """
 
     config: dict[str, Any]
     operators: Counter[str]
+    results: Counter[tuple[str, torch.dtype | None]]
     calls: int = 0
 
 
@@ -75,11 +77,15 @@ class Compiler:
         """Calls of compiled code."""
         return sum(graph.calls for graph in self.graphs)
 
-    def calls_of(self, *operators: str, beside: Sequence[str] | None = None) -> int:
-        """How often operators of these names ran within compiled code; only in graphs that hold one of `beside`, if
-        given."""
+    def calls_of(self, *operators: str, beside: Sequence[str] | None = None, dtype: torch.dtype | None = None) -> int:
+        """How often operators of these names ran within compiled code; only in graphs that hold one of `beside`, and
+        only those that give a tensor of `dtype`, if given."""
         graphs = [graph for graph in self.graphs if beside is None or any(graph.operators[name] for name in beside)]
-        return sum(graph.calls * graph.operators[name] for graph in graphs for name in operators)
+
+        def held(graph: CompiledGraph, name: str) -> int:
+            return graph.operators[name] if dtype is None else graph.results[name, dtype]
+
+        return sum(graph.calls * held(graph, name) for graph in graphs for name in operators)
 
     def __call__(self, graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Compile one graph. Called by Dynamo."""
@@ -89,7 +95,12 @@ class Compiler:
         with config.patch(self.options):
             seen = {name: getattr(config, name) for name in MAX_AUTOTUNE | INDUCTOR_FLAGS | COORDINATE_DESCENT}
             # Before Inductor, which takes the graph apart.
-            record = CompiledGraph(seen, Counter(_name(n.target) for n in graph.graph.nodes if n.op == "call_function"))
+            nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
+            record = CompiledGraph(
+                seen,
+                Counter(_name(node.target) for node in nodes),
+                Counter((_name(node.target), _type(node)) for node in nodes),
+            )
             compiled = compile_fx(graph, example_inputs)
         self.graphs.append(record)
 
@@ -98,6 +109,10 @@ class Compiler:
             return compiled(*args)
 
         return call
+
+
+def _type(node: torch.fx.Node) -> torch.dtype | None:
+    return getattr(node.meta.get("example_value"), "dtype", None)
 
 
 def _name(target: Any) -> str:

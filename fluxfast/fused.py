@@ -57,6 +57,7 @@ def fuse(transformer: nn.Module, level: Level) -> list[nn.Module]:
         merged_projections=level.merged_projections and not level.gelu_epilogue,
         chained=True,
         fused_residuals=level.fused_residuals and not level.residual_epilogue,
+        float16_stream=level.float16_residuals,
     )
 
 

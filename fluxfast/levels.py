@@ -81,6 +81,8 @@ class Level:
         grouped_gemms: text and image tokens of a double block as one stream, with a norm or a GEMM of both in one
             launch and with weights of their own, "grouped GEMMs" of quack. The streams are joined in front of the first
             double block instead of the first single one.
+        float16_residuals: the residual stream of all blocks in float16, which has as many bytes as bfloat16 and three
+            more bits of mantissa. It counts in 64s, lest large activations overflow.
         gemm_search: max-autotune times Triton's GEMM templates beside the libraries' kernels, up to 106 for a shape in
             float8.
         coordinate_descent: Inductor's search for the launch parameters of every kernel it writes, which flux-fast
@@ -115,6 +117,7 @@ class Level:
     coded_softmax: bool = False
     attention_epilogue: bool = False
     grouped_gemms: bool = False
+    float16_residuals: bool = False
     gemm_search: bool = False
     coordinate_descent: bool = False
 
@@ -159,6 +162,7 @@ FUSED_BLOCK_FIELDS: tuple[str, ...] = (
     "coded_softmax",
     "attention_epilogue",
     "grouped_gemms",
+    "float16_residuals",
 )
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Level) if f.name in FIELDS}
 
@@ -220,7 +224,8 @@ RESIDUAL_EPILOGUE = GELU_EPILOGUE.then("residual_epilogue", residual_epilogue=Tr
 CODED_SOFTMAX = RESIDUAL_EPILOGUE.then("coded_softmax", coded_softmax=True)
 ATTENTION_EPILOGUE = CODED_SOFTMAX.then("attention_epilogue", attention_epilogue=True)
 GROUPED_GEMMS = ATTENTION_EPILOGUE.then("grouped_gemms", grouped_gemms=True)
-GEMM_SEARCH = GROUPED_GEMMS.then("gemm_search", gemm_search=True)
+FLOAT16_RESIDUALS = GROUPED_GEMMS.then("float16_residuals", float16_residuals=True)
+GEMM_SEARCH = FLOAT16_RESIDUALS.then("gemm_search", gemm_search=True)
 
 BEYOND: tuple[Level, ...] = (
     FLOAT8_ROWWISE,
@@ -242,6 +247,7 @@ BEYOND: tuple[Level, ...] = (
     CODED_SOFTMAX,
     ATTENTION_EPILOGUE,
     GROUPED_GEMMS,
+    FLOAT16_RESIDUALS,
     GEMM_SEARCH,
 )
 """Rungs past flux-fast: a chain of their own, so that the ladder stays flux-fast's and its numbers compare.

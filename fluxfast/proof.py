@@ -217,6 +217,8 @@ def fused_block_facts(built: Built, calls: int, loops: int, forwards: int) -> li
              compiler.calls_of(*GELU), forwards * activated),
         Fact("residual_epilogue", "GEMMs with a gated residual in their epilogue",
              compiler.calls_of(*RESIDUAL), forwards * added),
+        Fact("float16_residuals", "GEMMs with a gated residual that is float16",
+             compiler.calls_of(*RESIDUAL, dtype=torch.float16), forwards * _all_if(level.float16_residuals, added)),
         Fact("fused_quantize", "launches of Triton's quantising kernels",
              compiler.calls_of(*kernels), _all_if(level.fused_quantize, launches)),
         Fact("precomputed_modulation", "modulation tables computed",

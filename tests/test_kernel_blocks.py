@@ -14,7 +14,7 @@ from torch import nn
 
 from fluxfast.build import build, generate
 from fluxfast.compilation import Compiler, compile_transformer
-from fluxfast.kernels import reference
+from fluxfast.kernels import fuse, reference
 from fluxfast.kernels.blocks import FusedFluxSingleTransformerBlock, Pending, _ModulatedBlock, add_pending
 from fluxfast.kernels.fuse import fuse_blocks
 from fluxfast.kernels.linear import (
@@ -240,6 +240,55 @@ def test_grouped_blocks_of_one_kind(with_epilogues, double, single):
     want = run(fused(transformer, ops=with_epilogues, **options))
     got = run(fused(transformer, ops=dataclasses.replace(with_epilogues, grouped=GROUPED), **options))
     assert relative_error(got, want) < 0.03
+
+
+def joint_stream(transformer: nn.Module, size: float, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """What the last block leaves, as float32, of embeddings `size` times as large; held in `dtype` if given."""
+
+    def enlarge(embedder, args, output):
+        return output * size
+
+    def enter(block, args, kwargs):
+        x = kwargs["hidden_states"]
+        return args, kwargs | {"hidden_states": x if dtype is None else x.to(dtype)}
+
+    def leave(block, args, output):
+        left.append(output[1].float())
+        return output[0], output[1].bfloat16()
+
+    blocks, left = [*transformer.transformer_blocks, *transformer.single_transformer_blocks], []
+    hooks = [
+        embedder.register_forward_hook(enlarge) for embedder in (transformer.x_embedder, transformer.context_embedder)
+    ]
+    hooks.append(blocks[0].register_forward_pre_hook(enter, with_kwargs=True))
+    hooks.append(blocks[-1].register_forward_hook(leave, prepend=True))
+    run(transformer)
+    for hook in hooks:
+        hook.remove()
+    return left[0]
+
+
+@pytest.mark.parametrize("kinds", [(1, 0), (0, 1), (3, 3)])
+@pytest.mark.parametrize("size", [1.0, 1e5])
+def test_float16_stream_is_the_stream(with_epilogues, kinds, size):
+    """Nearer to a float32 stream than a bfloat16 one is, also where float16 itself would overflow."""
+    transformer = make_transformer(*kinds).to(torch.bfloat16)
+    options = {"attention": reference.coded_attention, "chained": True}
+    options["ops"] = dataclasses.replace(with_epilogues, grouped=GROUPED)
+    plain, narrow = fused(transformer, **options), fused(transformer, **options, float16_stream=True)
+    want = joint_stream(plain, size, torch.float32)
+    error = relative_error(joint_stream(narrow, size) * fuse.STREAM_UNIT, want)
+    other = relative_error(joint_stream(plain, size), want)
+    assert (want.abs().max() > 65504) == (size > 1)
+    # Behind one single block nothing differs but the rounding of its sums, which are those of embeddings alone if these
+    # are large; behind more the codes do.
+    assert error < (other / 6 if (kinds, size) == ((0, 1), 1.0) else 1.2 * other) and other < 0.05
+
+
+def test_float16_stream_is_one_that_gemms_add_to(transformer, with_epilogues):
+    """Two streams, and residuals that something else adds, are refused in one sentence."""
+    with pytest.raises(ValueError, match="float16_stream is for grouped blocks"):
+        fuse_blocks(transformer, attention=attention, ops=with_epilogues, chained=True, float16_stream=True)
 
 
 def test_grouped_blocks_refuse_streams_that_are_taken_apart(transformer, with_epilogues):

@@ -43,7 +43,8 @@ def test_rungs_without_a_measurement_are_beside_the_ladder() -> None:
     last = "split_attention_tail no_host_waits subpixel_upsampling fused_residuals hadamard_qk"
     assert (
         " ".join(level.id for level in BEYOND)
-        == f"{ids} {last} gelu_epilogue residual_epilogue coded_softmax attention_epilogue grouped_gemms gemm_search"
+        == f"{ids} {last} gelu_epilogue residual_epilogue coded_softmax attention_epilogue grouped_gemms "
+        "float16_residuals gemm_search"
     )
     assert [level.parent for level in BEYOND] == ["fa3_fp8", *(level.id for level in BEYOND[:-1])]
     assert not set(BEYOND) & set(LADDER) and all(level.packaging == "jit" for level in BEYOND)

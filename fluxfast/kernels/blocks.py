@@ -84,10 +84,13 @@ class _ModulatedBlock(nn.Module):
         fused_residuals: streams come and go as `Pending`: the norm at the beginning adds what the block before left
             over. Hooks in front of the first and behind the last block, see `fuse.py`, make and add them. Not with
             `BlockOps.residual_linear`, which leaves nothing over.
+        eps: of the norms of streams.
+        INTO_STREAM: the Linears whose output a gate lets into a stream, where there is one stream.
         GATES: the arguments that are streams, and the `Pending.gate` with which each leaves the block.
     """
 
     GATES: ClassVar[dict[str, int]]
+    INTO_STREAM: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self, adaln: Sequence[nn.Module], attention: Attention, ops: BlockOps, *, fused_residuals: bool
@@ -98,6 +101,7 @@ class _ModulatedBlock(nn.Module):
                 "fused_residuals is for what a block leaves to be added, and residual_linear leaves nothing"
             )
         self.fused_residuals = fused_residuals
+        self.eps = EPS
         self.adaln_linears = nn.ModuleList(norm.linear for norm in adaln)
         self.modulation_width = sum(linear.out_features for linear in self.adaln_linears)
         self.modulation: torch.Tensor | None = None
@@ -113,6 +117,16 @@ class _ModulatedBlock(nn.Module):
         if kwargs:
             raise ValueError(f"the fused blocks take no joint_attention_kwargs, got {sorted(kwargs)}")
         return self.compute_modulation(temb) if self.modulation is None else self.modulation
+
+    def count_in(self, unit: float) -> None:
+        """From here on the stream, of which there is one, holds its values divided by `unit`; see `fuse.STREAM_UNIT`.
+
+        What a Linear adds is divided by it, exactly for a power of two, and a norm divides by the deviation anyway.
+        """
+        self.eps = EPS / unit**2
+        for linear in map(self.get_submodule, self.INTO_STREAM):
+            linear.weight_scale /= unit
+            linear.bias /= unit
 
     def _norm(
         self, x: Stream, shift: torch.Tensor, scale: torch.Tensor
@@ -132,8 +146,8 @@ class _ModulatedBlock(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Rows x, `gate * y` added where there is a y, and the modulated norm of that, quantised: q and scale."""
         if y is None:
-            return x, *self.ops.layernorm_modulate(x, shift, scale, EPS)
-        return self.ops.residual_layernorm_modulate(x, y, gate, shift, scale, EPS)
+            return x, *self.ops.layernorm_modulate(x, shift, scale, self.eps)
+        return self.ops.residual_layernorm_modulate(x, y, gate, shift, scale, self.eps)
 
     def _attend(self, *heads: torch.Tensor) -> Quantized:
         """What `BlockOps.qk_norm_rope` gives -> what attention makes of it, quantised rows (B * S, D)."""
@@ -248,6 +262,7 @@ class GroupedFluxTransformerBlock(_ModulatedBlock):
     """
 
     GATES: ClassVar[dict[str, int]] = {}
+    INTO_STREAM: ClassVar[tuple[str, ...]] = ("to_out", "ff_out")
 
     def __init__(self, block: nn.Module, *, attention: Attention, ops: BlockOps) -> None:
         assert ops.grouped is not None and ops.gelu_linear is not None, "what grouped GEMMs need, `triton_ops` checks"
@@ -285,7 +300,7 @@ class GroupedFluxTransformerBlock(_ModulatedBlock):
         norm = self.ops.grouped.layernorm_modulate
         # Each (B, 2, D).
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.unflatten(-1, (2, 6, -1)).unbind(2)
-        qkv = self.to_qkv.forward_grouped(*norm(x, shift, scale, tokens, EPS), tokens)
+        qkv = self.to_qkv.forward_grouped(*norm(x, shift, scale, tokens, self.eps), tokens)
         weights = (self.norm_q.weight, self.norm_k.weight)
         text_weights = (self.norm_added_q.weight, self.norm_added_k.weight)
         heads = self.ops.qk_norm_rope(qkv[:, tokens:], *weights, *rotary, EPS, qkv[:, :tokens], *text_weights)
@@ -293,7 +308,7 @@ class GroupedFluxTransformerBlock(_ModulatedBlock):
         assert attended_scale is not None, "grouped GEMMs are float8's"
         attended, attended_scale = attended.unflatten(0, x.shape[:2]), attended_scale.unflatten(0, x.shape[:2])
         x = self.to_out.forward_grouped(attended, attended_scale, x, gate, tokens)
-        activated = self.ff_in.forward_grouped(*norm(x, mlp_shift, mlp_scale, tokens, EPS), tokens)
+        activated = self.ff_in.forward_grouped(*norm(x, mlp_shift, mlp_scale, tokens, self.eps), tokens)
         return self.ff_out.forward_grouped(*activated, x, mlp_gate, tokens)
 
 
@@ -308,6 +323,7 @@ class FusedFluxSingleTransformerBlock(_ModulatedBlock):
     """
 
     GATES: ClassVar[dict[str, int]] = {"hidden_states": 2}
+    INTO_STREAM: ClassVar[tuple[str, ...]] = ("proj_out",)
 
     def __init__(
         self,

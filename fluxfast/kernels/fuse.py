@@ -19,6 +19,10 @@ from fluxfast.kernels.blocks import (
 )
 from fluxfast.kernels.ops import BlockOps
 
+STREAM_UNIT = 64.0
+"""What a float16 stream counts in. It holds up to 65504 of them, 4.2 million. Magnitudes below 2^-14 of one, 0.004, are
+multiples of 4e-6, which is as fine as bfloat16's down to 0.001, and nothing to a norm of the whole row."""
+
 
 def _join(block: nn.Module, args: tuple[()], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
     joint = torch.cat([kwargs["encoder_hidden_states"], kwargs["hidden_states"]], dim=1)
@@ -28,6 +32,22 @@ def _join(block: nn.Module, args: tuple[()], kwargs: dict[str, Any]) -> tuple[tu
 def _split(block: nn.Module, args: tuple[()], output: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
     text, joint = output
     return joint[:, : text.shape[1]], joint[:, text.shape[1] :]
+
+
+def _join_in_float16(block: nn.Module, args: tuple[()], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+    text, image = kwargs["encoder_hidden_states"], kwargs["hidden_states"]
+    joint = image.new_empty((len(image), text.shape[1] + image.shape[1], image.shape[2]), dtype=torch.float16)
+    for part, x in zip((joint[:, : text.shape[1]], joint[:, text.shape[1] :]), (text, image), strict=True):
+        torch.mul(x, 1 / STREAM_UNIT, out=part)
+    return args, kwargs | {"hidden_states": joint}
+
+
+def _leave_float16(
+    block: nn.Module, args: tuple[()], output: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    text, joint = output
+    # In this order: float16 itself overflows.
+    return text, joint.to(text.dtype) * STREAM_UNIT
 
 
 def _begin(block: _ModulatedBlock, args: tuple[()], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
@@ -59,6 +79,7 @@ def fuse_blocks(
     merged_projections: bool = False,
     chained: bool = False,
     fused_residuals: bool = False,
+    float16_stream: bool = False,
 ) -> list[nn.Module]:
     """Swap every block for its fused counterpart and return the new blocks, double ones first.
 
@@ -74,13 +95,19 @@ def fuse_blocks(
         ops: with `grouped`, streams are joined in front of the first double block already.
         fused_residuals: a block's last gated residual is added by the norm of the next one, see `blocks.Pending`, and
             behind the last of either kind in a hook.
+        float16_stream: the joint stream is float16 and counts in `STREAM_UNIT`, from `ops.grouped`'s first block on.
 
     Raises:
-        ValueError: for `fused_residuals` of single blocks, and for grouped double ones, that are not `chained`.
+        ValueError: for `fused_residuals` of single blocks, and for grouped double ones, that are not `chained`; for a
+            `float16_stream` of blocks whose streams are not one, or whose residuals no GEMM adds.
     """
     doubles, singles = transformer.transformer_blocks, transformer.single_transformer_blocks
     if ops.grouped is not None and not chained:
         raise ValueError("grouped double blocks need chained: single blocks take their joint stream as it is")
+    if float16_stream and (ops.grouped is None or ops.residual_linear is None):
+        raise ValueError(
+            "float16_stream is for grouped blocks, whose streams are one, with residuals added by the GEMMs"
+        )
     for index, block in enumerate(doubles):
         if ops.grouped is not None:
             doubles[index] = GroupedFluxTransformerBlock(block, attention=attention, ops=ops)
@@ -98,13 +125,17 @@ def fuse_blocks(
             fused_residuals=fused_residuals,
         )
     joint = [*doubles, *singles] if ops.grouped is not None else [*singles]
+    for block in joint if float16_stream else ():
+        block.count_in(STREAM_UNIT)
     # Hooks of one block run in the order in which they are registered.
     if chained and joint:
-        joint[0].register_forward_pre_hook(_join, with_kwargs=True)
+        joint[0].register_forward_pre_hook(_join_in_float16 if float16_stream else _join, with_kwargs=True)
     for blocks in (doubles, singles) if fused_residuals else ():
         if len(blocks):
             blocks[0].register_forward_pre_hook(_begin, with_kwargs=True)
             blocks[-1].register_forward_hook(_end)
     if chained and joint:
+        if float16_stream:
+            joint[-1].register_forward_hook(_leave_float16)
         joint[-1].register_forward_hook(_split)
     return [*doubles, *singles]
