@@ -283,8 +283,14 @@ def apply_static_fields(pipeline: Pipeline, applied: Level, target: Level) -> li
 
 
 def package(built: Built, workload: Workload, cache_dir: Path, on_detail: Callable[[str], None]) -> None:
-    """Step 6 ahead of time: export, compile and attach one package a region."""
+    """Step 6 ahead of time: export, compile and attach one package a region.
+
+    Raises:
+        ValueError: for fused blocks. The last one's hooks, which take the joint stream apart, would be in all.
+    """
     pipeline = built.pipeline
+    if built.level.has_fused_blocks:
+        raise ValueError(f"level {built.level.id!r}: fused blocks are not packaged: compile them just in time")
     if workload.compile_scope == "full":
         regions = {"transformer": [pipeline.transformer]}
     else:

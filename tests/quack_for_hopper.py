@@ -21,8 +21,8 @@ D = 3072
 host.get_max_active_clusters = lambda *args, **kwargs: PROCESSORS // 2
 
 
-def compile_epilogue(name: str, rows: int, columns: int) -> None:
-    """A product of this size, cut as on a GPU."""
+def compile_epilogue(name: str, rows: int, columns: int, stream: torch.dtype = torch.bfloat16) -> None:
+    """A product of this size, cut as on a GPU; of the stream's type if it adds to it."""
     q, weight = torch.empty(rows, D, dtype=E4M3), torch.empty(columns, D, dtype=E4M3)
     vectors = {"scale": torch.empty(rows), "weight_scale": torch.empty(columns)}
     vectors["bias"] = torch.empty(columns, dtype=torch.bfloat16)
@@ -31,19 +31,19 @@ def compile_epilogue(name: str, rows: int, columns: int) -> None:
         out = torch.empty(rows, D + columns, dtype=E4M3)[:, D:]
         vectors["out_scale"] = torch.empty(rows)
     else:
-        widths, c = gemm.WIDTHS, (torch.empty(rows, columns, dtype=torch.bfloat16),)
+        widths, c = gemm.WIDTHS, (torch.empty(rows, columns, dtype=stream),)
         out = torch.empty_like(c[0])
         vectors["gate"] = torch.empty(columns, dtype=torch.bfloat16)
     cut = gemm.tiles(rows, columns, widths, PROCESSORS) | {"_launch": False}
     gemm.multiply(getattr(gemm, name), cut, q, weight, out, *c, **vectors)
-    take(f"{name}_{rows}")
+    take(f"{name}_{rows}" + "_float16" * (stream == torch.float16))
 
 
-def compile_grouped(name: str, columns: int, widths: tuple[int, ...]) -> None:
+def compile_grouped(name: str, columns: int, widths: tuple[int, ...], stream: torch.dtype = torch.bfloat16) -> None:
     """A product of both streams, cut as on a GPU for those of schnell."""
     text, tokens = 256, 4352
     q, weight = torch.empty(tokens, D, dtype=E4M3), torch.empty(2, columns, D, dtype=E4M3)
-    out = torch.empty(tokens, columns, dtype=E4M3 if name == "gelu" else torch.bfloat16)
+    out = torch.empty(tokens, columns, dtype=E4M3 if name == "gelu" else stream)
     vectors = {"scale": torch.empty(tokens), "weight_scale": torch.empty(2, columns)}
     vectors["bias"] = torch.empty(2, columns, dtype=torch.bfloat16)
     vectors |= {"out_scale": torch.empty(tokens)} if name == "gelu" else {}
@@ -52,7 +52,7 @@ def compile_grouped(name: str, columns: int, widths: tuple[int, ...]) -> None:
     begins = torch.tensor([0, text, tokens], dtype=torch.int32)
     cut = gemm.tiles(tokens, columns, widths, PROCESSORS) | {"_launch": False}
     gemm.multiply(getattr(gemm, name), cut, q, weight, out, *c, begins=begins, **vectors)
-    take(f"grouped_{name}")
+    take(f"grouped_{name}" + "_float16" * (stream == torch.float16))
 
 
 def take(name: str) -> None:
@@ -69,6 +69,8 @@ for rows in (4352, 4096, 256):
 compile_grouped("linear", 3 * D, gemm.WIDTHS)
 compile_grouped("gelu", 4 * D, gemm.GELU_WIDTHS)
 compile_grouped("gated_residual", D, gemm.WIDTHS)
+compile_epilogue("gated_residual", 4352, D, torch.float16)
+compile_grouped("gated_residual", D, gemm.WIDTHS, torch.float16)
 for quantized, bounded in ((False, False), (True, False), (True, True)):
     flash.coded_attention_kernel(PROCESSORS, quantized, bounded, flash.SOURCE)
     take("coded_attention" + "_quantized" * quantized + "_bounded" * bounded)

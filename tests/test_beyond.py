@@ -142,14 +142,15 @@ def test_residuals_go_from_block_to_block(
     assert built.compiler.calls_of("fluxfast::layernorm_modulate_quantize") == 0
 
 
+@pytest.mark.parametrize("id", ["grouped_gemms", "float16_residuals"])
 @pytest.mark.parametrize(("scope", "graphs"), [("blocks", 3), ("full", 2)])
 def test_joint_stream_goes_from_block_to_block(
-    micro: Workload, hopper: None, tmp_path: Path, scope: str, graphs: int
+    micro: Workload, hopper: None, tmp_path: Path, scope: str, graphs: int, id: str
 ) -> None:
     """Double blocks hand on the joint stream that single ones take, and each kind is compiled once."""
     micro_pipeline(num_layers=2, num_single_layers=3).save_pretrained(tmp_path)
     workload = dataclasses.replace(micro, checkpoint=str(tmp_path), compile_scope=scope)
-    facts = run_and_prove(build(workload, get_level("grouped_gemms")), workload)
+    facts = run_and_prove(build(workload, get_level(id)), workload)
     assert facts["compiled graphs, recompilations included"] == graphs
     assert facts["GEMMs of both streams of a double block"] == 2 * STEPS * 4 * 2
     assert facts["float8 GEMMs called by the fused blocks"] == 2 * STEPS * 3

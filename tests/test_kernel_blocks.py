@@ -242,8 +242,12 @@ def test_grouped_blocks_of_one_kind(with_epilogues, double, single):
     assert relative_error(got, want) < 0.03
 
 
-def joint_stream(transformer: nn.Module, size: float, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """What the last block leaves, as float32, of embeddings `size` times as large; held in `dtype` if given."""
+def streams(transformer: nn.Module, size: float, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The joint stream that the last block leaves, and the image's behind all hooks, as float32.
+
+    Args:
+        size: how many times as large the embeddings are. dtype: to hold the stream in another type.
+    """
 
     def enlarge(embedder, args, output):
         return output * size
@@ -253,36 +257,41 @@ def joint_stream(transformer: nn.Module, size: float, dtype: torch.dtype | None 
         return args, kwargs | {"hidden_states": x if dtype is None else x.to(dtype)}
 
     def leave(block, args, output):
-        left.append(output[1].float())
-        return output[0], output[1].bfloat16()
+        seen.append(output[1].float())
+        return output if dtype is None else (output[0], output[1].bfloat16())
 
-    blocks, left = [*transformer.transformer_blocks, *transformer.single_transformer_blocks], []
-    hooks = [
-        embedder.register_forward_hook(enlarge) for embedder in (transformer.x_embedder, transformer.context_embedder)
-    ]
+    def arrive(norm, args):
+        seen.append(args[0].float())
+
+    blocks, seen = [*transformer.transformer_blocks, *transformer.single_transformer_blocks], []
+    embedders = (transformer.x_embedder, transformer.context_embedder)
+    hooks = [embedder.register_forward_hook(enlarge) for embedder in embedders]
     hooks.append(blocks[0].register_forward_pre_hook(enter, with_kwargs=True))
     hooks.append(blocks[-1].register_forward_hook(leave, prepend=True))
+    hooks.append(transformer.norm_out.register_forward_pre_hook(arrive))
     run(transformer)
     for hook in hooks:
         hook.remove()
-    return left[0]
+    return seen[0], seen[1]
 
 
 @pytest.mark.parametrize("kinds", [(1, 0), (0, 1), (3, 3)])
 @pytest.mark.parametrize("size", [1.0, 1e5])
 def test_float16_stream_is_the_stream(with_epilogues, kinds, size):
-    """Nearer to a float32 stream than a bfloat16 one is, also where float16 itself would overflow."""
+    """As near to a float32 one as bfloat16 comes, nearer where only its rounding differs; float16 itself overflows."""
     transformer = make_transformer(*kinds).to(torch.bfloat16)
     options = {"attention": reference.coded_attention, "chained": True}
     options["ops"] = dataclasses.replace(with_epilogues, grouped=GROUPED)
     plain, narrow = fused(transformer, **options), fused(transformer, **options, float16_stream=True)
-    want = joint_stream(plain, size, torch.float32)
-    error = relative_error(joint_stream(narrow, size) * fuse.STREAM_UNIT, want)
-    other = relative_error(joint_stream(plain, size), want)
+    want, image = streams(plain, size, torch.float32)
+    (joint, its_image), (other_joint, other_image) = streams(narrow, size), streams(plain, size)
+    error, other = relative_error(joint * fuse.STREAM_UNIT, want), relative_error(other_joint, want)
     assert (want.abs().max() > 65504) == (size > 1)
     # Behind one single block nothing differs but the rounding of its sums, which are those of embeddings alone if these
     # are large; behind more the codes do.
     assert error < (other / 6 if (kinds, size) == ((0, 1), 1.0) else 1.2 * other) and other < 0.05
+    # Rounded to bfloat16 in the end.
+    assert relative_error(its_image, image) < 1.2 * relative_error(other_image, image) + 2**-9
 
 
 def test_float16_stream_is_one_that_gemms_add_to(transformer, with_epilogues):

@@ -8,7 +8,8 @@ by are powers of two only, which move codes by multiples of 8, exactly. Sums are
 linear cancels: V gets a row of ones, and the tensor cores add up.
 
 One thread block a processor (SM) works through tiles of 128 queries: a warp loads K and V (TMA), two groups of four
-warps take 64 queries each. While one group makes codes of its scores, the tensor cores are the other's. Where the last
+warps take 64 queries each. While one group makes codes of its scores, the tensor cores are the other's. Two thread
+blocks, a cluster, take tiles of one head at a time, and each loads half of its keys and values for both. Where the last
 wave of tiles would leave most processors idle, its keys are divided into parts, which `_combine_kernel` adds up.
 
 The tensor cores add up e4m3 products with 13 bits behind the largest, whatever type the sum is kept in: a sum of 4352
@@ -55,7 +56,9 @@ GROUP_ROWS = 64
 QUERIES = GROUPS * GROUP_ROWS
 KEYS = 256
 CLUSTER = 2
-"""Thread blocks that share keys and values: each loads its part of a block of keys for all of them (TMA multicast)."""
+"""Thread blocks that share keys and values: each loads its part of a block of keys for all of them (TMA multicast).
+Parts are of 128 keys or a multiple, so that values lie in shared memory as those of a whole block do."""
+assert KEYS // CLUSTER % 128 == 0
 STAGES = 2
 """Blocks of keys, and of values, that are in shared memory."""
 QUERY_STAGES = 2
@@ -375,7 +378,8 @@ class _Forward:
         items: Int32,
         part_blocks: Int32,
     ):
-        """Items from the block's own number on: `whole` tiles, then parts of `part_blocks` blocks of keys."""
+        """Items from the cluster's own number on: `whole` sets of tiles, one a thread block of it, then parts of
+        `part_blocks` blocks of keys of such sets."""
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         if warp == 0:
             for copy in (q_copy, k_copy, v_copy, out_copy, partial_copy):
@@ -674,6 +678,7 @@ def parts_of(batch: int, tokens: int, heads: int, at_once: int) -> tuple[int, in
         (1, 0) if nothing is divided. A part has a block of keys at least.
     """
     tiles, blocks = batch * heads * tall_of(tokens), -(-tokens // KEYS)
+    at_once = at_once // CLUSTER * CLUSTER
     left = tiles % at_once
     if tiles < at_once or left == 0:
         return 1, 0
