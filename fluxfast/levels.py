@@ -150,6 +150,15 @@ class Level:
 
 
 FIELDS: tuple[str, ...] = tuple(f.name for f in dataclasses.fields(Level) if f.name not in ("id", "parent"))
+QUACK_FIELDS: tuple[str, ...] = (
+    "gelu_epilogue",
+    "residual_epilogue",
+    "coded_softmax",
+    "attention_epilogue",
+    "grouped_gemms",
+    "float16_residuals",
+)
+"""Fields of the fused blocks that stand on quack-kernels."""
 FUSED_BLOCK_FIELDS: tuple[str, ...] = (
     "fused_quantize",
     "precomputed_modulation",
@@ -157,12 +166,7 @@ FUSED_BLOCK_FIELDS: tuple[str, ...] = (
     "merged_projections",
     "fused_residuals",
     "hadamard_qk",
-    "gelu_epilogue",
-    "residual_epilogue",
-    "coded_softmax",
-    "attention_epilogue",
-    "grouped_gemms",
-    "float16_residuals",
+    *QUACK_FIELDS,
 )
 DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Level) if f.name in FIELDS}
 

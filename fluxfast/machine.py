@@ -9,20 +9,12 @@ import platform
 
 import torch
 
-from fluxfast.levels import DEFAULTS, FUSED_BLOCK_FIELDS, Level
+from fluxfast.levels import DEFAULTS, FUSED_BLOCK_FIELDS, QUACK_FIELDS, Level
 
 FA3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")
 """FlashAttention-3's own build, and the forward-only wheel of PyPI's `fa3-fwd`."""
 
 TRITON_FIELDS = ("fused_quantize", "fused_qk_rope", "fast_decode", "fused_residuals", "hadamard_qk")
-QUACK_FIELDS = (
-    "gelu_epilogue",
-    "residual_epilogue",
-    "coded_softmax",
-    "attention_epilogue",
-    "grouped_gemms",
-    "float16_residuals",
-)
 SEARCH_FIELDS = ("gemm_search", "coordinate_descent")
 TO_FLOAT8_ATTENTION = {
     "fused_qk_rope": "casts for",

@@ -8,8 +8,8 @@ import re
 
 import pytest
 
-from fluxfast.levels import BEYOND, DEFAULTS, FIELDS, FLUX_FAST, FP32, LADDER, LEVELS, Level, get_level
-from fluxfast.machine import FA3_MODULES, QUACK_FIELDS, TRITON_FIELDS, Machine, effective, unavailable, why_not
+from fluxfast.levels import BEYOND, DEFAULTS, FIELDS, FLUX_FAST, FP32, LADDER, LEVELS, QUACK_FIELDS, Level, get_level
+from fluxfast.machine import FA3_MODULES, TRITON_FIELDS, Machine, effective, unavailable, why_not
 from fluxfast.workloads import TINY, WORKLOADS, Workload, get_workload
 
 CPU = Machine(device="cpu", capability=None, fa3_module=None, triton=True)
