@@ -338,7 +338,11 @@ class Session:
 
 
 def with_references(levels: Sequence[str], unavailable: Mapping[str, str]) -> list[str]:
-    """`levels`, the nearest level below each that runs here, bf16 and fp32, lowest first."""
+    """`levels`, the nearest level below each that runs here, bf16 and fp32, lowest first.
+
+    Of fp32 one output is compared with, but its times count too: with bf16 and the level below it is the third by which
+    the gate knows a machine's drift in a run of one level.
+    """
     parents = gate.nearest_parents(unavailable)
     needed = {*levels, EXACT_LEVEL, REFERENCE_LEVEL, *(parents.get(level) for level in levels)}
     return [level for level in LEVELS if level in needed and level not in unavailable]
