@@ -148,7 +148,7 @@ def _peer(address, rank, *, loc=None, ip=None):
 
 @dsl_user_op
 def _arrive(address, *, loc=None, ip=None):
-    """At a barrier of any thread block of the cluster."""
+    """At a barrier of any thread block of the cluster. With `.release.cluster`, ptxas would fence the whole GPU."""
     ptx = "mbarrier.arrive.shared::cluster.b64 _, [{$r0}];"
     cute.arch.inline_ptx(ptx, read_only_args=[address], loc=loc, ip=ip)
 
@@ -298,7 +298,7 @@ class _Forward:
         ]
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
         q_copy, q = cpasync.make_tiled_tma_atom(load, q, q_tile, (QUERIES, HEAD_DIM))
-        shared_load = cpasync.CopyBulkTensorTileG2SMulticastOp() if CLUSTER > 1 else load
+        shared_load = cpasync.CopyBulkTensorTileG2SMulticastOp()
         k_copy, k = cpasync.make_tiled_tma_atom(shared_load, k, k_tile, (part, HEAD_DIM))
         v_copy, v = cpasync.make_tiled_tma_atom(shared_load, v, v_tile, (VALUE_ROWS, part))
         out_copy, out = cpasync.make_tiled_tma_atom(store, out, out_tile, (GROUP_ROWS, width))
@@ -431,7 +431,7 @@ class _Forward:
                     k_tiles = cute.local_tile(k[None, None, head, sample], (KEYS // CLUSTER, HEAD_DIM), (None, 0))
                     v_tiles = cute.local_tile(v[None, None, head, sample], (VALUE_ROWS, KEYS // CLUSTER), (0, None))
                     one = cute.make_layout(1)
-                    to_all = {"mcast_mask": Int16(2**CLUSTER - 1)} if CLUSTER > 1 else {}
+                    to_all = {"mcast_mask": Int16(2**CLUSTER - 1)}
                     q_load, _, _ = copy_utils.tma_get_copy_fn(q_copy, 0, one, q_tiles, q_shared)
                     k_load, _, _ = copy_utils.tma_get_copy_fn(k_copy, 0, one, k_tiles, k_parts, **to_all)
                     v_load, _, _ = copy_utils.tma_get_copy_fn(v_copy, 0, one, v_tiles, v_parts, **to_all)
@@ -483,6 +483,7 @@ class _Forward:
             k_at = make_pipeline_state(PipelineUserType.Consumer, STAGES)
             v_at = make_pipeline_state(PipelineUserType.Consumer, STAGES)
             multiply = sm90_utils.gemm_w_idx
+            # Beforehand: with an address to be found in each step, ptxas keeps the loop's numbers in every thread.
             k_emptied, v_emptied = [
                 _peer((barriers.data_ptr() + STAGES).toint(), thread % CLUSTER)
                 for barriers in (storage.k_barriers, storage.v_barriers)
