@@ -50,15 +50,19 @@ class CompiledGraph:
 
     Attributes:
         config: what Inductor's own config held for every option while compiling it.
-        operators: how often each operator stands in the graph, by name: "linear", "fluxfast::gelu_quantize".
-        results: the same by name and by type of the tensor that it gives, None for several or none.
+        operators: how often each operator stands in the graph, by name, "linear" or "fluxfast::gelu_quantize", and by
+            type of the tensor that it gives, None for several or none.
         calls: of the compiled code. A CUDA graph calls at capture only.
     """
 
     config: dict[str, Any]
-    operators: Counter[str]
-    results: Counter[tuple[str, torch.dtype | None]]
+    operators: Counter[tuple[str, torch.dtype | None]]
     calls: int = 0
+
+    def count(self, *names: str, dtype: torch.dtype | None = None) -> int:
+        """How often operators of these names stand in the graph; only those that give a tensor of `dtype`, if given."""
+        found = self.operators.items()
+        return sum(count for (name, gives), count in found if name in names and dtype in (None, gives))
 
 
 @dataclasses.dataclass
@@ -80,12 +84,8 @@ class Compiler:
     def calls_of(self, *operators: str, beside: Sequence[str] | None = None, dtype: torch.dtype | None = None) -> int:
         """How often operators of these names ran within compiled code; only in graphs that hold one of `beside`, and
         only those that give a tensor of `dtype`, if given."""
-        graphs = [graph for graph in self.graphs if beside is None or any(graph.operators[name] for name in beside)]
-
-        def held(graph: CompiledGraph, name: str) -> int:
-            return graph.operators[name] if dtype is None else graph.results[name, dtype]
-
-        return sum(graph.calls * held(graph, name) for graph in graphs for name in operators)
+        graphs = [graph for graph in self.graphs if beside is None or graph.count(*beside)]
+        return sum(graph.calls * graph.count(*operators, dtype=dtype) for graph in graphs)
 
     def __call__(self, graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         """Compile one graph. Called by Dynamo."""
@@ -96,11 +96,7 @@ class Compiler:
             seen = {name: getattr(config, name) for name in MAX_AUTOTUNE | INDUCTOR_FLAGS | COORDINATE_DESCENT}
             # Before Inductor, which takes the graph apart.
             nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
-            record = CompiledGraph(
-                seen,
-                Counter(_name(node.target) for node in nodes),
-                Counter((_name(node.target), _type(node)) for node in nodes),
-            )
+            record = CompiledGraph(seen, Counter((_name(node.target), _type(node)) for node in nodes))
             compiled = compile_fx(graph, example_inputs)
         self.graphs.append(record)
 

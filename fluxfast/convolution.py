@@ -8,10 +8,11 @@ of the eager tiny pipeline, 33 to 69 s there, 95 % was this fallback; with this 
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Sequence
 
 import torch
+
+from fluxfast.dispatcher import override_on_cpu
 
 FALLBACK = "_slow_conv2d_forward"
 """ATen's convolution where no library has one: plain, not transposed, not dilated, of one group."""
@@ -47,8 +48,4 @@ def replace_slow_bfloat16() -> torch.library.Library:
         wide = None if bias is None else bias.float()
         return torch.ops.aten.mkldnn_convolution(x.float(), weight.float(), wide, padding, stride, (1, 1), 1).bfloat16()
 
-    library = torch.library.Library("aten", "IMPL")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"(?s).*Overriding a previously registered kernel")
-        library.impl(FALLBACK, convolve, "CPU", with_keyset=True)
-    return library
+    return override_on_cpu(FALLBACK, convolve, with_keyset=True)

@@ -9,11 +9,10 @@ itself multiplies in float32 what the matrices stand for, which is what is done 
 from __future__ import annotations
 
 import functools
-import warnings
 
 import torch
 
-PRODUCT = "_scaled_mm"
+from fluxfast.dispatcher import override_on_cpu
 
 
 def is_slow() -> bool:
@@ -52,8 +51,4 @@ def replace_reference() -> torch.library.Library:
     # A package calls PyTorch's kernel past the dispatcher, so that it must not hold such a call.
     decomposition.decompositions[torch.ops.aten._scaled_mm.default] = multiply
     decomposition.fast_random_decomps.cache_clear()
-    library = torch.library.Library("aten", "IMPL")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"(?s).*Overriding a previously registered kernel")
-        library.impl(PRODUCT, multiply, "CPU")
-    return library
+    return override_on_cpu("_scaled_mm", multiply)

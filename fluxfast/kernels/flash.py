@@ -56,9 +56,10 @@ GROUP_ROWS = 64
 QUERIES = GROUPS * GROUP_ROWS
 KEYS = 256
 CLUSTER = 2
-"""Thread blocks that share keys and values: each loads its part of a block of keys for all of them (TMA multicast).
-Parts are of 128 keys or a multiple, so that values lie in shared memory as those of a whole block do."""
-assert KEYS // CLUSTER % 128 == 0
+"""Thread blocks that share keys and values: each loads its part of a block of keys for all of them (TMA multicast)."""
+PART = KEYS // CLUSTER
+"""128 keys or a multiple, so that values lie in shared memory as those of a whole block do."""
+assert PART % 128 == 0
 STAGES = 2
 """Blocks of keys, and of values, that are in shared memory."""
 QUERY_STAGES = 2
@@ -150,7 +151,7 @@ def _peer(address, rank, *, loc=None, ip=None):
 def _arrive(address, *, loc=None, ip=None):
     """At a barrier of any thread block of the cluster. With `.release.cluster`, ptxas would fence the whole GPU."""
     ptx = "mbarrier.arrive.shared::cluster.b64 _, [{$r0}];"
-    cute.arch.inline_ptx(ptx, read_only_args=[address], loc=loc, ip=ip)
+    _ptx(ptx, address, out=(), loc=loc, ip=ip)
 
 
 @cute.jit
@@ -287,9 +288,8 @@ class _Forward:
         k_layout = sm90_utils.make_smem_layout(F8, LayoutEnum.ROW_MAJOR, (KEYS, HEAD_DIM), STAGES)
         v_layout = sm90_utils.make_smem_layout(F8, LayoutEnum.ROW_MAJOR, (VALUE_ROWS, KEYS), STAGES)
         # The same memory, in parts that one thread block loads for all.
-        part = KEYS // CLUSTER
-        k_loaded = sm90_utils.make_smem_layout(F8, LayoutEnum.ROW_MAJOR, (part, HEAD_DIM), CLUSTER * STAGES)
-        v_loaded = sm90_utils.make_smem_layout(F8, LayoutEnum.ROW_MAJOR, (VALUE_ROWS, part), CLUSTER * STAGES)
+        k_loaded = sm90_utils.make_smem_layout(F8, LayoutEnum.ROW_MAJOR, (PART, HEAD_DIM), CLUSTER * STAGES)
+        v_loaded = sm90_utils.make_smem_layout(F8, LayoutEnum.ROW_MAJOR, (VALUE_ROWS, PART), CLUSTER * STAGES)
         partial_layout = sm90_utils.make_smem_layout(BFloat16, LayoutEnum.ROW_MAJOR, (GROUP_ROWS, HEAD_DIM), GROUPS)
         width = HEAD_DIM // 2 if self.quantized else HEAD_DIM
         out_layout = sm90_utils.make_smem_layout(BFloat16, LayoutEnum.ROW_MAJOR, (GROUP_ROWS, width), GROUPS)
@@ -299,8 +299,8 @@ class _Forward:
         load, store = cpasync.CopyBulkTensorTileG2SOp(), cpasync.CopyBulkTensorTileS2GOp()
         q_copy, q = cpasync.make_tiled_tma_atom(load, q, q_tile, (QUERIES, HEAD_DIM))
         shared_load = cpasync.CopyBulkTensorTileG2SMulticastOp()
-        k_copy, k = cpasync.make_tiled_tma_atom(shared_load, k, k_tile, (part, HEAD_DIM))
-        v_copy, v = cpasync.make_tiled_tma_atom(shared_load, v, v_tile, (VALUE_ROWS, part))
+        k_copy, k = cpasync.make_tiled_tma_atom(shared_load, k, k_tile, (PART, HEAD_DIM))
+        v_copy, v = cpasync.make_tiled_tma_atom(shared_load, v, v_tile, (VALUE_ROWS, PART))
         out_copy, out = cpasync.make_tiled_tma_atom(store, out, out_tile, (GROUP_ROWS, width))
         partial_copy, partial = cpasync.make_tiled_tma_atom(store, partial, partial_tile, (GROUP_ROWS, HEAD_DIM))
         groups = {"atom_layout_mnk": (GROUPS, 1, 1)}
@@ -394,7 +394,6 @@ class _Forward:
         # The warps of all thread blocks of the cluster tell each of them that they have read.
         shared = {
             "consumer_group": pipeline.CooperativeGroup(pipeline.Agent.Thread, CLUSTER * 4 * GROUPS),
-            "cta_layout_vmnk": cute.make_layout((1, CLUSTER, 1, 1)),
             "num_stages": STAGES,
         }
         q_ready = create(
@@ -428,8 +427,8 @@ class _Forward:
                         item, rank, whole, tall, heads, parts, part_blocks, blocks
                     )
                     q_tiles = cute.local_tile(q[None, None, head, sample], (QUERIES, HEAD_DIM), (None, 0))
-                    k_tiles = cute.local_tile(k[None, None, head, sample], (KEYS // CLUSTER, HEAD_DIM), (None, 0))
-                    v_tiles = cute.local_tile(v[None, None, head, sample], (VALUE_ROWS, KEYS // CLUSTER), (0, None))
+                    k_tiles = cute.local_tile(k[None, None, head, sample], (PART, HEAD_DIM), (None, 0))
+                    v_tiles = cute.local_tile(v[None, None, head, sample], (VALUE_ROWS, PART), (0, None))
                     one = cute.make_layout(1)
                     to_all = {"mcast_mask": Int16(2**CLUSTER - 1)}
                     q_load, _, _ = copy_utils.tma_get_copy_fn(q_copy, 0, one, q_tiles, q_shared)

@@ -34,10 +34,9 @@ def _split(block: nn.Module, args: tuple[()], output: tuple[torch.Tensor, torch.
     return joint[:, : text.shape[1]], joint[:, text.shape[1] :]
 
 
-def _join_in_float16(block: nn.Module, args: tuple[()], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
-    parts = (kwargs["encoder_hidden_states"], kwargs["hidden_states"])
+def _enter_float16(block: nn.Module, args: tuple[()], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
     # Divided first: float16 itself overflows. Both are exact for bfloat16 that float16 can hold.
-    joint = torch.cat([(x / STREAM_UNIT).to(torch.float16) for x in parts], dim=1)
+    joint = (kwargs["hidden_states"] / STREAM_UNIT).to(torch.float16)
     return args, kwargs | {"hidden_states": joint}
 
 
@@ -124,17 +123,18 @@ def fuse_blocks(
             fused_residuals=fused_residuals,
         )
     joint = [*doubles, *singles] if ops.grouped is not None else [*singles]
-    for block in joint if float16_stream else ():
-        block.count_in(STREAM_UNIT)
     # Hooks of one block run in the order in which they are registered.
     if chained and joint:
-        joint[0].register_forward_pre_hook(_join_in_float16 if float16_stream else _join, with_kwargs=True)
+        joint[0].register_forward_pre_hook(_join, with_kwargs=True)
+    if float16_stream and joint:
+        for block in joint:
+            block.count_in(STREAM_UNIT)
+        joint[0].register_forward_pre_hook(_enter_float16, with_kwargs=True)
+        joint[-1].register_forward_hook(_leave_float16)
     for blocks in (doubles, singles) if fused_residuals else ():
         if len(blocks):
             blocks[0].register_forward_pre_hook(_begin, with_kwargs=True)
             blocks[-1].register_forward_hook(_end)
     if chained and joint:
-        if float16_stream:
-            joint[-1].register_forward_hook(_leave_float16)
         joint[-1].register_forward_hook(_split)
     return [*doubles, *singles]
