@@ -59,7 +59,7 @@ CLIP_L: dict[str, Any] = {
 
 
 def make_synthetic(checkpoint: str, dtype: torch.dtype, device: str, tokenizers: Path) -> FluxPipeline:
-    """The FLUX.1-schnell shape ("synthetic") or FLUX.1-dev's ("synthetic-dev", with the guidance embedding).
+    """The FLUX.1-schnell shape ("synthetic-2") or FLUX.1-dev's ("synthetic-2-dev", with the guidance embedding).
 
     Args:
         checkpoint: one of `workloads.RANDOM`.
@@ -70,7 +70,7 @@ def make_synthetic(checkpoint: str, dtype: torch.dtype, device: str, tokenizers:
     Returns:
         A pipeline on `device`.
     """
-    dev = checkpoint == "synthetic-dev"
+    dev = checkpoint == "synthetic-2-dev"
     default_dtype = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -107,7 +107,9 @@ def randomise(model: nn.Module, generator: torch.Generator) -> None:
     of other weights is no reference for anything.
 
     Linear and convolution: normal, std 1/sqrt(fan in); modulation Linears `MODULATION_GAIN` of that; embeddings unit
-    normal; biases zero; norm weights one.
+    normal; biases zero; norm weights one. T5 does not divide its scores by the square root of a head's size, which its
+    queries carry instead, as in its own initialisation (Raffel et al. 2020): with scores of standard deviation 8 each
+    token attends to one other, and a rounding decides to which.
     """
 
     def draw(weight: nn.Parameter, std: float) -> None:
@@ -119,6 +121,8 @@ def randomise(model: nn.Module, generator: torch.Generator) -> None:
             continue
         if isinstance(module, nn.Linear | nn.Conv2d):
             gain = MODULATION_GAIN if ".norm" in f".{name}" else 1.0
+            if name.endswith(".SelfAttention.q"):
+                gain = model.config.d_kv**-0.5
             draw(weight, gain / math.sqrt(weight[0].numel()))
         elif isinstance(module, nn.Embedding):
             draw(weight, 1.0)

@@ -8,8 +8,11 @@ import json
 import re
 from typing import Any, Literal
 
-RANDOM = ("synthetic", "synthetic-dev")
-"""Checkpoints of random weights: the full shape, and images that are noise."""
+RANDOM = ("synthetic-2", "synthetic-2-dev")
+"""Checkpoints of random weights: the full shape, and images that are noise.
+
+Where the weights change, so does the number: a baseline of others has errors of its own, and must not compare.
+"""
 
 HUB_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)@(?P<revision>[0-9a-f]{40})", re.ASCII)
 """A Hub checkpoint is pinned to a commit: a branch moves."""
@@ -21,8 +24,8 @@ class Workload:
 
     Attributes:
         id: name on the command line.
-        checkpoint: "tiny" (shipped, trained), "synthetic" or "synthetic-dev" (full shape, random weights), a Hub id
-            pinned to a revision ("black-forest-labs/FLUX.1-schnell@<40-hex>"), or a local folder's absolute path.
+        checkpoint: "tiny" (shipped, trained), one of `RANDOM` (full shape, random weights), a Hub id pinned to a
+            revision ("black-forest-labs/FLUX.1-schnell@<40-hex>"), or a local folder's absolute path.
         prompt: what is drawn.
         height, width: of the image, pixels.
         num_inference_steps: denoising steps.
@@ -104,7 +107,7 @@ TINY = Workload(
 
 SCHNELL = Workload(
     id="schnell",
-    checkpoint="synthetic",
+    checkpoint="synthetic-2",
     prompt="A cat playing with a ball of yarn",
     height=1024,
     width=1024,
@@ -117,7 +120,7 @@ SCHNELL = Workload(
 DEV = dataclasses.replace(
     SCHNELL,
     id="dev",
-    checkpoint="synthetic-dev",
+    checkpoint="synthetic-2-dev",
     num_inference_steps=28,
     guidance_scale=3.5,
     max_sequence_length=512,

@@ -163,7 +163,7 @@ def _metrics(session: ReadOnlySession, level: str) -> Iterator[Metric]:
     for name in ("load_s", "apply_s", "warmup_s"):
         yield _metric(f"{name.removesuffix('_s')}_time(s)", [getattr(m, name) for m in own], None)
     stored = session.stored_reference()
-    scores = [] if session.workload.checkpoint.startswith("synthetic") else session.image_scores(level, stored)
+    scores = [] if session.workload.has_random_weights else session.image_scores(level, stored)
     for metric in dict.fromkeys(metric for score in scores for metric in score):
         # PSNR has no value for identical images.
         yield _metric(metric, [score[metric] for score in scores if metric in score], None)

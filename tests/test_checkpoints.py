@@ -139,7 +139,7 @@ def test_index_that_lists_no_pipeline_is_refused(folder: Path, content: str) -> 
 @pytest.mark.parametrize("name", ["tinny", "/no/such/folder", "owner/name", "owner/name@main", HUB[:-1], HUB + "0"])
 def test_unknown_name_lists_what_is_known(name: str) -> None:
     """A Hub id is pinned to 40 hex digits: a branch moves."""
-    with pytest.raises(CheckpointError, match=r"none of tiny, synthetic, synthetic-dev, .*@<40-hex revision>"):
+    with pytest.raises(CheckpointError, match=r"none of tiny, synthetic-2, synthetic-2-dev, .*@<40-hex revision>"):
         resolve(name)
 
 

@@ -15,6 +15,7 @@ from fluxfast.build import input_arguments
 from fluxfast.checkpoints import load, pipeline_class
 from fluxfast.synthetic import CLIP_L, T5_XXL, VAE_CONFIG
 from fluxfast.workloads import RANDOM, WORKLOADS
+from perf_tests.harness.fidelity import relative_l2
 
 SMALL_CLIP = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
 SMALL_T5 = {"d_model": 128, "d_ff": 256, "d_kv": 64, "num_heads": 2, "num_layers": 2}
@@ -77,7 +78,7 @@ def test_signal_stays_finite_and_near_one(checkpoint: str, dtype: torch.dtype) -
 
 def test_prompt_reaches_the_picture() -> None:
     """Both text encoders feed the transformer: another prompt gives other latents."""
-    pipeline = load("synthetic", torch.float32, "cpu")
+    pipeline = load("synthetic-2", torch.float32, "cpu")
     cat, dog = (draw(pipeline, output_type="latent", **{"prompt_2": prompt}) for prompt in ("a red cat", "a blue ring"))
     assert not torch.equal(cat, dog)
 
@@ -126,5 +127,16 @@ def test_kontext_edits_on_random_weights() -> None:
 
 def test_default_dtype_is_put_back() -> None:
     """Making weights in bfloat16 leaves the process as it was."""
-    load("synthetic", torch.bfloat16, "cpu")
+    load("synthetic-2", torch.bfloat16, "cpu")
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_bfloat16_text_is_near_float32s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the transformer gets differs by roundings: else each level's error would be the text encoder's own."""
+    monkeypatch.setattr(synthetic, "T5_XXL", T5_XXL | SMALL_T5 | {"num_layers": 12})
+    embeds = [
+        load("synthetic-2", dtype, "cpu").encode_prompt("a cat", None, device="cpu", max_sequence_length=16)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    for exact, rounded in zip(*(own[:2] for own in embeds), strict=True):
+        assert 0 < relative_l2(rounded.float().numpy(), exact.numpy()) < 0.02

@@ -112,7 +112,7 @@ def test_other_checkpoint_behind_a_workload(tmp_path: Path) -> None:
         assert workload.digest != WORKLOADS["dev-full"].digest
 
 
-@pytest.mark.parametrize("id", ["dev@", "dev@folder", "dev@owner/name", "dev@owner/name@main", "dev@synthetic"])
+@pytest.mark.parametrize("id", ["dev@", "dev@folder", "dev@owner/name", "dev@owner/name@main", "dev@synthetic-2"])
 def test_checkpoint_that_is_not_pinned_is_refused(id: str) -> None:
     """A branch moves, and a relative path is another one for the worker."""
     with pytest.raises(ValueError, match=re.escape(f"workload {id!r}: expected owner/name@<40-hex revision>")):

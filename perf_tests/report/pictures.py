@@ -74,7 +74,7 @@ def _compare(session: ReadOnlySession, level: str, name: Callable[[Picture], str
     if not all(result.measurement for result in session.results[level]):
         return Comparison(level=level, problem="not measured, so there is no image")
     try:
-        if session.workload.checkpoint.startswith("synthetic"):
+        if session.workload.has_random_weights:
             why = "the weights are random: this is noise, and no image is judged; use --workload tiny for that"
             return Comparison(level=level, file=session.image_path(level, 0), problem=why)
         stored, index = session.stored_reference(), session.worst_process(level)
