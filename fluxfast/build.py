@@ -3,7 +3,7 @@
 The one legal order of application, which is not the ladder's order:
 
 1. `no_gemm_workspace`, which cuBLASLt reads when it is first used, then load in `dtype`, as the pipeline that
-   `whole_loop_graph` or `no_host_waits` asks for,
+   `whole_loop_graph`, `no_host_waits` or `concurrent_encode` asks for,
 2. `fused_projections` (before float8, which would convert the separate projections),
 3. `memory_format` (before anything records strides), then `fast_decode`, whose norms want NHWC, and
    `subpixel_upsampling`, whose convolutions write it,
@@ -11,9 +11,10 @@ The one legal order of application, which is not the ladder's order:
 5. `quantization`; or the fused blocks, which quantise their own Linears, for `levels.FUSED_BLOCK_FIELDS`,
 6. `compile_mode` with `inductor_flags`, or `packaging` of the same regions,
 7. CUDA graphs around what was compiled: one a step or, with `whole_loop_graph`, one for the loop; `fast_encode`
-   adds the text encoders to both,
+   adds the text encoders to both, and `concurrent_encode` the modulation to the graphs,
 8. what every step reads is computed once a call or a resolution, for `precomputed_modulation` and `fused_qk_rope`:
-   before the transformer and outside of its graph. In the graph of a whole loop the modulation is within it.
+   before the transformer and outside of its graph. In the graph of a whole loop the modulation is within it, but for
+   `concurrent_encode`, which has it beside T5.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ class Built:
         facts: the counts taken while building.
         has_tail: whether attention of the workload's size has a tail that `split_attention_tail` launches by itself.
         waits: of the host for the device in the call that `watch` counted them in; None if there was none.
+        overlaps: whether all that does not depend on T5 ran beside it in that call, likewise.
     """
 
     pipeline: Pipeline
@@ -87,6 +89,7 @@ class Built:
     rotary: StagedRotary | None = None
     has_tail: bool = False
     waits: int | None = None
+    overlaps: bool | None = None
     _fa3_before: LaunchCount = dataclasses.field(default_factory=LaunchCount)
 
     @property
@@ -96,19 +99,26 @@ class Built:
 
     def forwards(self, calls: int, num_steps: int) -> dict[str, int]:
         """How often loop and models ran in Python during `calls` pipeline calls; a graph's replay does not count."""
-        ran = dict.fromkeys(("loop", *TEXT_ENCODERS), calls)
+        ran = dict.fromkeys(("loop", "modulation", *TEXT_ENCODERS), calls)
         ran |= {name: graph.function_calls for name, graph in self.graphed.items()}
         return {"transformer": ran["loop"] * num_steps, "decoder": calls} | ran
 
     def watch(self, call: Callable[[], Any]) -> int:
         """Count the host's waits in one more pipeline call, where the level says that it does not wait.
 
+        Where it says that T5 does not keep the rest from running, that call's T5 is held up, to see it.
+
         Returns:
             How many calls that was, 0 or 1, for `prove`.
         """
         if self.device != "cuda" or not self.level.no_host_waits:
             return 0
-        self.waits = ahead.waits(call)
+        if not isinstance(self.pipeline, ahead.ConcurrentPipeline):
+            self.waits = ahead.waits(call)
+            return 1
+        with self.pipeline.t5_held_up():
+            self.waits = ahead.waits(call)
+        self.overlaps = self.pipeline.overlaps()
         return 1
 
     def prove(self, calls: int, num_steps: int) -> list[proof.Fact]:
@@ -204,7 +214,8 @@ def build(
         workspace.drop()
     pipeline = load(workload.checkpoint, getattr(torch, applied.dtype), machine.device, kind=pipeline_class(workload))
     if applied.whole_loop_graph:
-        pipeline = (ahead.AheadPipeline if applied.no_host_waits else LoopPipeline).of(pipeline)
+        ahead_of_device = ahead.ConcurrentPipeline if applied.concurrent_encode else ahead.AheadPipeline
+        pipeline = (ahead_of_device if applied.no_host_waits else LoopPipeline).of(pipeline)
     on_stage("apply", "")
     facts = apply_static_fields(pipeline, applied, target)
     built = Built(
@@ -321,6 +332,10 @@ def capture(built: Built, applied: Level) -> None:
     graphs = [steps_graph, ("decoder", pipeline.vae.decoder, "forward")]
     if applied.fast_encode:
         graphs += [(name, getattr(pipeline, name), "forward") for name in TEXT_ENCODERS]
+    beside: dict[str, torch.cuda.Stream | None] = {}
+    if isinstance(pipeline, ahead.ConcurrentPipeline):
+        graphs.append(("modulation", pipeline, "compute_modulation"))
+        beside = dict.fromkeys(("text_encoder", "modulation"), pipeline.stream)
     for name, owner, method in graphs:
-        built.graphed[name] = GraphedCallable(getattr(owner, method))
+        built.graphed[name] = GraphedCallable(getattr(owner, method), beside.get(name))
         setattr(owner, method, built.graphed[name])

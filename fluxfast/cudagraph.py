@@ -43,6 +43,8 @@ class GraphedCallable:
 
     Args:
         function: reads its tensors from its arguments and fixed weights, and synchronises nowhere.
+        stream: to capture in, for a graph that is replayed while others are: a workspace of cuBLAS belongs to a
+            stream, and all graphs that were captured in one share it. None is the stream in which torch captures.
 
     Attributes:
         captures: graphs captured.
@@ -50,8 +52,9 @@ class GraphedCallable:
         replays: graphs replayed.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], stream: torch.cuda.Stream | None = None) -> None:
         self.function = function
+        self.stream = stream
         self.captures = 0
         self.function_calls = 0
         self.replays = 0
@@ -74,14 +77,14 @@ class GraphedCallable:
     def _capture(self, leaves: list[Any], spec: pytree.TreeSpec) -> _Captured:
         static = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         args, kwargs = pytree.tree_unflatten(static, spec)
-        stream = torch.cuda.Stream()
+        stream = self.stream or torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARMUP_CALLS):
                 self.function(*args, **kwargs)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=self.stream):
             output = self.function(*args, **kwargs)
         self.captures += 1
         self.function_calls += WARMUP_CALLS + 1

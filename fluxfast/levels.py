@@ -83,6 +83,8 @@ class Level:
             double block instead of the first single one.
         float16_residuals: the residual stream of all blocks in float16, which has as many bytes as bfloat16 and three
             more bits of mantissa. It counts in 64s, lest large activations overflow.
+        concurrent_encode: CLIP and the modulation of all steps run beside T5, in a CUDA stream of their own; the
+            modulation leaves the loop's graph for one of its own.
         gemm_search: max-autotune times Triton's GEMM templates beside the libraries' kernels, up to 106 for a shape in
             float8.
         coordinate_descent: Inductor's search for the launch parameters of every kernel it writes, which flux-fast
@@ -118,6 +120,7 @@ class Level:
     attention_epilogue: bool = False
     grouped_gemms: bool = False
     float16_residuals: bool = False
+    concurrent_encode: bool = False
     gemm_search: bool = False
     coordinate_descent: bool = False
 
@@ -229,7 +232,8 @@ CODED_SOFTMAX = RESIDUAL_EPILOGUE.then("coded_softmax", coded_softmax=True)
 ATTENTION_EPILOGUE = CODED_SOFTMAX.then("attention_epilogue", attention_epilogue=True)
 GROUPED_GEMMS = ATTENTION_EPILOGUE.then("grouped_gemms", grouped_gemms=True)
 FLOAT16_RESIDUALS = GROUPED_GEMMS.then("float16_residuals", float16_residuals=True)
-GEMM_SEARCH = FLOAT16_RESIDUALS.then("gemm_search", gemm_search=True)
+CONCURRENT_ENCODE = FLOAT16_RESIDUALS.then("concurrent_encode", concurrent_encode=True)
+GEMM_SEARCH = CONCURRENT_ENCODE.then("gemm_search", gemm_search=True)
 
 BEYOND: tuple[Level, ...] = (
     FLOAT8_ROWWISE,
@@ -252,6 +256,7 @@ BEYOND: tuple[Level, ...] = (
     ATTENTION_EPILOGUE,
     GROUPED_GEMMS,
     FLOAT16_RESIDUALS,
+    CONCURRENT_ENCODE,
     GEMM_SEARCH,
 )
 """Rungs past flux-fast: a chain of their own, so that the ladder stays flux-fast's and its numbers compare.

@@ -26,7 +26,7 @@ class LoopPipeline(FluxPipeline):
 
     Attributes:
         loops: pipeline calls that went through `denoise`.
-        modulation: if set, its `restart` is called at the beginning of the loop.
+        modulation: if set, its table is computed at the beginning of the loop, or in front of it by `modulate`.
     """
 
     loops: int = 0
@@ -67,18 +67,21 @@ class LoopPipeline(FluxPipeline):
         """
         self.check_inputs(prompt, None, height, width, max_sequence_length=max_sequence_length)
         device = self._execution_device
+        side = 2 * self.vae_scale_factor
+        timesteps, sigmas = self.schedule(num_inference_steps, (height // side) * (width // side))
+        guidance = None
+        if self.transformer.config.guidance_embeds:
+            batch = 1 if isinstance(prompt, str) else len(prompt)
+            guidance = torch.full([1], guidance_scale, device=device, dtype=torch.float32).expand(batch)
         embeddings, pooled, text_ids = self.encode_prompt(
             prompt=prompt, prompt_2=None, device=device, max_sequence_length=max_sequence_length
         )
+        modulated = self.modulate(timesteps, embeddings.dtype, pooled, guidance)
         channels = self.transformer.config.in_channels // 4
         noise, image_ids = self.prepare_latents(
             len(embeddings), channels, height, width, embeddings.dtype, device, generator,
             latents() if callable(latents) else latents,
         )  # fmt: skip
-        timesteps, sigmas = self.schedule(num_inference_steps, noise.shape[1])
-        guidance = None
-        if self.transformer.config.guidance_embeds:
-            guidance = torch.full([1], guidance_scale, device=device, dtype=torch.float32).expand(len(noise))
         denoised, _ = self.denoise(
             latents=noise,
             encoder_hidden_states=embeddings,
@@ -88,6 +91,7 @@ class LoopPipeline(FluxPipeline):
             img_ids=image_ids,
             timesteps=timesteps,
             sigmas=sigmas,
+            **modulated,
         )
         self.loops += 1
         if output_type == "latent":
@@ -97,14 +101,31 @@ class LoopPipeline(FluxPipeline):
         image = self.vae.decode(denoised, return_dict=False)[0]
         return FluxPipelineOutput(images=self.image_processor.postprocess(image, output_type=output_type))
 
+    def modulate(
+        self, timesteps: torch.Tensor, dtype: torch.dtype, pooled: torch.Tensor, guidance: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """What `denoise` is given of the modulation, as keyword arguments: nothing, it computes that itself.
+
+        Args:
+            timesteps, dtype, pooled, guidance: as `StagedModulation.compute` takes them.
+        """
+        return {}
+
     def denoise(
-        self, *, latents: torch.Tensor, timesteps: torch.Tensor, sigmas: torch.Tensor, **conditions: Any
+        self,
+        *,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        sigmas: torch.Tensor,
+        modulation: torch.Tensor | None = None,
+        **conditions: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The loop: reads tensors alone and synchronises nowhere.
 
         Args:
             latents: (batch, image tokens, channels).
             timesteps: (steps,) and sigmas: (steps + 1,), float32, of the scheduler.
+            modulation: of all steps, from `modulate`; None where it is computed here, or by the blocks.
             conditions: what the transformer takes beside `hidden_states` and `timestep`.
 
         Returns:
@@ -117,6 +138,9 @@ class LoopPipeline(FluxPipeline):
         scheduler.set_begin_index(0)
         if self.modulation is not None:
             self.modulation.restart()
+            if modulation is not None:
+                pooled, guidance = conditions["pooled_projections"], conditions["guidance"]
+                self.modulation.use(modulation, timesteps, latents.dtype, pooled, guidance)
         first = None
         for moment in timesteps.unbind():
             timestep = moment.expand(len(latents)).to(latents.dtype)

@@ -127,6 +127,8 @@ def unavailable(level: Level, machine: Machine) -> dict[str, str]:
         reasons["no_host_waits"] = (
             f"no_host_waits: needs a device that works while the host goes on; found {machine.found}"
         )
+    if level.concurrent_encode and machine.capability is None:
+        reasons["concurrent_encode"] = f"concurrent_encode: needs CUDA streams; found {machine.found}"
     for field in SEARCH_FIELDS:
         if getattr(level, field) and (machine.capability is None or not machine.triton):
             reasons[field] = f"{field}: is a search among Triton kernels on CUDA; found {machine.found_with_triton}"

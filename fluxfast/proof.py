@@ -188,8 +188,8 @@ GELU = ("fluxfast::gelu_linear_quantize", "fluxfast::gelu_linear_quantize_beside
 RESIDUAL = ("fluxfast::residual_linear", GROUPED[2])
 
 
-def fused_block_facts(built: Built, calls: int, loops: int, forwards: int) -> list[Fact]:
-    """What ran during `calls` pipeline calls, `loops` loops and `forwards` forwards of the transformer in Python.
+def fused_block_facts(built: Built, tables: int, forwards: int) -> list[Fact]:
+    """What ran during `forwards` forwards of the transformer in Python, whose modulation is computed `tables` times.
 
     Compiled code is counted by the operators in its graphs and the graphs' calls.
     """
@@ -222,9 +222,7 @@ def fused_block_facts(built: Built, calls: int, loops: int, forwards: int) -> li
         Fact("fused_quantize", "launches of Triton's quantising kernels",
              compiler.calls_of(*kernels), _all_if(level.fused_quantize, launches)),
         Fact("precomputed_modulation", "modulation tables computed",
-             built.modulation.fills if built.modulation else 0,
-             # Within the graph of a whole loop the table is computed in every replay, and in Python at capture.
-             _all_if(level.precomputed_modulation, loops if level.whole_loop_graph else calls)),
+             built.modulation.fills if built.modulation else 0, _all_if(level.precomputed_modulation, tables)),
     ]  # fmt: skip
     facts += [
         Fact("fused_qk_rope", "launches of Triton's QK norm and RoPE kernel",
@@ -332,7 +330,9 @@ def run_facts(built: Built, calls: int, steps: int) -> list[Fact]:
     if level.split_attention_tail:
         splits = _all_if(built.has_tail, by_fa3)
         facts.append(Fact("split_attention_tail", "tails with a launch of their own", built.fa3.split, splits))
-    facts += fused_block_facts(built, calls, forwards["loop"], forwards["transformer"])
+    # In a graph the table is computed in every replay, and in Python at capture.
+    where = "modulation" if level.concurrent_encode else "loop" if level.whole_loop_graph else None
+    facts += fused_block_facts(built, forwards[where] if where else calls, forwards["transformer"])
     facts += text_encoder_facts(built, forwards)
     fused_norms = forwards["decoder"] * len(norms(built.pipeline.vae.decoder))
     facts.append(
@@ -358,6 +358,13 @@ def run_facts(built: Built, calls: int, steps: int) -> list[Fact]:
         facts.append(
             Fact("no_host_waits", "waits of the host in one call, that for the image included", built.waits, 1)
         )
+    parts = _all_if(level.concurrent_encode, 2 if built.modulation else 1)
+    facts.append(
+        Fact("concurrent_encode", "pieces of work launched beside T5",
+             getattr(built.pipeline, "beside", 0), calls * parts)
+    )  # fmt: skip
+    if level.concurrent_encode and built.overlaps is not None:
+        facts.append(Fact("concurrent_encode", "calls whose T5 kept nothing from running", built.overlaps, 1))
     if built.device == "cuda":
         stepwise = compiled and not level.whole_loop_graph
         for field, name, expected in (
@@ -366,6 +373,11 @@ def run_facts(built: Built, calls: int, steps: int) -> list[Fact]:
             ("whole_loop_graph", "loop", _all_if(compiled and level.whole_loop_graph, calls)),
             ("fast_encode", "text_encoder", _all_if(level.fast_encode, calls)),
             ("fast_encode", "text_encoder_2", _all_if(level.fast_encode, calls)),
+            (
+                "concurrent_encode",
+                "modulation",
+                _all_if(level.concurrent_encode and built.modulation is not None, calls),
+            ),
         ):
             replays = built.graphed[name].replays if name in built.graphed else 0
             facts.append(Fact(field, f"CUDA graph replays of the {name}", replays, expected))

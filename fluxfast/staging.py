@@ -49,10 +49,9 @@ class StagedModulation:
     def __call__(self, **kwargs: Any) -> Any:
         """`transformer.forward` with its modulation set; takes keywords, as FluxPipeline gives them."""
         timestep, pooled, guidance = kwargs["timestep"], kwargs["pooled_projections"], kwargs.get("guidance")
-        made_of = [_identity(x) for x in (self.pipeline.scheduler.timesteps, pooled, guidance)]
-        if not _same(made_of, self._made_of):
-            self.fill(self.pipeline.scheduler.timesteps, timestep.dtype, pooled, guidance)
-            self._made_of = made_of
+        made_from = (self.pipeline.scheduler.timesteps, timestep.dtype, pooled, guidance)
+        if not _same([_identity(x) for x in (made_from[0], pooled, guidance)], self._made_of):
+            self.use(self.compute(*made_from), *made_from)
         self.tables.select_where(self._keys == timestep[0])
         return self._forward(**kwargs)
 
@@ -60,11 +59,24 @@ class StagedModulation:
         """Compute the table again in the next step, whatever it was made of: that is how a loop's graph holds it."""
         self._made_of = []
 
-    @torch.no_grad()
-    def fill(
-        self, timesteps: torch.Tensor, dtype: torch.dtype, pooled: torch.Tensor, guidance: torch.Tensor | None
+    def use(
+        self,
+        table: torch.Tensor,
+        timesteps: torch.Tensor,
+        dtype: torch.dtype,
+        pooled: torch.Tensor,
+        guidance: torch.Tensor | None,
     ) -> None:
-        """Compute the table.
+        """Take what `compute` made of the same arguments, for as long as the scheduler has these timesteps."""
+        self.tables.use(table)
+        self._keys = timesteps.to(dtype) / 1000
+        self._made_of = [_identity(x) for x in (timesteps, pooled, guidance)]
+
+    @torch.no_grad()
+    def compute(
+        self, timesteps: torch.Tensor, dtype: torch.dtype, pooled: torch.Tensor, guidance: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The table of all steps, (steps, batch, total width).
 
         Args:
             timesteps: (steps,) of the scheduler, 0 to 1000, float32.
@@ -73,13 +85,12 @@ class StagedModulation:
         """
         steps, batch = len(timesteps), len(pooled)
         # The roundings of FluxPipeline's loop and of FluxTransformer2DModel.forward, in their order.
-        self._keys = timesteps.to(dtype) / 1000
-        moments = (self._keys.to(dtype) * 1000)[:, None].expand(-1, batch).flatten()
+        moments = (timesteps.to(dtype) / 1000 * 1000)[:, None].expand(-1, batch).flatten()
         arguments = [moments]
         if guidance is not None:
             arguments.append((guidance.to(dtype) * 1000).repeat(steps))
-        self.tables.fill(self.embed(*arguments, pooled.repeat(steps, 1)).unflatten(0, (steps, batch)))
         self.fills += 1
+        return self.tables.compute(self.embed(*arguments, pooled.repeat(steps, 1)).unflatten(0, (steps, batch)))
 
 
 class NoEmbedding(nn.Module):

@@ -216,6 +216,24 @@ def test_waits_are_counted_where_there_is_a_device(
         assert [(fact.observed, fact.expected) for fact in waits] == [(3, 1)] * calls
 
 
+def test_t5_is_held_up_in_the_call_that_is_watched(
+    micro: Workload, hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And in no other; what waited for it turns the level red."""
+    built = build(micro, get_level("concurrent_encode"))
+    facts = run_and_prove(built, micro)
+    assert facts["pieces of work launched beside T5"] == 4 and facts["modulation tables computed"] == 2
+    monkeypatch.setattr(built, "device", "cuda")
+    monkeypatch.setattr(building.ahead, "waits", lambda call: (call(), 1)[1])
+    for overlaps in (True, False):
+        held = []
+        monkeypatch.setattr(built.pipeline, "overlaps", lambda overlaps=overlaps: overlaps)
+        assert built.watch(lambda held=held: held.append(built.pipeline._held_cycles)) == 1
+        assert held == [building.ahead.HELD_CYCLES] and built.pipeline._held_cycles == 0
+        told = [fact for fact in proof.run_facts(built, 0, STEPS) if "T5 kept nothing" in fact.what]
+        assert [(fact.field, fact.holds) for fact in told] == [("concurrent_encode", overlaps)]
+
+
 def test_synchronisations_are_counted_and_the_mode_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch tells of them in warnings, beside which others may stand, and a call may fail."""
     modes = ["default"]

@@ -33,7 +33,7 @@ def test_false_alarms_of_30_levels_stay_below_1_in_1000_nights(name):
 def test_a_drift_of_nights_needs_a_history():
     """Without one the requirement is missed, as docs/gate.md says; this fails when that is no longer true."""
     _, red = simulate.false_alarms(MODELS[DRIFT], 30)
-    assert 1e-3 < red / MODELS[DRIFT].nights < 5e-3
+    assert 1e-3 < red / MODELS[DRIFT].nights < 7e-3
 
 
 def test_recorded_process_medians_are_simulated_when_they_are_there(tmp_path, monkeypatch):

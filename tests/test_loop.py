@@ -10,7 +10,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from micro_flux import micro_pipeline
 
-from fluxfast.ahead import AheadPipeline
+from fluxfast.ahead import AheadPipeline, ConcurrentPipeline
+from fluxfast.cudagraph import GraphedCallable
 from fluxfast.fused import sdpa
 from fluxfast.kernels.fuse import fuse_blocks
 from fluxfast.kernels.ops import EXACT
@@ -21,6 +22,7 @@ from perf_tests.harness import clock, sanity
 from perf_tests.harness.clock import StageClock
 
 DEV_SCHEDULE = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="streams beside each other: needs a CUDA GPU")
 CALLS: list[dict[str, Any]] = [
     {"height": 64, "width": 64, "num_inference_steps": 2},
     {"height": 32, "width": 96, "num_inference_steps": 3},
@@ -114,6 +116,60 @@ def test_stages_within_the_loop(dev: bool) -> None:
     for change, expected in zip(CALLS, want, strict=True):
         torch.testing.assert_close(draw(loop, "latent", **change), expected, rtol=1e-3, atol=1e-4)
     assert modulation.fills == len(CALLS) and within == [1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("dev", [False, True], ids=["schnell", "dev"])
+def test_modulation_in_front_of_the_loop(dev: bool) -> None:
+    """Computed beside T5, it is what the loop would have computed: the same latents bit for bit, one table a call."""
+    within, beside = (concurrent_or_not(kind, dev) for kind in (AheadPipeline, ConcurrentPipeline))
+    given = []
+    inner, beside.denoise = beside.denoise, lambda **kwargs: given.append(kwargs["modulation"]) or inner(**kwargs)
+    for change in (*CALLS, CALLS[0] | {"guidance_scale": 7.0}, CALLS[0] | {"prompt": "a blue square"}):
+        assert torch.equal(draw(beside, "latent", **change), draw(within, "latent", **change))
+    assert beside.modulation.fills == within.modulation.fills == len(given) == 6 and beside.beside == 12
+    assert all(len(table) == change["num_inference_steps"] for table, change in zip(given, CALLS, strict=False))
+
+
+def test_blocks_without_a_table_get_none() -> None:
+    """Where the blocks compute their own modulation, CLIP alone is beside T5."""
+    stock, _ = pipelines(False, torch.float32)
+    beside = ConcurrentPipeline.of(stock)
+    assert torch.equal(draw(beside, "latent", **CALLS[1]), draw(stock, "latent", **CALLS[1])) and beside.beside == 1
+
+
+def concurrent_or_not(kind: type[AheadPipeline], dev: bool, device: str = "cpu") -> Any:
+    """A micro FLUX of fused blocks that compute as FLUX does, its modulation staged."""
+    stock, _ = pipelines(dev, torch.float32)
+    own = kind.of(stock.to(device))
+    fuse_blocks(own.transformer.requires_grad_(False), attention=sdpa, ops=EXACT, chained=True)
+    own.modulation = StagedModulation(own)
+    return own
+
+
+@on_a_gpu
+@pytest.mark.parametrize("dev", [False, True], ids=["schnell", "dev"])
+def test_what_is_beside_t5_does_not_wait_for_it(dev: bool) -> None:
+    """With T5 held up the rest ends before it, and the images stay what they were, from graphs too."""
+    within, beside = (concurrent_or_not(kind, dev, "cuda") for kind in (AheadPipeline, ConcurrentPipeline))
+    beside.text_encoder.forward = GraphedCallable(beside.text_encoder.forward, beside.stream)
+    beside.compute_modulation = GraphedCallable(beside.compute_modulation, beside.stream)
+    for change in (*CALLS, *CALLS):
+        with beside.t5_held_up():
+            own = draw(beside, "latent", **change)
+        assert beside.overlaps() and torch.equal(own, draw(within, "latent", **change))
+
+
+@on_a_gpu
+def test_what_waits_for_t5_is_told() -> None:
+    """A CLIP that begins behind T5 is no overlap; nor is a call that never was."""
+    beside = concurrent_or_not(ConcurrentPipeline, False, "cuda")
+    assert not beside.overlaps()
+    main = torch.cuda.current_stream()
+    beside.text_encoder.register_forward_pre_hook(lambda *_: torch.cuda.current_stream().wait_stream(main))
+    draw(beside, "latent", **CALLS[0])
+    with beside.t5_held_up():
+        draw(beside, "latent", **CALLS[0])
+    assert not beside.overlaps()
 
 
 def test_loop_that_runs_twice_is_a_loop_that_ran_once() -> None:

@@ -33,14 +33,22 @@ class PrecomputedModulation:
         self.table: torch.Tensor | None = None
         self._static: dict[Hashable, torch.Tensor] = {}
 
-    @torch.no_grad()
     def fill(self, tembs: torch.Tensor) -> None:
         """Compute the table from the embeddings of all steps, (steps, B, D), and select step 0."""
-        steps, batch, _ = tembs.shape
+        self.use(self.compute(tembs))
+
+    @torch.no_grad()
+    def compute(self, tembs: torch.Tensor) -> torch.Tensor:
+        """(steps, B, D) embeddings of all steps -> their table, (steps, B, total width)."""
         flat = tembs.flatten(0, 1)
-        self.table = torch.cat([block.compute_modulation(flat) for block in self.blocks], dim=-1)
-        self.table = self.table.unflatten(0, (steps, batch))
-        like = self.table[0]
+        table = torch.cat([block.compute_modulation(flat) for block in self.blocks], dim=-1)
+        return table.unflatten(0, tembs.shape[:2])
+
+    @torch.no_grad()
+    def use(self, table: torch.Tensor) -> None:
+        """Let the blocks read from a table that `compute` made, and select step 0."""
+        self.table = table
+        like = table[0]
         current = self._static.setdefault((like.shape, like.dtype, like.device), torch.empty_like(like))
         if current is not self.current:
             self.current = current
