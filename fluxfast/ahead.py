@@ -25,8 +25,9 @@ from fluxfast.loop import LoopPipeline
 logger = logging.getLogger(__name__)
 KEPT_BLOCKS = 2
 """Of an image's memory, kept by Pillow: the last image's, which its user may still have, and that of the one before."""
-HELD_CYCLES = 200_000_000
-"""Of the device's clock, for which T5 is held up to see what does not wait for it: 100 ms at 2 GHz."""
+HELD_CYCLES = 1_000_000_000
+"""Of the device's clock, for which T5 is held up to see what does not wait for it: half a second at 2 GHz, which a host
+with other things to do needs less of."""
 
 
 class AheadPipeline(LoopPipeline):

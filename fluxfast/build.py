@@ -334,7 +334,8 @@ def capture(built: Built, applied: Level) -> None:
         graphs += [(name, getattr(pipeline, name), "forward") for name in TEXT_ENCODERS]
     beside: dict[str, torch.cuda.Stream | None] = {}
     if isinstance(pipeline, ahead.ConcurrentPipeline):
-        graphs.append(("modulation", pipeline, "compute_modulation"))
+        if pipeline.modulation is not None:
+            graphs.append(("modulation", pipeline, "compute_modulation"))
         beside = dict.fromkeys(("text_encoder", "modulation"), pipeline.stream)
     for name, owner, method in graphs:
         built.graphed[name] = GraphedCallable(getattr(owner, method), beside.get(name))

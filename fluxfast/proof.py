@@ -330,20 +330,6 @@ def run_facts(built: Built, calls: int, steps: int) -> list[Fact]:
     if level.split_attention_tail:
         splits = _all_if(built.has_tail, by_fa3)
         facts.append(Fact("split_attention_tail", "tails with a launch of their own", built.fa3.split, splits))
-    # In a graph the table is computed in every replay, and in Python at capture.
-    where = "modulation" if level.concurrent_encode else "loop" if level.whole_loop_graph else None
-    facts += fused_block_facts(built, forwards[where] if where else calls, forwards["transformer"])
-    facts += text_encoder_facts(built, forwards)
-    fused_norms = forwards["decoder"] * len(norms(built.pipeline.vae.decoder))
-    facts.append(
-        Fact("fast_decode", "calls of Triton's GroupNorm",
-             built.compiler.calls_of("fluxfast::group_norm_silu"), _all_if(level.fast_decode, fused_norms))
-    )  # fmt: skip
-    nearest = _all_if(compiled and not packaged and not level.subpixel_upsampling, forwards["decoder"])
-    facts.append(
-        Fact("subpixel_upsampling", "nearest-neighbour upsamplings in compiled code",
-             built.compiler.calls_of("interpolate"), nearest * len(upsamplings(built.pipeline.vae.decoder)))
-    )  # fmt: skip
     through = getattr(built.pipeline, "loops", 0)
     facts.append(
         Fact("whole_loop_graph", "calls whose denoising loop is one function",
@@ -364,7 +350,21 @@ def run_facts(built: Built, calls: int, steps: int) -> list[Fact]:
              getattr(built.pipeline, "beside", 0), calls * parts)
     )  # fmt: skip
     if level.concurrent_encode and built.overlaps is not None:
-        facts.append(Fact("concurrent_encode", "calls whose T5 kept nothing from running", built.overlaps, 1))
+        facts.append(Fact("concurrent_encode", "calls whose T5 kept nothing from running", int(built.overlaps), 1))
+    # In a graph the table is computed in every replay, and in Python at capture.
+    where = "modulation" if level.concurrent_encode else "loop" if level.whole_loop_graph else None
+    facts += fused_block_facts(built, forwards[where] if where else calls, forwards["transformer"])
+    facts += text_encoder_facts(built, forwards)
+    fused_norms = forwards["decoder"] * len(norms(built.pipeline.vae.decoder))
+    facts.append(
+        Fact("fast_decode", "calls of Triton's GroupNorm",
+             built.compiler.calls_of("fluxfast::group_norm_silu"), _all_if(level.fast_decode, fused_norms))
+    )  # fmt: skip
+    nearest = _all_if(compiled and not packaged and not level.subpixel_upsampling, forwards["decoder"])
+    facts.append(
+        Fact("subpixel_upsampling", "nearest-neighbour upsamplings in compiled code",
+             built.compiler.calls_of("interpolate"), nearest * len(upsamplings(built.pipeline.vae.decoder)))
+    )  # fmt: skip
     if built.device == "cuda":
         stepwise = compiled and not level.whole_loop_graph
         for field, name, expected in (

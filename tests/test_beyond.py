@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,16 +18,19 @@ from diffusers.models.upsampling import Upsample2D
 from fake_hopper import CPU, HOPPER, pretend_to_be, triton_on_a_cpu
 from micro_flux import BLOCKS, STEPS, micro_pipeline
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from fluxfast import build as building
 from fluxfast import proof
 from fluxfast.build import Built, build, generate
 from fluxfast.compilation import lay_out_position_bias, position_biases_in_order
+from fluxfast.cudagraph import WARMUP_CALLS, signature
 from fluxfast.errors import LevelUnavailable, StepNotApplied
 from fluxfast.kernels.blocks import GroupedFluxTransformerBlock
 from fluxfast.levels import BEYOND, get_level
 from fluxfast.machine import why_not
 from fluxfast.workloads import Workload
+from perf_tests.harness.schema import Proof
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts of a CPU; a GPU is held by perf_tests")
 
@@ -232,6 +236,44 @@ def test_t5_is_held_up_in_the_call_that_is_watched(
         assert held == [building.ahead.HELD_CYCLES] and built.pipeline._held_cycles == 0
         told = [fact for fact in proof.run_facts(built, 0, STEPS) if "T5 kept nothing" in fact.what]
         assert [(fact.field, fact.holds) for fact in told] == [("concurrent_encode", overlaps)]
+        assert [Proof(**dataclasses.asdict(fact)).observed for fact in told] == [overlaps]
+
+
+class ReplayedOnACpu:
+    """`GraphedCallable` without graphs: a capture runs the function as often, a replay gives what it gave."""
+
+    def __init__(self, function: Callable[..., Any], stream: None = None) -> None:
+        self.function, self.function_calls, self.replays = function, 0, 0
+        self._captured: dict[object, Any] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        key = signature(*pytree.tree_flatten((args, kwargs)))
+        if key not in self._captured:
+            self._captured[key] = [self.function(*args, **kwargs) for _ in range(WARMUP_CALLS + 1)][-1]
+            self.function_calls += WARMUP_CALLS + 1
+        self.replays += 1
+        return pytree.tree_map_only(torch.Tensor, torch.clone, self._captured[key])
+
+
+@pytest.mark.parametrize("scope", ["blocks", "full"])
+@pytest.mark.parametrize(
+    "field",
+    [None, "concurrent_encode", "no_host_waits", "fast_encode", "whole_loop_graph", "precomputed_modulation"],
+)
+def test_what_is_left_out_among_graphs_is_named(
+    micro: Workload, hopper: None, monkeypatch: pytest.MonkeyPatch, field: str | None, scope: str
+) -> None:
+    """Under graphs Python runs at capture only, and a field that others stand on changes their counts as well."""
+    load = building.load
+    pretend_to_be(dataclasses.replace(HOPPER, device="cuda"), monkeypatch)
+    monkeypatch.setattr(building, "load", lambda name, dtype, device, kind: load(name, dtype, "cpu", kind=kind))
+    monkeypatch.setattr(building, "GraphedCallable", ReplayedOnACpu)
+    workload = dataclasses.replace(micro, compile_scope=scope)
+    built = build(workload, get_level("concurrent_encode"), unapplied=field)
+    for _ in range(4):
+        generate(built, workload)
+    failed = [fact.field for fact in (*built.facts, *proof.run_facts(built, 4, STEPS)) if not fact.holds]
+    assert failed[:1] == [field] * (field is not None)
 
 
 def test_synchronisations_are_counted_and_the_mode_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
