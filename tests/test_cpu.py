@@ -24,24 +24,26 @@ CPU = {"device": "cpu", "cpu_capability": "AVX512-BF16"}
 
 
 @pytest.mark.parametrize(
-    ("widest", "bf16", "amx", "expected"),
+    ("widest", "bf16", "fp16", "amx", "expected"),
     [
-        ("AVX2", False, False, "cpu-avx2"),
-        ("AVX512", False, False, "cpu-avx512"),
-        ("AVX512", True, False, "cpu-avx512-bf16"),
-        ("AVX512", True, True, "cpu-avx512-amx"),
-        ("SVE256", False, False, "cpu-sve256"),
-        ("Z VECTOR", False, False, "cpu-zvector"),
-        ("DEFAULT", False, False, "cpu-aarch64"),
+        ("AVX2", False, False, False, "cpu-avx2"),
+        ("AVX512", False, False, False, "cpu-avx512"),
+        ("AVX512", True, False, False, "cpu-avx512-bf16"),
+        ("AVX512", True, True, False, "cpu-avx512-fp16"),
+        ("AVX512", True, True, True, "cpu-avx512-amx"),
+        ("SVE256", False, False, False, "cpu-sve256"),
+        ("Z VECTOR", False, False, False, "cpu-zvector"),
+        ("DEFAULT", False, False, False, "cpu-aarch64"),
     ],
 )
 def test_a_cpu_baseline_is_of_vector_instructions(
-    monkeypatch: pytest.MonkeyPatch, widest: str, bf16: bool, amx: bool, expected: str
+    monkeypatch: pytest.MonkeyPatch, widest: str, bf16: bool, fp16: bool, amx: bool, expected: str
 ) -> None:
     """Two processors that compute bfloat16 differently share no ratio to it, whatever their name."""
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: widest)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_fp16": fp16})
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert cpu_slug(cpu_capability()) == expected
     assert is_cpu(expected)

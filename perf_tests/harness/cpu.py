@@ -13,7 +13,8 @@ def cpu_slug(capability: str) -> str:
     """The machine a CPU baseline belongs to: `cpu-avx512-bf16`.
 
     Without the vector instructions in its name, one baseline would judge processors on which a level's ratio to bf16
-    has nothing in common: `bf16` takes 0.8 of `fp32`'s time with AVX-512 and 2.6 of it with AVX2.
+    has nothing in common: `bf16` takes 0.8 of `fp32`'s time with AVX-512 and its bfloat16, 1.4 of it where that has
+    float16 too, and 2.6 of it with AVX2.
 
     Args:
         capability: `fluxfast.machine.cpu_capability`.
