@@ -136,11 +136,11 @@ class LoopPipeline(FluxPipeline):
         # As after `set_timesteps`: a capture runs this function several times.
         scheduler._step_index = None
         scheduler.set_begin_index(0)
-        if self.modulation is not None:
+        if self.modulation is not None and modulation is None:
             self.modulation.restart()
-            if modulation is not None:
-                pooled, guidance = conditions["pooled_projections"], conditions["guidance"]
-                self.modulation.use(modulation, timesteps, latents.dtype, pooled, guidance)
+        elif self.modulation is not None:
+            pooled, guidance = conditions["pooled_projections"], conditions["guidance"]
+            self.modulation.use(modulation, timesteps, latents.dtype, pooled, guidance)
         first = None
         for moment in timesteps.unbind():
             timestep = moment.expand(len(latents)).to(latents.dtype)
