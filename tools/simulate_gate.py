@@ -134,12 +134,18 @@ def _nights(base: Array, run: Array, confirmation: Array, earlier: Sequence[Arra
     return Nights(base=base, run=run, confirmation=confirmation, history=history)
 
 
-def decide(night: Nights, policy: Policy) -> Decisions:
-    """`gate.judge_latency` for all nights at once."""
+def decide(night: Nights, policy: Policy, *, visible: bool = True) -> Decisions:
+    """`gate.judge_latency` for all nights at once.
+
+    Args:
+        visible: also the smallest visible change, which takes the spread of every level in every night. Without it
+            spreads are taken where no process of tonight overlaps with the baseline: nothing else is red or improved.
+    """
     if night.loop is None:
-        return _decide(night, policy)
+        return _decide(night, policy, visible=visible)
     policy = policy.sharing(2)
-    call, loop = _decide(night, policy), _decide(night.loop, policy, has_ladder=False)
+    call = _decide(night, policy, visible=visible)
+    loop = _decide(night.loop, policy, visible=visible, has_ladder=False)
     first = call.first | loop.first
     return Decisions(
         first=first,
@@ -150,19 +156,21 @@ def decide(night: Nights, policy: Policy) -> Decisions:
     )
 
 
-def _decide(night: Nights, policy: Policy, *, has_ladder: bool = True) -> Decisions:
+def _decide(night: Nights, policy: Policy, *, visible: bool, has_ladder: bool = True) -> Decisions:
     """Decisions on one part of a call."""
     ids = list(policy.parents)
     at = {id: number for number, id in enumerate(ids)}
     absolute_over = {at[id]: None if (d := policy.divisor(id)) is None else at[d] for id in ids}
     ladder_over = {at[id]: at[up] for id, up in policy.parents.items() if up is not None and has_ladder}
+    # With a history the limit needs the spread too.
+    everywhere = visible or night.history.shape[-1] > 0
     looks = []
     for tonight in (night.run, night.confirmation):
-        absolute, visible = _look(night, tonight, absolute_over, None, policy)
+        absolute, seen = _look(night, tonight, absolute_over, None, policy, everywhere=everywhere)
         limits = {level: found.limit for level, found in absolute.items()}
         of_steps = {level: np.maximum(limits[level], limits[parent]) for level, parent in ladder_over.items()}
-        looks.append((absolute, _look(night, tonight, ladder_over, of_steps, policy)[0], visible))
-    (absolute, ladder, visible), (again, ladder_again, _) = looks
+        looks.append((absolute, _look(night, tonight, ladder_over, of_steps, policy, everywhere=visible)[0], seen))
+    (absolute, ladder, seen), (again, ladder_again, _) = looks
     moved = np.stack([absolute[level].ratio for level in range(len(ids))], axis=-1)
     shape = moved.shape
     interval_1, interval, ladder_1, ladder_2, improved = (np.zeros(shape, bool) for _ in range(5))
@@ -170,20 +178,29 @@ def _decide(night: Nights, policy: Policy, *, has_ladder: bool = True) -> Decisi
         interval_1[:, level] = absolute[level].slower
         interval[:, level] = absolute[level].slower & again[level].slower
         improved[:, level] = absolute[level].faster
-        if level in ladder:
+        if level in ladder and ladder[level].slower.any():
             drift = np.median(np.delete(moved, level, axis=-1), axis=-1)
             behind = absolute[level].slower | (moved[:, level] - drift > absolute[level].limit)
             ladder_1[:, level] = ladder[level].slower & behind
             ladder_2[:, level] = ladder_1[:, level] & ladder_again[level].slower
     return Decisions(
-        first=interval_1 | ladder_1, interval=interval, ladder=ladder_2, improved=improved & ~ladder_1, visible=visible
+        first=interval_1 | ladder_1, interval=interval, ladder=ladder_2, improved=improved & ~ladder_1, visible=seen
     )
 
 
 def _look(
-    night: Nights, tonight: Array, over: Mapping[int, int | None], limits: Mapping[int, Any] | None, policy: Policy
+    night: Nights,
+    tonight: Array,
+    over: Mapping[int, int | None],
+    limits: Mapping[int, Any] | None,
+    policy: Policy,
+    *,
+    everywhere: bool,
 ) -> tuple[dict[int, Comparison], Array]:
-    """Each level's comparison and smallest visible change; without `limits` they come from the history."""
+    """Each level's comparison and smallest visible change; without `limits` they come from the history.
+
+    Unless `everywhere`, an interval is infinite where the processes of both sides overlap.
+    """
 
     def series(logs: Array, level: int) -> Array:
         divisor = over[level]
@@ -194,16 +211,46 @@ def _look(
         (a, n), (b, m) = noise.squares(series(night.base, level)), noise.squares(series(tonight, level))
         squares[level] = a + b, n + m
     found, visible = {}, np.full(night.base.shape[:2], np.nan)
-    processes = tonight.shape[-1]
     for level in over:
-        others = [squares[other] for other in over if other not in (level, over[level])]
-        spread = noise.spread(squares[level], (sum(s for s, _ in others), sum(n for _, n in others)), policy)
-        error = noise.error(night.base.shape[-1], night.run.shape[-1], spread)
+        base, now = series(night.base, level), series(tonight, level)
+        at = np.arange(len(base)) if everywhere else np.flatnonzero(_are_apart(base, now))
+        own, *others = (
+            (squares[id][0][at], squares[id][1])
+            for id in (level, *(id for id in over if id not in (level, over[level])))
+        )
+        spread = noise.spread(own, others, policy)
+        error = noise.error(base.shape[-1], night.run.shape[-1], spread) if everywhere else 0.0
         limit = noise.limit(night.history[:, level], error, policy) if limits is None else limits[level]
-        own = series(night.base, level)
-        found[level] = noise.compare(own, series(tonight, level), spread, limit, policy)
-        visible[:, level] = noise.visible(own, processes, spread, limit, policy)
+        compared = noise.compare(base[at], now[at], spread, limit[at], policy)
+        if everywhere:
+            found[level] = compared
+            visible[:, level] = noise.visible(base, now.shape[-1], spread, limit, policy)
+        else:
+            found[level] = _spread_out(compared, at, now.mean(axis=-1) - base.mean(axis=-1), limit)
     return found, visible
+
+
+def _are_apart(base: Array, tonight: Array) -> Any:
+    slower = tonight.min(axis=-1) > base.max(axis=-1)
+    return slower | (tonight.max(axis=-1) < base.min(axis=-1))
+
+
+def _spread_out(compared: Comparison, at: Any, ratio: Array, limit: Array) -> Comparison:
+    """The comparison of all nights from that of the nights `at`, where there was something to compare."""
+
+    def filled(value: Any, of_others: Any) -> Any:
+        whole = np.full(len(ratio), of_others)
+        whole[at] = value
+        return whole
+
+    return Comparison(
+        ratio=ratio,
+        low=filled(compared.low, -np.inf),
+        high=filled(compared.high, np.inf),
+        limit=limit,
+        above=filled(compared.above, False),
+        below=filled(compared.below, False),
+    )
 
 
 def upper_bound(events: int, trials: int, confidence: float = 0.95) -> float:
@@ -217,7 +264,7 @@ def false_alarms(model: Model, levels: int) -> tuple[int, int]:
     first = red = 0
     for seed in range(model.nights // NIGHTS):
         null = nights(model.draw, policy, levels=levels, history=model.history, seed=seed, rest_sd=model.rest_sd)
-        decisions = decide(null, policy)
+        decisions = decide(null, policy, visible=False)
         first += int(decisions.first.any(axis=1).sum())
         red += int(decisions.red.any(axis=1).sum())
     return first, red

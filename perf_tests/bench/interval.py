@@ -70,8 +70,7 @@ def of_rounds(samples: Sequence[float]) -> Interval | None:
 def _of_processes(level: str, run: Mapping[str, Sequence[Sequence[float]]], policy: Policy) -> Interval:
     logs = _log_medians(run[level])
     others = [noise.squares(_log_medians(samples)) for other, samples in run.items() if other != level]
-    pooled = (sum(float(squares) for squares, _ in others), float(sum(df for _, df in others)))
-    spread = noise.spread(noise.squares(logs), pooled, policy)
+    spread = noise.spread(noise.squares(logs), others, policy)
     half = float(noise.quantile(spread.df, (1 - CONFIDENCE) / 2) * spread.sd / np.sqrt(len(logs)))
     low_s, high_s = np.exp([logs.mean() - half, logs.mean() + half])
     return Interval(low_s=float(low_s), high_s=float(high_s), confidence=CONFIDENCE, interval_of=PROCESSES)

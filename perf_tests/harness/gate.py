@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -283,7 +282,7 @@ class _Look:
         numbers |= {"limit": math.expm1(own.limit), "smallest_visible": math.expm1(min(visible, WIDEST))}
         return text, numbers | {"processes": float(len(tonight)), "baseline_processes": float(len(base))}
 
-    def _squares(self, level: str, over: Over) -> tuple[Any, int]:
+    def _squares(self, level: str, over: Over) -> noise.Squares:
         """Squared deviations within the baseline and within tonight, each about its own mean, and their freedom."""
         parts = [
             noise.squares(_series(logs, level, over[level]))
@@ -295,8 +294,7 @@ class _Look:
     def _spread(self, level: str, over: Over) -> noise.Spread:
         # Not the divisor's own series: it shares noise with this one, or is this one upside down.
         others = [self._squares(id, over) for id in over if id not in (level, over[level])]
-        rest = sum(s for s, _ in others), sum(n for _, n in others)
-        return noise.spread(self._squares(level, over), rest, self.policy)
+        return noise.spread(self._squares(level, over), others, self.policy)
 
     def _compare(self, level: str, over: Over, *limits: str) -> Comparison:
         base, tonight = (_series(logs, level, over[level]) for logs in (self.base, self.tonight))

@@ -7,6 +7,7 @@ very code that decides one.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,15 @@ from scipy import special
 from perf_tests.harness.policy import Policy
 
 Array = npt.NDArray[np.float64]
+Squares = tuple[Any, int]
+"""Sum of squared deviations from their means, and its degrees of freedom."""
 
 POWER = 0.9
 """A change is visible if at least this share of nights finds it, confirmation included."""
+FEW = 3
+"""Fewer levels than this cannot say how alike they are."""
+REACH = 2.5
+"""Where a level lies off the others it counts as so many of their standard deviations, and no more."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,22 +59,58 @@ class Comparison:
         return (self.high < -self.limit) & self.below
 
 
-def squares(logs: Array) -> tuple[Any, int]:
+def squares(logs: Array) -> Squares:
     """Sum of squared deviations from the mean along the last axis, and its degrees of freedom."""
     return np.square(logs - logs.mean(axis=-1, keepdims=True)).sum(axis=-1), logs.shape[-1] - 1
 
 
-def spread(own: tuple[Any, float], others: tuple[Any, float], policy: Policy) -> Spread:
+def spread(own: Squares, others: Sequence[Squares], policy: Policy) -> Spread:
     """A level's spread from its own processes, drawn towards that of the other levels.
 
-    A few processes say little about their own spread: five that saw one of two modes look tight. The other levels
-    weigh up to `pool_df` degrees of freedom, and `prior_sd` stands in where there are none.
+    A few processes say little about their own spread: five that saw one of two modes look tight. The other levels weigh
+    as many degrees of freedom as they are alike, from `prior_df` to `pool_df`.
     """
-    others_df = policy.prior_df + others[1]
-    others_var = (policy.prior_df * policy.prior_sd**2 + others[0]) / others_df
-    weight = np.minimum(policy.pool_df, others_df)
+    shown = [(total, df) for total, df in others if df]
+    variance, weight = _usual(shown, policy) if len(shown) >= FEW else _pooled(shown, policy)
     df = weight + own[1]
-    return Spread(sd=np.sqrt((weight * others_var + own[0]) / df), df=df)
+    return Spread(sd=np.sqrt((weight * variance + own[0]) / df), df=df)
+
+
+def _pooled(others: Sequence[Squares], policy: Policy) -> tuple[Any, Any]:
+    """One variance for all, of which the prior is `prior_df` observations, and what it weighs."""
+    df = policy.prior_df + sum(df for _, df in others)
+    variance = (policy.prior_df * policy.prior_sd**2 + sum(total for total, _ in others)) / df
+    return variance, min(policy.pool_df, df)
+
+
+def _usual(others: Sequence[Squares], policy: Policy) -> tuple[Any, Any]:
+    """The variance that levels have, and the degrees of freedom that say how little they differ in it.
+
+    Moderated variances (Smyth 2004, doi:10.2202/1544-6115.1027): a level's variance is taken for a draw from a scaled
+    inverse chi-squared distribution, whose two parameters follow from mean and variance of the logarithms. Levels far
+    off are drawn in first (Phipson et al. 2016, doi:10.1214/16-AOAS920), and none is quieter than half of the prior.
+    """
+    freedom = np.array([float(df) for _, df in others])
+    variances = np.stack([total / df for total, df in others], axis=-1)
+    logs = np.log(np.maximum(variances, policy.prior_sd**2 / 2)) - _mean_log(freedom)
+    by_chance = special.polygamma(1, freedom / 2).mean()
+    middle = np.median(logs, axis=-1, keepdims=True)
+    usual = 1.4826 * np.median(np.abs(logs - middle), axis=-1, keepdims=True)
+    reach = REACH * np.maximum(usual, np.sqrt(by_chance))
+    logs = np.clip(logs, middle - reach, middle + reach)
+    alike = np.maximum(policy.prior_df, _alike(logs.var(axis=-1, ddof=1) - by_chance))
+    return np.exp(logs.mean(axis=-1) + _mean_log(alike)), np.minimum(alike, policy.pool_df)
+
+
+def _mean_log(df: Any) -> Any:
+    """The mean of log(chi-squared / df)."""
+    return special.digamma(df / 2) - np.log(df / 2)
+
+
+def _alike(variance: Any) -> Any:
+    """Degrees of freedom of a chi-squared variable whose logarithm has this variance; few thousand at most."""
+    x = np.maximum(variance, 1e-3)
+    return (1 + np.sqrt(1 + 2 * x)) / x  # of the trigamma function's first two terms, at y = df / 2: 1 / y + 1 / 2y^2
 
 
 def quantile(df: Any, alpha: float) -> Any:
