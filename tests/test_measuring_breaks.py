@@ -24,6 +24,14 @@ def test_made_up_workers_are_a_green_run(tmp_path: Path) -> None:
     assert (tmp_path / "results" / "history.db").exists()
 
 
+def test_a_machine_that_is_not_known_yet_is_no_other_one(tmp_path: Path) -> None:
+    """pytest-benchmark compares machines before the first worker tells its packages: no warning in each run."""
+    assert run_live(tmp_path, "--record-baseline").status == 0
+    ran = run_live(tmp_path, "--benchmark-compare")
+    assert ran.status == 0 and "Comparing against benchmarks from: 0001_tiny.json" in ran.text, ran.text
+    assert "machine_info is different" not in ran.text
+
+
 def test_a_disturbed_process_is_measured_again(tmp_path: Path) -> None:
     """It alone, as the terminal says; run and replay are green."""
     ran = run_live(tmp_path, "--hot=compile:1", "--processes=3")

@@ -36,6 +36,8 @@ from tools.night_models import (
 )
 
 BASELINE_PROCESSES = 5
+LARGEST = 31
+"""Levels of the largest committed baseline, and of the nights over it."""
 SLOWED = 4
 """Position of the level that the power simulations slow down: in the middle, with a parent and a child."""
 
@@ -303,7 +305,7 @@ def main() -> None:
     print("| null nights | levels | red before confirmation, per 1,000 | false alarms | per 1,000 | 95 % bound |")
     print("|---|---|---|---|---|---|")
     for name, model in null_models().items():
-        for levels in (9, 23, 30):  # the ladder, and what nights over the baselines of a GPU have
+        for levels in (len(LADDER), LARGEST):
             count = model.nights
             first, red = false_alarms(model, levels)
             bound = 1000 * upper_bound(red, count)

@@ -320,8 +320,17 @@ def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, A
 
 
 @pytest.hookimpl(wrapper=True, optionalhook=True)
-def pytest_benchmark_compare_machine_info(benchmarksession: Any) -> Generator[None, object, object]:
-    """Keep pytest-benchmark's warning about another environment from ending the run."""
+def pytest_benchmark_compare_machine_info(
+    benchmarksession: Any, machine_info: dict[str, Any], compared_benchmark: dict[str, Any]
+) -> Generator[None, object, object]:
+    """Keep pytest-benchmark's warning about another environment from ending the run, or from being there every time.
+
+    It compares before anything is measured. Of the machine its name is known then, and no package; verdicts name those
+    that moved.
+    """
+    saved = compared_benchmark["machine_info"]
+    if "python" not in machine_info and saved["node"] == machine_info["node"]:
+        machine_info.update(saved)
     try:
         return (yield)
     except ValueError:  # it names the storage relative to the working directory, and that may lie elsewhere
