@@ -203,7 +203,7 @@ def _record(session: ReadOnlySession, level: str, metric: Metric, said: dict[str
         runners=[_runner(environment, session.slug)],
         dependencies={
             name: Dependency(version=version)
-            for name in ("torch", "triton", "torchao", "diffusers", "transformers", "fa3", "quack")
+            for name in ("torch", "triton", "torchao", "diffusers", "transformers", "fa3", "quack", "cutlass_dsl")
             if (version := getattr(environment, name)) is not None
         },
         metric=metric,

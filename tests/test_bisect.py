@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from baseline_samples import ENVIRONMENT
 from history_samples import judged, level_night, night
+from packaging.requirements import Requirement
 
 from perf_tests.bisect import answer, cli, known, versions
 from perf_tests.bisect.bisection import Bisection
@@ -24,6 +25,8 @@ from perf_tests.bisect.environments import (
     build,
     install_commands,
     pinned_requirements,
+    recipe_here,
+    requirements,
 )
 from perf_tests.bisect.known import require_good
 from perf_tests.bisect.machines import Here
@@ -403,14 +406,37 @@ def test_index_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
         versions.published("torch", index_url=None, pre=True)
 
 
+PROJECT = {
+    "name": "fluxfast-perf",
+    "dependencies": ["torch>=2.11", "numpy"],
+    "optional-dependencies": {
+        "perf": ["fluxfast_perf[report]", "pytest-benchmark[histogram]>=5.3"],
+        "report": ["jinja2>=3.1", "fluxfast-perf[perf]"],
+        "gpu": ["fa3-fwd>=0.0.3", "quack-kernels[cu13]>=0.6.5"],
+    },
+}
+
+
 def test_everything_but_the_component_is_pinned() -> None:
-    """What is not installed here is not wanted there."""
-    project = {
-        "dependencies": ["torch>=2.11", "numpy"],
-        "optional-dependencies": {"perf": ["pytest-benchmark[histogram]>=5.3"], "gpu": ["fa3-fwd>=0.0.3"]},
+    """What is not installed here is not wanted there, and of this project, which is on no index, what it asks for."""
+    here = {
+        "torch": "2.13.0",
+        "numpy": "2.4.6",
+        "pytest-benchmark": "5.3.1",
+        "jinja2": "3.1.6",
+        "fluxfast-perf": "0.1.0",
     }
-    here = {"torch": "2.13.0", "numpy": "2.4.6", "pytest-benchmark": "5.3.1"}
-    assert pinned_requirements("torch", project, here.get) == ["numpy==2.4.6", "pytest-benchmark[histogram]==5.3.1"]
+    pinned = ["numpy==2.4.6", "pytest-benchmark[histogram]==5.3.1", "jinja2==3.1.6"]
+    assert pinned_requirements("torch", requirements(PROJECT), here.get) == pinned
+
+
+def test_this_project_asks_for_packages_of_an_index(tmp_path: Path) -> None:
+    """Every extra of its own is resolved, and the component keeps the extras that it is asked for with."""
+    recipe = recipe_here("quack-kernels", index_url=None, over_base=False)
+    names = {Requirement(text).name for text in recipe.rest}
+    assert {"torch", "pytest", "jinja2"} <= names and not {"fluxfast-perf", "quack-kernels"} & names
+    (install,) = install_commands(recipe, "0.6.6", Path("p"), tmp_path / "c")
+    assert install[-1] == "quack-kernels[cu13]==0.6.6"
 
 
 def test_triton_goes_over_what_torch_brought() -> None:

@@ -29,14 +29,15 @@ def test_nothing_where_nothing_moved_or_nothing_is_to_be_searched() -> None:
 
 
 def test_what_no_command_searches_is_named() -> None:
-    """A driver or a library of kernels moves numbers too; what an older baseline has never heard of does not count."""
+    """A driver or another build of FlashAttention-3 moves numbers too; what a baseline has never heard of does not."""
     red = Verdict(outcome=Outcome.REGRESSED, level="float8", rule="interval", message="")
-    with_quack = moved(quack="0.6.5")
-    now = moved(quack="0.6.6", driver="600.1", torch="2.14.0")
+    with_quack = moved(quack="0.6.5", fa3="fa3-fwd 0.0.3")
+    now = moved(quack="0.6.6", fa3="flash-attn-3 3.0.0", driver="600.1", torch="2.14.0", triton="3.8.0")
     assert unsearched(red, with_quack, now) == (
-        "Not as when the baseline was recorded, and searched by no command: driver None -> 600.1; quack 0.6.5 -> 0.6.6"
+        "Not as when the baseline was recorded, and searched by no command: fa3 fa3-fwd 0.0.3 -> flash-attn-3 3.0.0; "
+        "driver None -> 600.1"
     )
-    assert unsearched(red, ENVIRONMENT, with_quack) is None
+    assert unsearched(red, moved(fa3="fa3-fwd 0.0.3"), with_quack) is None
     assert unsearched(red, ENVIRONMENT, moved(torch="2.14.0")) is None
     assert unsearched(red, None, now) is unsearched(red, now, None) is None
     assert unsearched(red.model_copy(update={"outcome": Outcome.VOID}), ENVIRONMENT, now) is None
@@ -50,6 +51,18 @@ def test_one_command_a_package_that_moved() -> None:
         "--test 'test_latency[float8]' --workload tiny --pre --index-url \"$NIGHTLY_INDEX_URL\"",
         "python -m perf_tests bisect --axis diffusers --good 0.42.1 --bad 0.43.0 "
         "--test 'test_latency[float8]' --workload tiny",
+    ]
+
+
+def test_libraries_of_kernels_are_searched_by_the_names_of_their_packages() -> None:
+    """An environment calls them otherwise, and says which package FlashAttention-3 is from."""
+    was = moved(quack="0.6.5", cutlass_dsl="4.8.1", fa3="fa3-fwd 0.0.3")
+    now = moved(quack="0.6.6", cutlass_dsl="4.9.0", fa3="fa3-fwd 0.0.4")
+    asked = [command.split()[4:9] for command in commands(was, now)]
+    assert asked == [
+        ["--axis", "quack-kernels", "--good", "0.6.5", "--bad"],
+        ["--axis", "nvidia-cutlass-dsl", "--good", "4.8.1", "--bad"],
+        ["--axis", "fa3-fwd", "--good", "0.0.3", "--bad"],
     ]
 
 

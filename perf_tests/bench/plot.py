@@ -166,6 +166,7 @@ def device(environment: Environment) -> str:
 
 def versions(environment: Environment) -> str:
     """Every version that is known, in a line."""
-    named = ("driver", "cuda", "torch", "triton", "torchao", "diffusers", "transformers", "fa3", "quack", "python")
+    packages = ("torch", "triton", "torchao", "diffusers", "transformers", "fa3", "quack", "cutlass_dsl")
+    named = ("driver", "cuda", *packages, "python")
     facts = environment.model_dump()
     return ", ".join(f"{name} {facts[name]}" for name in named if facts[name] is not None)

@@ -13,7 +13,7 @@ import sysconfig
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -52,7 +52,7 @@ class Recipe:
     """How an environment is made.
 
     Args:
-        component: the package that differs.
+        component: the package that differs. extras: of it.
         index_url: where nightlies lie, beside the configured index; None for that one alone.
         base: site-packages of the running Python, over which the component alone is installed; empty for an
             environment of its own.
@@ -61,6 +61,7 @@ class Recipe:
     """
 
     component: str
+    extras: Sequence[str] = ()
     index_url: str | None = None
     base: Sequence[str] = ()
     rest: Sequence[str] = ()
@@ -70,33 +71,49 @@ class Recipe:
 def recipe_here(component: str, *, index_url: str | None, over_base: bool) -> Recipe:
     """The recipe for this machine: what the running Python has, with another version of `component`."""
     base = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
+    asked = requirements(_project())
     return Recipe(
         component=component,
+        extras=sorted({extra for own in asked if canonicalize_name(own.name) == component for extra in own.extras}),
         index_url=index_url,
         base=list(base) if over_base else [],
-        rest=[] if over_base else pinned_requirements(component, _project(), _installed),
+        rest=[] if over_base else pinned_requirements(component, asked, _installed),
         uv=shutil.which("uv"),
     )
 
 
 def pinned_requirements(
-    component: str, project: Mapping[str, object], installed: Callable[[str], str | None]
+    component: str, asked: Sequence[Requirement], installed: Callable[[str], str | None]
 ) -> list[str]:
     """What `pyproject.toml` asks for beside `component`, at the versions that are installed here.
 
     What those need in turn is left to the installer: torch, for one, brings the triton it was built with.
     """
-    listed = project["dependencies"], project["optional-dependencies"]
-    assert isinstance(listed[0], list) and isinstance(listed[1], dict)
     pinned = []
-    for text in [*listed[0], *listed[1]["perf"], *listed[1]["gpu"]]:
-        requirement = Requirement(text)
+    for requirement in asked:
         version = installed(requirement.name)
         # An extra's package that is not here, such as FlashAttention-3 without a Hopper GPU, is not wanted there.
         if canonicalize_name(requirement.name) != component and version is not None:
-            extras = f"[{','.join(sorted(requirement.extras))}]" if requirement.extras else ""
-            pinned.append(f"{requirement.name}{extras}=={version}")
+            pinned.append(f"{requirement.name}{_in_brackets(sorted(requirement.extras))}=={version}")
     return pinned
+
+
+def requirements(project: Mapping[str, Any]) -> list[Requirement]:
+    """Of the suite on a GPU, from a `pyproject.toml`'s `project`; its own extras are what they stand for."""
+    found, groups, seen = [], [project["dependencies"]], {"perf", "gpu"}
+    groups += [project["optional-dependencies"][extra] for extra in sorted(seen)]
+    for group in groups:
+        for requirement in map(Requirement, group):
+            if canonicalize_name(requirement.name) != canonicalize_name(project["name"]):
+                found.append(requirement)
+                continue
+            groups += [project["optional-dependencies"][extra] for extra in sorted(requirement.extras - seen)]
+            seen |= requirement.extras
+    return found
+
+
+def _in_brackets(extras: Sequence[str]) -> str:
+    return f"[{','.join(extras)}]" if extras else ""
 
 
 def install_commands(recipe: Recipe, version: str, python: Path, constraints: Path) -> list[list[str]]:
@@ -106,7 +123,7 @@ def install_commands(recipe: Recipe, version: str, python: Path, constraints: Pa
         python: of the new environment.
         constraints: file that holds `recipe.rest` without extras.
     """
-    own = [f"{recipe.component}=={version}"]
+    own = [f"{recipe.component}{_in_brackets(recipe.extras)}=={version}"]
     if recipe.uv:
         install = [recipe.uv, "pip", "install", "--python", str(python)]
     else:
@@ -232,9 +249,9 @@ def _version_in(python: Path, component: str) -> str:
     return asked.stdout.strip()
 
 
-def _project() -> Mapping[str, object]:
+def _project() -> Mapping[str, Any]:
     document = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    project: Mapping[str, object] = document["project"]
+    project: Mapping[str, Any] = document["project"]
     return project
 
 

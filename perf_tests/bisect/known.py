@@ -7,6 +7,7 @@ from pathlib import Path
 from perf_tests.bisect.oracle import split_test
 from perf_tests.bisect.state import Question
 from perf_tests.bisect.versions import VersionError, same
+from perf_tests.harness.culprit import version_of
 from perf_tests.harness.runner import ROOT
 from perf_tests.harness.schema import Outcome
 from perf_tests.history import store
@@ -29,7 +30,7 @@ def require_good(history: Path, question: Question) -> None:
     environments = store.documents(history)
     nights: dict[str, str] = {}
     for point in store.points(history, level=level, workload=question.workload):
-        version = environments.get(point.environment or "", {}).get(question.axis)
+        version = version_of(question.axis, environments.get(point.environment or "", {}))
         outcome = point.outcome_by_test().get(name)
         if version and outcome and same(good, version):
             nights[point.run] = outcome

@@ -48,6 +48,7 @@ def read_environment() -> Environment:
         cpu_threads=torch.get_num_threads(),
         platform=platform.platform(),
         quack=_version("quack-kernels"),
+        cutlass_dsl=_version("nvidia-cutlass-dsl"),
     )
 
 

@@ -67,6 +67,7 @@ class Environment(Strict):
     cpu_threads: Annotated[int, Field(ge=1, le=1 << 20)]
     platform: str
     quack: str | None = None
+    cutlass_dsl: str | None = None
 
     def changes(self, was: Environment | None) -> list[str]:
         """What is not as it was, `name old -> new` each.
