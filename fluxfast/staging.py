@@ -52,7 +52,7 @@ class StagedModulation:
         made_from = (self.pipeline.scheduler.timesteps, timestep.dtype, pooled, guidance)
         if not _same([_identity(x) for x in (made_from[0], pooled, guidance)], self._made_of):
             self.use(self.compute(*made_from), *made_from)
-        self.tables.select_where(self._keys == timestep[0])
+        self.tables.select(self._keys == timestep[0])
         return self._forward(**kwargs)
 
     def restart(self) -> None:

@@ -228,7 +228,7 @@ def test_grouped_blocks_are_those_of_two_streams(
     )
     got = run(model, batch)
     hook.remove()
-    PrecomputedModulation([*model.transformer_blocks, *model.single_transformer_blocks]).fill(tembs[0][None])
+    modulate(PrecomputedModulation([*model.transformer_blocks, *model.single_transformer_blocks]), tembs[0][None])
     torch.testing.assert_close(run(model, batch), got)
 
 
@@ -334,7 +334,7 @@ def test_residuals_left_to_the_next_block(double, single, batch):
     )
     run(model, batch)
     hook.remove()
-    PrecomputedModulation([*model.transformer_blocks, *model.single_transformer_blocks]).fill(tembs[0][None])
+    modulate(PrecomputedModulation([*model.transformer_blocks, *model.single_transformer_blocks]), tembs[0][None])
     assert relative_error(run(model, batch), want) < 1e-5
 
 
@@ -361,7 +361,7 @@ def test_blocks_with_pending_residuals_compile_once(transformer, batch, is_preco
     model = fused(transformer, fused_residuals=True, **options)
     if is_precomputed:
         modulation = PrecomputedModulation([*model.transformer_blocks, *model.single_transformer_blocks])
-        model.time_text_embed.register_forward_hook(lambda module, args, temb: modulation.fill(temb[None]))
+        model.time_text_embed.register_forward_hook(lambda module, args, temb: modulate(modulation, temb[None]))
     torch._dynamo.reset()
     compiler = Compiler({})
     assert compile_transformer(model, compiler, "blocks") == 2
@@ -520,6 +520,12 @@ def test_linears_refuse_what_they_cannot_convert():
         DenseLinear.from_linears([nn.Linear(16, 16)]).forward_quantized(torch.zeros(1, 16), torch.ones(1, 1))
 
 
+def modulate(modulation, tembs):
+    """A table of so many steps' embeddings, and the first step's modulation."""
+    modulation.use(modulation.compute(tembs))
+    modulation.select(torch.arange(len(tembs)) == 0)
+
+
 def test_precomputed_modulation_replaces_temb(transformer):
     """With the table, each step's output is that of its own embedding, whatever `temb` says, at one static address."""
     blocks = fuse_blocks(transformer, attention=attention, ops=EXACT)
@@ -529,17 +535,19 @@ def test_precomputed_modulation_replaces_temb(transformer):
     with torch.no_grad():
         want = [[b(*inputs, temb, rotary)[1] for b in blocks] for temb in tembs]
         modulation = PrecomputedModulation(blocks)
-        modulation.fill(tembs)
+        with pytest.raises(ValueError, match="no step is known yet"):
+            modulation.select(torch.tensor([True]))
+        modulate(modulation, tembs)
         addresses = [block.modulation.data_ptr() for block in blocks]
         for step in (0, 2, 1):
-            modulation.select(step)
+            modulation.select(torch.arange(3) == step)
             for block, expected in zip(blocks, want[step], strict=True):
                 torch.testing.assert_close(block(*inputs, torch.full((2, WIDTH), float("nan")), rotary)[1], expected)
-        modulation.fill(tembs.flip(0))
+        modulate(modulation, tembs.flip(0))
     assert addresses == [block.modulation.data_ptr() for block in blocks] and isinstance(blocks[-1], single)
     assert modulation.current.shape == (2, (2 * 12 + 2 * 3) * WIDTH)
-    with pytest.raises(ValueError, match="outside the 3 steps"):
-        modulation.select(3)
+    modulation.select(torch.arange(3) == 3)
+    assert modulation.current.isnan().all(), "of a step that the table does not hold"
 
 
 def test_blocks_refuse_attention_arguments(transformer):
@@ -564,5 +572,5 @@ def test_blocks_compile_as_one_graph(transformer):
             want = block(*arguments)
             compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
             torch.testing.assert_close(compiled(*arguments), want, rtol=0.05, atol=0.05)
-            PrecomputedModulation([block]).fill(arguments[2][None])
+            modulate(PrecomputedModulation([block]), arguments[2][None])
             torch.testing.assert_close(compiled(*arguments), want, rtol=0.05, atol=0.05)

@@ -18,9 +18,9 @@ from fluxfast.kernels.blocks import _ModulatedBlock
 class PrecomputedModulation:
     """One static tensor that the blocks read their modulation from, and the table of all steps that refreshes it.
 
-    Usage: `fill` before the loop, whenever prompt, steps, guidance or batch change; `select(i)` before step i.
-    `detach` and a `fill` for another batch size give the blocks other tensors; those of one batch size are kept, so a
-    CUDA graph that was captured with them stays right.
+    Usage: `compute` and `use` before the loop, whenever prompt, steps, guidance or batch change; `select` before each
+    step. A table for another batch size gives the blocks other tensors; those of one batch size are kept, so a CUDA
+    graph that was captured with them stays right.
 
     Attributes:
         current: (B, total width) in the type of the modulation Linears; each block holds a view of its columns.
@@ -33,10 +33,6 @@ class PrecomputedModulation:
         self.table: torch.Tensor | None = None
         self._static: dict[Hashable, torch.Tensor] = {}
 
-    def fill(self, tembs: torch.Tensor) -> None:
-        """Compute the table from the embeddings of all steps, (steps, B, D), and select step 0."""
-        self.use(self.compute(tembs))
-
     @torch.no_grad()
     def compute(self, tembs: torch.Tensor) -> torch.Tensor:
         """(steps, B, D) embeddings of all steps -> their table, (steps, B, total width)."""
@@ -46,7 +42,7 @@ class PrecomputedModulation:
 
     @torch.no_grad()
     def use(self, table: torch.Tensor) -> None:
-        """Let the blocks read from a table that `compute` made, and select step 0."""
+        """Let the blocks read from a table that `compute` made."""
         self.table = table
         like = table[0]
         current = self._static.setdefault((like.shape, like.dtype, like.device), torch.empty_like(like))
@@ -55,36 +51,17 @@ class PrecomputedModulation:
             widths = [block.modulation_width for block in self.blocks]
             for block, view in zip(self.blocks, self.current.split(widths, dim=-1), strict=True):
                 block.modulation = view
-        self.select(0)
 
-    def select(self, step: int) -> None:
-        """Copy one step's modulation (2.1 MB for FLUX.1) over `current`; one kernel, safe to capture in a graph.
+    def select(self, matches: torch.Tensor) -> None:
+        """Copy one step's modulation (2.1 MB for FLUX.1) over `current`, without asking the device which.
 
-        Raises:
-            ValueError: before `fill`, and for a step that the table does not hold.
-        """
-        if self.table is None or self.current is None:
-            raise ValueError("the modulation of no step is known yet: call fill() first")
-        if not 0 <= step < len(self.table):
-            raise ValueError(f"step {step} is outside the {len(self.table)} steps that fill() got")
-        self.current.copy_(self.table[step])
-
-    def select_where(self, matches: torch.Tensor) -> None:
-        """Select the first step whose entry in `matches`, (steps,) of bool, is true, without asking the device.
-
-        If there is none everything becomes NaN: a wrong modulation would draw a plausible wrong image.
+        It is the first step whose entry in `matches`, (steps,) of bool, is true. If there is none everything becomes
+        NaN: a wrong modulation would draw a plausible wrong image.
 
         Raises:
-            ValueError: before `fill`.
+            ValueError: before `use`.
         """
         if self.table is None or self.current is None:
-            raise ValueError("the modulation of no step is known yet: call fill() first")
+            raise ValueError("the modulation of no step is known yet: call use() first")
         step = matches.int().argmax().view(1)
         self.current.copy_(self.table.index_select(0, step)[0].masked_fill(~matches.any(), float("nan")))
-
-    def detach(self) -> None:
-        """Let the blocks compute their modulation from `temb` again."""
-        self.current = self.table = None
-        self._static.clear()
-        for block in self.blocks:
-            block.modulation = None
