@@ -205,12 +205,12 @@ def test_red_needs_a_confirmation():
     slower = {"aoti": 0.04}
     first = latency("aoti", run(slower))
     assert (first.outcome, first.rule, first.ok) == (Outcome.REGRESSED, "unconfirmed", False)
-    assert "in 12 fresh processes" in first.message
+    assert "in 14 fresh processes" in first.message
     disagreeing = latency("aoti", run(slower), again=confirmation())
     assert (disagreeing.outcome, disagreeing.rule) == (Outcome.PASS, "confirmation")
     assert "+4.08 %" in disagreeing.message and "+0.00 %" in disagreeing.message
     short = latency("aoti", run(slower), again=run(slower))
-    assert short.outcome is Outcome.REGRESSED and "assume 12 processes" in short.message
+    assert short.outcome is Outcome.REGRESSED and "assume 14 processes" in short.message
 
 
 def test_a_ladder_red_is_not_dismissed_by_a_confirmation_without_the_parent():

@@ -1,4 +1,4 @@
-"""Faults put into a copy of the gate: test_gate.py has to notice every one."""
+"""Faults put into a copy of the gate: test_gate.py or test_noise.py has to notice every one."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ COPIED = (
     ),
     "tests/gate_samples.py",
     "tests/test_gate.py",
+    "tests/test_noise.py",
 )
 
 MUTATIONS = {
@@ -28,7 +29,12 @@ MUTATIONS = {
     "limit ignored": ("noise", "(self.low > self.limit)", "(self.low > 0)"),
     "interval ignored": ("noise", "low=ratio - half", "low=ratio"),
     "min for max": ("noise", "tonight.min(axis=-1) > base.max(axis=-1)", "tonight.min(axis=-1) > base.min(axis=-1)"),
-    "other levels' spread ignored": ("noise", "np.minimum(policy.pool_df, others_df)", "1e-9"),
+    "other levels' spread ignored": ("noise", "np.minimum(alike, policy.pool_df)", "1e-9"),
+    "unlike levels lend as alike ones": ("noise", "alike = np.maximum(", "alike = 1e3 + np.maximum("),
+    "chance makes levels unlike": ("noise", "ddof=1) - by_chance)", "ddof=1))"),
+    "one wild level for all": ("noise", "np.clip(logs, middle - reach, middle + reach)", "logs"),
+    "quiet levels made alike": ("noise", "1e-4 * least", "least"),
+    "no least spread": ("noise", "+ _mean_log(alike)), least)", "+ _mean_log(alike)), 0.0)"),
     "history ignored": ("noise", "np.square(nights).sum(axis=-1)", "0.0"),
     "cap removed": ("noise", "policy.floor, policy.cap)", "policy.floor, None)"),
     "confirmation dropped": ("gate", "[rule for rule in rules if second.looks_red(level, rule)]", "rules"),
@@ -50,7 +56,17 @@ MUTATIONS = {
 
 
 def run_core_tests(copy: pathlib.Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "tests/test_gate.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_noise.py",
+        "tests/test_gate.py",
+    ]
     # Plugins of the environment are of no use here and slow to load; hypothesis' strategies need no plugin.
     environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": "", "PYTEST_ADDOPTS": ""}
     return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=120, check=False)

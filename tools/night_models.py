@@ -65,12 +65,13 @@ def uneven(rng: np.random.Generator, date: int, *shape: int) -> Array:
     return rng.normal(0, 1, shape) * np.geomspace(0.001, 0.02, shape[1])[:, None]
 
 
-def two_kinds(loud: float, quiet: float) -> Draw:
-    """Every other level waits for the host: one spread for the even ones, another for the odd ones."""
+def two_kinds(loud: float, quiet: float, many: int | None = None) -> Draw:
+    """Some levels wait for the host: the first so many, or every other one."""
 
     def draw(rng: np.random.Generator, date: int, *shape: int) -> Array:
-        levels = np.arange(shape[1]) % 2
-        return rng.normal(0, 1, shape) * np.where(levels, quiet, loud)[:, None]
+        levels = np.arange(shape[1])
+        is_loud = levels % 2 == 0 if many is None else levels < many
+        return rng.normal(0, 1, shape) * np.where(is_loud, loud, quiet)[:, None]
 
     return draw
 
@@ -120,17 +121,20 @@ def null_models() -> dict[str, Model]:
         "noisy, 2 %": Model(draw=gaussian(0.02)),
         "uneven, 0.1 to 2 %": Model(draw=uneven),
         "every other level 4 %, the rest 0.3 %": Model(draw=two_kinds(0.04, GPU_SPREAD), nights=MANY_NIGHTS),
+        "12 level(s) 4 %, the rest 0.1 %": Model(draw=two_kinds(0.04, 0.001, 12), nights=MANY_NIGHTS),
         "mixed bimodal and tight": Model(draw=mixed),
         DRIFT: Model(draw=drifting(0.002, 0.001)),
+        f"{DRIFT}, 3 nights of history": Model(draw=drifting(0.002, 0.001), history=3),
         f"{DRIFT}, 10 nights of history": Model(draw=drifting(0.002, 0.001), history=10),
         "CPU, 2 %, one process": Model(draw=gaussian(CPU_SPREAD), policy=CPU),
         "CPU, 9 %, one process": Model(draw=gaussian(0.09), policy=CPU),
+        "CPU, 6 level(s) 20 %, the rest 1 %": Model(draw=two_kinds(0.2, 0.01, 6), policy=CPU, nights=MANY_NIGHTS),
         "CPU, heavy-tailed 2 %, one process": Model(draw=heavy_tailed(CPU_SPREAD), policy=CPU),
         "CPU, mixed bimodal, one process": Model(draw=mixed, policy=CPU),
         "CPU, three levels bimodal, 60 % slow": Model(draw=bimodal(0.6, levels=3), policy=CPU),
     }
     # The hardest null for five baseline processes: rates near the bound need more nights to be told from it.
-    for levels in (None, 1, 3, 6, 8):
+    for levels in (None, 1, 3, 6, 8, 12, 20):
         for slow in (0.2, 0.5, 0.7, 0.75, 0.8) if levels is None else (0.65,):
             name = f"{'every level' if levels is None else f'{levels} level(s)'} bimodal, {100 * slow:.0f} % slow"
             models[name] = Model(draw=bimodal(slow, levels=levels), nights=MANY_NIGHTS)

@@ -25,7 +25,7 @@ POWER = 0.9
 FEW = 3
 """Fewer levels than this cannot say how alike they are."""
 REACH = 2.5
-"""Where a level lies off the others it counts as so many of their standard deviations, and no more."""
+"""A level's variance lies off the others' by so many standard deviations at most, theirs or those of mere chance."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,8 @@ def spread(own: Squares, others: Sequence[Squares], policy: Policy) -> Spread:
     """A level's spread from its own processes, drawn towards that of the other levels.
 
     A few processes say little about their own spread: five that saw one of two modes look tight. The other levels weigh
-    as many degrees of freedom as they are alike, from `prior_df` to `pool_df`.
+    as many degrees of freedom as they are alike, from `prior_df` to `pool_df`; fewer than `FEW` are pooled with the
+    prior, which stands in where there are none. Of nights, `df` may be one a night.
     """
     shown = [(total, df) for total, df in others if df]
     variance, weight = _usual(shown, policy) if len(shown) >= FEW else _pooled(shown, policy)
@@ -84,22 +85,26 @@ def _pooled(others: Sequence[Squares], policy: Policy) -> tuple[Any, Any]:
 
 
 def _usual(others: Sequence[Squares], policy: Policy) -> tuple[Any, Any]:
-    """The variance that levels have, and the degrees of freedom that say how little they differ in it.
+    """The variance that levels have, at least half of the prior, and the degrees of freedom by how little they differ.
 
     Moderated variances (Smyth 2004, doi:10.2202/1544-6115.1027): a level's variance is taken for a draw from a scaled
     inverse chi-squared distribution, whose two parameters follow from mean and variance of the logarithms. Levels far
-    off are drawn in first (Phipson et al. 2016, doi:10.1214/16-AOAS920), and none is quieter than half of the prior.
+    off are drawn in first, as by Phipson et al. (2016, doi:10.1214/16-AOAS920), who also draw these levels less to the
+    others; here what they are judged with is drawn like any other's.
     """
+    least = policy.prior_sd**2 / 2
     freedom = np.array([float(df) for _, df in others])
     variances = np.stack([total / df for total, df in others], axis=-1)
-    logs = np.log(np.maximum(variances, policy.prior_sd**2 / 2)) - _mean_log(freedom)
+    # Equal clocks give a variance of zero. The floor itself comes last: at it levels differ less than by chance.
+    logs = np.log(np.maximum(variances, 1e-4 * least)) - _mean_log(freedom)
     by_chance = special.polygamma(1, freedom / 2).mean()
     middle = np.median(logs, axis=-1, keepdims=True)
-    usual = 1.4826 * np.median(np.abs(logs - middle), axis=-1, keepdims=True)
-    reach = REACH * np.maximum(usual, np.sqrt(by_chance))
+    deviation = 1.4826 * np.median(np.abs(logs - middle), axis=-1, keepdims=True)
+    reach = REACH * np.maximum(deviation, np.sqrt(by_chance))
     logs = np.clip(logs, middle - reach, middle + reach)
-    alike = np.maximum(policy.prior_df, _alike(logs.var(axis=-1, ddof=1) - by_chance))
-    return np.exp(logs.mean(axis=-1) + _mean_log(alike)), np.minimum(alike, policy.pool_df)
+    alike = np.maximum(policy.prior_df, _freedom_of(logs.var(axis=-1, ddof=1) - by_chance))
+    variance = np.maximum(np.exp(logs.mean(axis=-1) + _mean_log(alike)), least)
+    return variance, np.minimum(alike, policy.pool_df)
 
 
 def _mean_log(df: Any) -> Any:
@@ -107,7 +112,7 @@ def _mean_log(df: Any) -> Any:
     return special.digamma(df / 2) - np.log(df / 2)
 
 
-def _alike(variance: Any) -> Any:
+def _freedom_of(variance: Any) -> Any:
     """Degrees of freedom of a chi-squared variable whose logarithm has this variance; few thousand at most."""
     x = np.maximum(variance, 1e-3)
     return (1 + np.sqrt(1 + 2 * x)) / x  # of the trigamma function's first two terms, at y = df / 2: 1 / y + 1 / 2y^2

@@ -43,7 +43,7 @@ class Policy:
         night_weight: how many nights of history the floor counts for.
         alpha: one-sided error of one latency interval.
         prior_sd, prior_df: between-process spread assumed before any process is seen, and what it weighs in degrees of
-            freedom.
+            freedom; the spread of other levels never weighs less.
         pool_df: what the spread of the other levels weighs, at most, beside a level's own.
         confirmation_processes: fresh processes that a confirmation runs; the stated error rates assume that many.
         min_processes: baseline processes below which a message says that the interval is wide for lack of them.
@@ -65,7 +65,7 @@ class Policy:
     night_weight: float = 5.0
     alpha: float = 1e-3
     prior_df: float = 2.0
-    pool_df: float = 16.0
+    pool_df: float = 20.0
     confirmation_processes: int = 10
     min_processes: int = 5
     published_margin: float = 0.05
@@ -102,8 +102,8 @@ def policy_for(slug: str, unavailable: Collection[str] = ()) -> Policy:
     A level whose parent is `unavailable` is compared with the nearest one below that runs.
 
     GPU: the floor is a quarter of the 2 % that has to be found; the spread is assumed, at two degrees of freedom (the
-    quietest levels of the H100 baseline show 0.2 to 0.5 % between processes). A night there has up to 30 levels, whose
-    two-mode noise takes two more processes to confirm.
+    quietest levels of the H100 baseline show 0.2 to 0.5 % between processes). A night there has up to 31 levels, whose
+    two-mode noise takes four more processes to confirm.
     CPU: shared machines move by several per cent between processes, and seconds do not travel between them. Nor does
     the last bit: other caches and cores may add in another order, so images may differ as float32's does from bf16's,
     a step error by a quarter.
@@ -121,7 +121,7 @@ def policy_for(slug: str, unavailable: Collection[str] = ()) -> Policy:
             rounding_level="fp32",
         )
     return Policy(
-        slug=slug, parents=parents, relative_to=None, floor=0.005, cap=0.03, prior_sd=0.003, confirmation_processes=12
+        slug=slug, parents=parents, relative_to=None, floor=0.005, cap=0.03, prior_sd=0.003, confirmation_processes=14
     )
 
 
