@@ -117,7 +117,7 @@ def test_spreads_where_processes_overlap_decide_nothing(name, history):
     """Without `visible` they are left out, and every decision is the same."""
     model, chained = MODELS[name], simulate.chain(GPU, 9)
     drawn = simulate.nights(model.draw, chained, levels=9, count=4000, history=history, rest_sd=model.rest_sd)
-    drawn = drawn.slowed(simulate.SLOWED, 0.02)
+    drawn = drawn.slowed(simulate.SLOWED, 0.25)
     whole, sparse = (simulate.decide(drawn, chained, visible=visible) for visible in (True, False))
     for what in ("first", "interval", "ladder", "improved"):
         assert getattr(whole, what).any() and np.array_equal(getattr(whole, what), getattr(sparse, what)), what
