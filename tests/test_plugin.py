@@ -206,17 +206,23 @@ def test_update_passes_over_what_the_confirmation_denied(tmp: Path, reason: list
     assert only_baseline(tmp).name == "0001_tiny.json"
 
 
-def test_update_keeps_a_quiet_night(tmp: Path) -> None:
-    """1 % at one level moves nothing and is remembered."""
-    run = write_run(tmp / "night", 5)
-    for process in range(5):
-        put(run, sample("compile", process, 1.01))
-    ran = run_suite(tmp, "--replay", run, "--update-baseline")
+def test_a_green_run_is_added_as_a_night(tmp: Path) -> None:
+    """3 % at one level is remembered, and nothing else changes; a second time, or of a red run, it is not."""
+    run = write_run(tmp / "night")
+    put(run, sample("compile", 0, 1.03))
+    asked = ("--replay", run, "--benchmark-compare", "--add-night")
+    ran = run_suite(tmp, *asked)
     assert ran.status == 0, ran.text
-    assert "this night is kept" in ran.text
-    new = read_baseline(tmp / "baselines" / "cpu" / "0002_tiny.json")
-    assert new.levels["compile"].nights == [pytest.approx(math.log(1.01))]
-    assert new.levels["aoti"].nights == []
+    assert "0002_tiny.json, with this night of 8 levels" in ran.text
+    old, new = (read_baseline(tmp / "baselines" / "cpu" / f"000{number}_tiny.json") for number in (1, 2))
+    assert [own.nights for own in old.levels.values()] == 8 * [[]]
+    assert new.levels["compile"].nights == [pytest.approx(math.log(1.03), abs=0.002)]
+    assert new.levels["aoti"].nights == [pytest.approx(0, abs=0.002)]
+    assert new.levels["compile"].processes == old.levels["compile"].processes
+    assert "baseline unchanged: it has this night" in run_suite(tmp, *asked).text
+    put(run, sample("compile", 0, 3.0))
+    ran = run_suite(tmp, *asked)
+    assert ran.status == 1 and "no baseline was written: the run is not green" in ran.text
 
 
 @pytest.mark.parametrize(("again", "status"), [(1.3, 1), (1.0, 0), (None, 1)], ids=["agrees", "does not", "not there"])
@@ -468,6 +474,7 @@ def test_other_weights(tmp: Path) -> None:
         (["--fresh-compiles"], "--fresh-compiles says that workers compile anew, and --replay starts none"),
         (["--require-machine=h200-700w"], "--require-machine h200-700w: this machine is 'cpu'"),
         (["--record-baseline", "--update-baseline"], "leave one away"),
+        (["--add-night"], "give --benchmark-compare, and leave --record-baseline, --update-baseline and --inject away"),
         (["--reason=why not"], "give both"),
         (["--record-baseline", "--reason=why not"], "give both"),
         (["--update-baseline", "--reason="], "give both"),

@@ -30,7 +30,7 @@ from perf_tests.harness.policy import policy_for
 from perf_tests.harness.recording import machine_info, stock_json
 from perf_tests.harness.schema import AnnotatedStep, Baseline, Counters, Outcome, Proof, Result, Verdict
 from perf_tests.harness.store import BaselineError, read_baseline
-from perf_tests.harness.updating import _moved, update_baseline
+from perf_tests.harness.updating import _moved, add_night, update_baseline
 
 LIMITS = dict.fromkeys(LEVELS, 0.06)
 CPU = {level: policy_for("cpu").divisor(level) for level in LEVELS}
@@ -128,20 +128,21 @@ def test_nothing_moved_changes_nothing() -> None:
 QUIET = {"ratio": 1.001, "low": 0.99, "high": 1.01, "limit": 0.005}
 
 
-def test_what_did_not_move_keeps_the_night() -> None:
-    """Only the latest thirty nights, none twice, none of a level that moved, none of the baseline's own run."""
+def test_a_night_is_kept_however_far_it_is() -> None:
+    """Only the latest thirty, none twice, none of the baseline's own run; of another environment none at all."""
     old = sample_baseline()
-    new = sample_baseline(sample_run({"bf16": 1.01, "compile": 0.9}))
     nights = {"fp32": (0.0, None), "bf16": (0.01, 0.002), "compile": (-0.1, -0.1)}
-    updated, _ = update_baseline(old, new, LIMITS, None, nights=nights)
-    assert {level: own.nights for level, own in updated.levels.items()} == {"fp32": [], "bf16": [0.01], "compile": []}
-    assert [own.loop_nights for own in updated.levels.values()] == [[], [0.002], []]
+    updated = add_night(old, nights, ENVIRONMENT)
+    assert [own.nights for own in updated.levels.values()] == [[], [0.01], [-0.1]]
+    assert [own.loop_nights for own in updated.levels.values()] == [[], [0.002], [-0.1]]
+    assert add_night(updated, nights, ENVIRONMENT) == updated
     for index in range(40):
-        tonight = {"bf16": (index / 1e4, index / 1e5), "fp32": (0.002, None)}
-        updated, _ = update_baseline(updated, updated, LIMITS, None, nights=tonight)
+        updated = add_night(updated, {"bf16": (index / 1e4, index / 1e5), "fp32": (0.002, None)}, ENVIRONMENT)
     assert updated.levels["bf16"].nights == [index / 1e4 for index in range(10, 40)]
     assert updated.levels["bf16"].loop_nights == [index / 1e5 for index in range(10, 40)]
     assert (updated.levels["fp32"].nights, updated.levels["fp32"].loop_nights) == ([0.002], [])
+    with pytest.raises(BaselineError, match=r"when nothing changes, and since the baseline torch .* -> 9\.9 did"):
+        add_night(old, nights, ENVIRONMENT.model_copy(update={"torch": "9.9"}))
 
 
 def with_loops(base: Baseline, scale: float = 1.0) -> Baseline:

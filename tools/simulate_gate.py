@@ -80,7 +80,7 @@ class Decisions:
     ladder: Any
     improved: Any
     visible: Any
-    """Smallest visible log ratio."""
+    """Smallest visible log ratio; NaN where it was not asked for."""
 
     @property
     def red(self) -> Any:

@@ -78,6 +78,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="rewrite what moved beyond a third of its limit; with --levels that the baseline lacks, add these",
     )
+    group.addoption(
+        "--add-night",
+        action="store_true",
+        help="if nothing is red, keep how far each level is from the baseline as a night in which nothing changed; "
+        "with --replay, of a stored run",
+    )
     group.addoption("--reason", help="why --update-baseline may accept something slower")
     group.addoption("--require-machine", metavar="SLUG", help="refuse any other than this one, as h200-700w")
     group.addoption("--inject", action="append", default=[], metavar="LEVEL:FAULT", help="break a level on purpose")
@@ -249,21 +255,25 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     elif exitstatus == 0 and own.voids:
         reporter.write_line("\ninconclusive: what was disturbed stayed so; see the skipped tests", yellow=True)
         session.exitstatus = INCONCLUSIVE
-    if own.is_recording:
+    if own.is_recording or session.config.option.add_night:
         _record(own, session, reporter)
     if own.verdicts and (session.config.option.history or not session.config.option.replay):
         _remember(own, int(session.exitstatus), reporter)
 
 
 def _record(own: Suite, session: pytest.Session, reporter: Any) -> None:
-    """Store the run as a baseline, or say why not."""
+    """Store the run as a baseline or as a night of one, or say why not."""
     try:
         if reason := "the run is not green" if session.exitstatus != 0 else own.not_recordable():
             raise store.BaselineError(reason)
         option = session.config.option
         accepted = {verdict.level for verdict in own.accepted}
-        lines = record.store_run(
-            own.session, update=option.update_baseline, reason=option.reason, accepted=accepted, added=own.added
+        lines = (
+            record.store_night(own.session)
+            if option.add_night
+            else record.store_run(
+                own.session, update=option.update_baseline, reason=option.reason, accepted=accepted, added=own.added
+            )
         )
         reporter.write_line("\n" + "\n".join(lines))
     except StoreError as error:

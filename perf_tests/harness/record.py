@@ -15,6 +15,8 @@ from perf_tests.harness.files import MAX_PNG_BYTES, read_bytes
 from perf_tests.harness.schema import Baseline, Outcome
 from perf_tests.harness.session import EXACT_LEVEL, REFERENCE_LEVEL, Session
 
+NIGHT = ["--benchmark-compare", "--add-night"]
+
 
 def baseline_of(session: Session, stored: Any, levels: Sequence[str]) -> tuple[Baseline, dict[str, bytes]]:
     """The baseline that this run would be, and its reference image by name; none where random weights draw noise.
@@ -115,16 +117,34 @@ def store_run(
         reason,
         accepted=accepted,
         leaner=[level for level in session.levels if session.memory(level).outcome is Outcome.IMPROVED],
-        nights=_nights(session),
         loop_limits=_loop_limits(session, new),
         unsettled=[level for level in session.levels if session.latency(level).rule == "confirmation"],
         divisors={level: session.policy.divisor(level) for level in session.baseline.levels},
     )
     if updated == session.baseline:
-        return [*lines, "baseline unchanged: nothing moved beyond a third of its limit, and this night is known"]
+        return [*lines, "baseline unchanged: nothing moved beyond a third of its limit"]
     # The reference image stays the old one, which lies there already.
-    path = _write(session, updated, {}, options)
-    return [*(lines or ["nothing moved beyond a third of its limit; this night is kept"]), f"baseline written: {path}"]
+    return [*lines, f"baseline written: {_write(session, updated, {}, options)}"]
+
+
+def store_night(session: Session) -> list[str]:
+    """Write the baseline with this green run as one of its nights; lines for the terminal.
+
+    Raises:
+        StoreError: saying why the run is none.
+    """
+    old, nights = session.baseline, _nights(session)
+    if old is None or old.source != "recorded":
+        raise store.BaselineError("a night is of a recorded baseline, and this run was judged by none")
+    told = {level: session.latency(level) for level in session.levels if level not in nights}
+    lines = [f"{level}: no night of it, since it is {own.outcome.value} ({own.rule})" for level, own in told.items()]
+    updated = updating.add_night(old, nights, session.environment)
+    if updated == old:
+        return [*lines, "baseline unchanged: it has this night, or is of this run"]
+    return [
+        *lines,
+        f"baseline written: {_write(session, updated, {}, NIGHT)}, with this night of {len(nights)} levels",
+    ]
 
 
 def _limits(session: Session, new: Baseline) -> dict[str, float]:
@@ -182,7 +202,7 @@ def _write(
         elif added:
             words = ["--workload", session.workload.id, *words]
             action = f"it holds {', '.join(added)} by now; to measure what it holds again, run"
-        elif "--partial-baseline" in options or not told:
+        elif "--partial-baseline" in options or options == NIGHT or not told:
             words = ["--replay", str(session.folder), "--levels", ",".join(session.levels), *words]
             action = "judge this run by it with"
         else:

@@ -29,7 +29,6 @@ def update_baseline(
     *,
     accepted: Collection[str] = (),
     leaner: Collection[str] = (),
-    nights: Mapping[str, tuple[float, float | None]] | None = None,
     loop_limits: Mapping[str, float] | None = None,
     divisors: Mapping[str, str | None] | None = None,
     unsettled: Collection[str] = (),
@@ -37,9 +36,8 @@ def update_baseline(
 ) -> tuple[Baseline, list[str]]:
     """`old` with the levels that moved beyond a third of their limit, or are `accepted`, taken from `new`.
 
-    What moved less stays, so that many small updates do not add up to an unseen regression; there tonight's change is
-    kept as one of the level's `nights`, from which the gate learns how much it moves when nothing changed. Without a
-    reason a level may become faster or `leaner` only, and keeps its fidelity and step error.
+    What moved less stays, so that many small updates do not add up to an unseen regression. Without a reason a level
+    may become faster or `leaner` only, and keeps its fidelity and step error.
 
     Args:
         old, new: of the same machine, workload and method; `new` from `baseline_from_results`. What `new` lacks stays
@@ -47,7 +45,6 @@ def update_baseline(
         limits: level id -> latency limit as the gate has it, the natural log of a ratio (0.02 is about +2 %).
         accepted: level ids of which anything was red and is let pass for `reason`: image, memory, counts or time.
         leaner: level ids whose peak memory improved; it is taken from `new`.
-        nights: level id -> tonight's log ratio to `old` of call and, where it is judged, loop, of levels that passed.
         loop_limits: level id -> the same as `limits` for the denoising loop, where that is judged. It tells whether a
             level moved as well as the call does.
         reason: why slower is accepted; needed too if a level is accepted, or its effective fields or proofs changed.
@@ -58,8 +55,8 @@ def update_baseline(
         today: date of the annotation; default: now, UTC.
 
     Returns:
-        The baseline, equal to `old` if nothing moved and no night is given, and one line a level that is `unsettled`
-        or of which more than its nights is rewritten for its own sake.
+        The baseline, equal to `old` if nothing moved, and one line a level that is `unsettled` or that is rewritten for
+        its own sake.
 
     Raises:
         BaselineError: not comparable, a level is missing, a loosening without reason, or times of an `unsettled` level
@@ -110,10 +107,7 @@ def update_baseline(
         was = old.levels[level]
         leaned = {"peak_memory_bytes": new.levels[level].peak_memory_bytes} if level in leaner else {}
         kept = was.model_copy(update=leaned)
-        if level in replaced:
-            levels[level] = _merge(kept, new.levels[level], level in moved and bool(reason))
-        else:
-            levels[level] = _with_night(kept, *(nights or {}).get(level, (None, None)))
+        levels[level] = _merge(kept, new.levels[level], level in moved and bool(reason)) if level in replaced else kept
         changes = _changes(was, levels[level])
         if level in moved:
             changes.insert(0, _times(old, new, level, ratios[level], limits[level]))
@@ -131,6 +125,32 @@ def update_baseline(
     update = {"environment": new.environment, "levels": levels, "steps": [*old.steps, *steps]}
     updated = old.model_copy(update=update)
     return updated, lines + _moved_floors(old, updated)
+
+
+def add_night(
+    old: Baseline, nights: Mapping[str, tuple[float, float | None]], environment: Environment | None
+) -> Baseline:
+    """`old` with tonight's change as one of each level's `nights`, from which the gate learns how much it moves.
+
+    Whatever its size: nights of which only the quiet ones are kept say that nothing ever moves.
+
+    Args:
+        nights: level id -> tonight's log ratio to `old` of call and, where it is judged, loop, of levels that passed.
+        environment: of tonight.
+
+    Returns:
+        The baseline, equal to `old` if this night, or the run that it was recorded from, is all that `nights` holds.
+
+    Raises:
+        BaselineError: another environment, which may have moved what it holds.
+    """
+    if changes := environment.changes(old.environment) if environment else []:
+        raise BaselineError(
+            f"a night tells how levels move when nothing changes, and since the baseline {', '.join(changes)} did; "
+            "give a run of the baseline's versions on its machine"
+        )
+    levels = {level: _with_night(own, *nights.get(level, (None, None))) for level, own in old.levels.items()}
+    return old.model_copy(update={"levels": levels})
 
 
 def extend_baseline(

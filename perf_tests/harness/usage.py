@@ -76,6 +76,13 @@ def refuse_contradictions(option: Any) -> None:
         "--record-baseline writes a new baseline and --update-baseline changes the old one: leave one away": (
             option.record_baseline and option.update_baseline
         ),
+        "--add-night keeps a run that is compared with the baseline, as it is: give --benchmark-compare, and leave "
+        "--record-baseline, --update-baseline and --inject away": (
+            option.add_night
+            and not (
+                option.benchmark_compare and not (option.record_baseline or option.update_baseline or option.inject)
+            )
+        ),
         "--reason says why --update-baseline accepts something slower: give both, and the reason in words": (
             option.reason is not None and not (option.update_baseline and option.reason.strip())
         ),
