@@ -206,6 +206,19 @@ def test_update_passes_over_what_the_confirmation_denied(tmp: Path, reason: list
     assert only_baseline(tmp).name == "0001_tiny.json"
 
 
+@pytest.mark.parametrize("package", ["torch", "cutlass_dsl"])
+def test_another_environment_is_warned_of_and_a_key_that_came_later_is_not(tmp: Path, package: str) -> None:
+    """A file from before a package was looked for says nothing of it."""
+    old = read_baseline(only_baseline(tmp))
+    stock = stock_json(old)
+    del stock["machine_info"]["cutlass_dsl"]
+    write_baseline(tmp / "baselines" / "cpu", "tiny", old, stock, {})
+    for level in LEVELS:
+        put(tmp / "run", changed(level, 0, result={"environment": ENVIRONMENT.model_copy(update={package: "9.9"})}))
+    ran = run_suite(tmp, "--replay", tmp / "run", "--benchmark-compare")
+    assert ran.status == 0 and ("machine_info is different" in ran.text) is (package == "torch"), ran.text
+
+
 def test_a_green_run_is_added_as_a_night(tmp: Path) -> None:
     """3 % at one level is remembered, and nothing else changes; a second time, or of a red run, it is not."""
     run = write_run(tmp / "night")

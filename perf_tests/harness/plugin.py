@@ -331,16 +331,19 @@ def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, A
 
 @pytest.hookimpl(wrapper=True, optionalhook=True)
 def pytest_benchmark_compare_machine_info(
-    benchmarksession: Any, machine_info: dict[str, Any], compared_benchmark: dict[str, Any]
+    config: pytest.Config, benchmarksession: Any, machine_info: dict[str, Any], compared_benchmark: dict[str, Any]
 ) -> Generator[None, object, object]:
     """Keep pytest-benchmark's warning about another environment from ending the run, or from being there every time.
 
-    It compares before anything is measured. Of the machine its name is known then, and no package; verdicts name those
-    that moved.
+    It compares every key, before anything is measured: of a new run only the machine's name is known then, and a file
+    lacks what came later. Verdicts name the packages that moved.
     """
-    saved = compared_benchmark["machine_info"]
-    if "python" not in machine_info and saved["node"] == machine_info["node"]:
-        machine_info.update(saved)
+    own, saved = config.stash.get(SUITE, None), compared_benchmark["machine_info"]
+    if own is not None and own.session.baseline and saved["node"] == machine_info["node"]:
+        now = own.session.environment
+        if now is None or not now.changes(own.session.baseline.environment):
+            machine_info.clear()
+            machine_info.update(saved)
     try:
         return (yield)
     except ValueError:  # it names the storage relative to the working directory, and that may lie elsewhere
