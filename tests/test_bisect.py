@@ -437,6 +437,8 @@ def test_this_project_asks_for_packages_of_an_index(tmp_path: Path) -> None:
     assert {"torch", "pytest", "jinja2"} <= names and not {"fluxfast-perf", "quack-kernels"} & names
     (install,) = install_commands(recipe, "0.6.6", Path("p"), tmp_path / "c")
     assert install[-1] == "quack-kernels[cu13]==0.6.6"
+    with pytest.raises(ValueError, match="leave --base-env away"):
+        recipe_here("nvidia-cutlass-dsl", index_url=None, over_base=True)
 
 
 def test_triton_goes_over_what_torch_brought() -> None:

@@ -39,6 +39,7 @@ def test_what_no_command_searches_is_named() -> None:
     )
     assert unsearched(red, moved(fa3="fa3-fwd 0.0.3"), with_quack) is None
     assert unsearched(red, ENVIRONMENT, moved(torch="2.14.0")) is None
+    assert str(unsearched(red, ENVIRONMENT, moved(triton="3.9.0"))).endswith(": triton None -> 3.9.0")
     assert unsearched(red, None, now) is unsearched(red, now, None) is None
     assert unsearched(red.model_copy(update={"outcome": Outcome.VOID}), ENVIRONMENT, now) is None
 

@@ -219,23 +219,56 @@ def test_another_environment_is_warned_of_and_a_key_that_came_later_is_not(tmp: 
     assert ran.status == 0 and ("machine_info is different" in ran.text) is (package == "torch"), ran.text
 
 
+ADD_NIGHT = ("--benchmark-compare", "--add-night")
+
+
 def test_a_green_run_is_added_as_a_night(tmp: Path) -> None:
     """3 % at one level is remembered, and nothing else changes; a second time, or of a red run, it is not."""
     run = write_run(tmp / "night")
     put(run, sample("compile", 0, 1.03))
-    asked = ("--replay", run, "--benchmark-compare", "--add-night")
-    ran = run_suite(tmp, *asked)
+    ran = run_suite(tmp, "--replay", run, *ADD_NIGHT)
     assert ran.status == 0, ran.text
-    assert "0002_tiny.json, with this night of 8 levels" in ran.text
+    assert "0002_tiny.json, with this night of " in ran.text
     old, new = (read_baseline(tmp / "baselines" / "cpu" / f"000{number}_tiny.json") for number in (1, 2))
     assert [own.nights for own in old.levels.values()] == 8 * [[]]
     assert new.levels["compile"].nights == [pytest.approx(math.log(1.03), abs=0.002)]
     assert new.levels["aoti"].nights == [pytest.approx(0, abs=0.002)]
     assert new.levels["compile"].processes == old.levels["compile"].processes
-    assert "baseline unchanged: it has this night" in run_suite(tmp, *asked).text
+    assert "baseline unchanged: it has this night" in run_suite(tmp, "--replay", run, *ADD_NIGHT).text
     put(run, sample("compile", 0, 3.0))
-    ran = run_suite(tmp, *asked)
+    ran = run_suite(tmp, "--replay", run, *ADD_NIGHT)
     assert ran.status == 1 and "no baseline was written: the run is not green" in ran.text
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        ({"injection": "slow:0.04"}, "'compile' was broken on purpose"),
+        (
+            {"environment": ENVIRONMENT.model_copy(update={"torch": "9.9"})},
+            "'compile': a night tells how levels move when nothing changes, and since the baseline was recorded torch ",
+        ),
+    ],
+)
+def test_what_is_no_night(tmp: Path, result: dict[str, object], said: str) -> None:
+    """Another environment or a fault, be it of one process, is what changed."""
+    put(tmp / "run", changed("compile", 0, result=result))
+    ran = run_suite(tmp, "--replay", tmp / "run", *ADD_NIGHT)
+    assert ran.status == 1 and f"no baseline was written: {said}" in ran.text
+    assert only_baseline(tmp).name == "0001_tiny.json"
+
+
+def test_what_could_be_no_night_is_refused_at_once(tmp: Path) -> None:
+    """A part of the tests, another number of processes, and no baseline to add to."""
+    for replayed, paths, said in (
+        (tmp / "run", ("perf_tests/test_structure.py",), "a run in which every test judged: name no files"),
+        (write_run(tmp / "five", 5), ("perf_tests",), "a night is of 1 process(es) a level on 'cpu'"),
+    ):
+        ran = run_suite(tmp, "--replay", replayed, *ADD_NIGHT, paths=paths)
+        assert ran.status == 4 and said in ran.text, ran.text
+    only_baseline(tmp).unlink()
+    ran = run_suite(tmp, "--replay", tmp / "run", *ADD_NIGHT)
+    assert ran.status == 4 and "adds to a recorded baseline, and there is none of 'tiny'" in ran.text
 
 
 @pytest.mark.parametrize(("again", "status"), [(1.3, 1), (1.0, 0), (None, 1)], ids=["agrees", "does not", "not there"])
@@ -363,7 +396,7 @@ def test_a_recording_compares_with_the_last_baseline(tmp: Path) -> None:
     assert ran.status == 1 and ran.of("failure") == {"test_latency[compile]"}, ran.text
     for option in ("--record-baseline", "--update-baseline"):
         ran = run_suite(tmp, "--replay", run, option, paths=(STRUCTURE,))
-        assert ran.status == 4 and "name no files or node ids to record" in ran.text
+        assert ran.status == 4 and "name no files or node ids" in ran.text
     assert only_baseline(tmp).name == "0001_tiny.json"
 
 

@@ -87,11 +87,6 @@ class Decisions:
         return self.interval | self.ladder
 
 
-def default_processes(policy: Policy) -> int:
-    """Processes of a run by default: 3 on a GPU, 1 on the CPU."""
-    return 1 if policy.relative_to else 3
-
-
 def chain(policy: Policy, levels: int) -> Policy:
     """The policy of a ladder of so many levels: the real ids, then made-up rungs."""
     ids = [level.id for level in LADDER][:levels]
@@ -113,7 +108,7 @@ def nights(
 
     With `rest_sd`, `draw` gives the loops of the calls: `LOOP_SHARE` of each, and the rest spreads by so much.
     """
-    rng, processes = np.random.default_rng(seed), default_processes(policy)
+    rng, processes = np.random.default_rng(seed), policy.usual_processes
     wanted = (0, BASELINE_PROCESSES), *((2 + date, processes) for date in range(history))
     base, *earlier = (draw(rng, date, count, levels, drawn) for date, drawn in wanted)
     run = draw(rng, 1, count, levels, processes)
@@ -316,7 +311,7 @@ def main() -> None:
     )
     print("|---|---|---|")
     for slow in (0.3, 0.5, 0.65, 0.8):
-        drawn = default_processes(GPU) + GPU.confirmation_processes
+        drawn = GPU.usual_processes + GPU.confirmation_processes
         print(f"| {100 * slow:.0f} % | {100 * (1 - slow) ** BASELINE_PROCESSES:.2f} % | {1000 * slow**drawn:.2f} |")
     print("\n| machine | slowed by | found | also in ladder terms | red elsewhere | smallest visible (median) |")
     print("|---|---|---|---|---|---|")

@@ -52,7 +52,8 @@ class Recipe:
     """How an environment is made.
 
     Args:
-        component: the package that differs. extras: of it.
+        component: the package that differs.
+        extras: of the component.
         index_url: where nightlies lie, beside the configured index; None for that one alone.
         base: site-packages of the running Python, over which the component alone is installed; empty for an
             environment of its own.
@@ -69,7 +70,13 @@ class Recipe:
 
 
 def recipe_here(component: str, *, index_url: str | None, over_base: bool) -> Recipe:
-    """The recipe for this machine: what the running Python has, with another version of `component`."""
+    """The recipe for this machine: what the running Python has, with another version of `component`.
+
+    Raises:
+        ValueError: for a component whose code lies in packages of its own requirements, alone.
+    """
+    if over_base and component == "nvidia-cutlass-dsl":
+        raise ValueError(f"{component} without what it requires has no code: leave --base-env away")
     base = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
     asked = requirements(_project())
     return Recipe(
@@ -107,8 +114,9 @@ def requirements(project: Mapping[str, Any]) -> list[Requirement]:
             if canonicalize_name(requirement.name) != canonicalize_name(project["name"]):
                 found.append(requirement)
                 continue
-            groups += [project["optional-dependencies"][extra] for extra in sorted(requirement.extras - seen)]
-            seen |= requirement.extras
+            extras = {canonicalize_name(extra) for extra in requirement.extras} - seen
+            groups += [project["optional-dependencies"][extra] for extra in sorted(extras)]
+            seen |= extras
     return found
 
 

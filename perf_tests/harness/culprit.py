@@ -73,13 +73,15 @@ def bisect_commands(test: str, workload: str, verdict: Verdict, was: Versions, n
 
 
 def unsearched(verdict: Verdict, was: Environment | None, now: Environment | None) -> str | None:
-    """What else is another than when the baseline was recorded, which no command searches: driver, Python, machine.
+    """What else is another than when the baseline was recorded, which no command searches: driver, Python, machine,
+    and packages that came or went.
 
     None where there is nothing, or `bisect_commands` would look for nothing either.
     """
     if verdict.outcome not in SEARCHABLE or was is None or now is None:
         return None
-    searched = {AXES[axis] for axis in ("triton", *_moved(versions_of(was), versions_of(now)))}
+    searched = {AXES[axis] for axis in _moved(versions_of(was), versions_of(now))}
+    searched |= {"triton"} if "torch" in searched else set()
     changes = [change for change in now.changes(was) if change.partition(" ")[0] not in searched]
     return (
         f"Not as when the baseline was recorded, and searched by no command: {'; '.join(changes)}" if changes else None

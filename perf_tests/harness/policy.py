@@ -77,6 +77,11 @@ class Policy:
     parents: Mapping[str, str | None] = dataclasses.field(default_factory=lambda: PARENTS)
     own_fields: Mapping[str, str | None] = dataclasses.field(default_factory=lambda: OWN_FIELDS)
 
+    @property
+    def usual_processes(self) -> int:
+        """Processes a level of a run by default: where ratios to a level of the same run are judged, one."""
+        return 1 if self.relative_to else 3
+
     def divisor(self, level: str) -> str | None:
         """The level that divides `level`'s latency: `relative_to`, or the parent where that is the level itself."""
         return self.parents.get(level) if level == self.relative_to else self.relative_to

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxfast.levels import LADDER, LEVELS
-from perf_tests.harness import fidelity, recording, store, updating
+from perf_tests.harness import fidelity, recordable, recording, store, updating
 from perf_tests.harness.files import MAX_PNG_BYTES, read_bytes
 from perf_tests.harness.schema import Baseline, Outcome
 from perf_tests.harness.session import EXACT_LEVEL, REFERENCE_LEVEL, Session
@@ -134,17 +134,22 @@ def store_night(session: Session) -> list[str]:
         StoreError: saying why the run is none.
     """
     old, nights = session.baseline, _nights(session)
-    if old is None or old.source != "recorded":
-        raise store.BaselineError("a night is of a recorded baseline, and this run was judged by none")
+    assert old is not None  # `Suite` refused
+    for result in (result for level in nights for result in session.results[level]):
+        if result.injection:
+            raise store.BaselineError(f"{result.level!r} was broken on purpose ({result.injection}): that is no night")
+        if result.environment:
+            try:
+                recordable.refuse_another_night(old, result.environment)
+            except ValueError as error:
+                raise store.BaselineError(f"{result.level!r}: {error}") from None
     told = {level: session.latency(level) for level in session.levels if level not in nights}
     lines = [f"{level}: no night of it, since it is {own.outcome.value} ({own.rule})" for level, own in told.items()]
-    updated = updating.add_night(old, nights, session.environment)
-    if updated == old:
-        return [*lines, "baseline unchanged: it has this night, or is of this run"]
-    return [
-        *lines,
-        f"baseline written: {_write(session, updated, {}, NIGHT)}, with this night of {len(nights)} levels",
-    ]
+    updated = updating.add_night(old, nights)
+    new = [level for level in nights if updated.levels[level] != old.levels[level]]
+    if not new:
+        return [*lines, "baseline unchanged: it has this night, or is of this run"] if nights else lines
+    return [*lines, f"baseline written: {_write(session, updated, {}, NIGHT)}, with this night of {len(new)} level(s)"]
 
 
 def _limits(session: Session, new: Baseline) -> dict[str, float]:

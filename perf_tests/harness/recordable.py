@@ -136,6 +136,43 @@ def refuse_other_measurement(
         raise ValueError(f"{path}: {told}; undo that, or record a new baseline of all levels with --record-baseline")
 
 
+def refuse_to_add_night(facts: RunFacts, baseline: Baseline | None, environment: Environment | None) -> None:
+    """Before a run is measured that could be no night of the baseline.
+
+    Args:
+        baseline: the newest, if it was recorded.
+        environment: of this machine now; None for a stored run, whose results say it.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    if baseline is None:
+        raise ValueError(
+            f"--add-night adds to a recorded baseline, and there is none of {facts.workload!r}: record one"
+        )
+    usual = policy_for(facts.slug).usual_processes
+    if facts.processes != usual:
+        raise ValueError(
+            f"a night is of {usual} process(es) a level on {facts.slug!r}, as its noise is reckoned, and this run of "
+            f"{facts.processes}: leave --processes away, or give another run"
+        )
+    if environment is not None:
+        refuse_another_night(baseline, environment)
+
+
+def refuse_another_night(baseline: Baseline, environment: Environment) -> None:
+    """A night tells how levels move when nothing changes.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    if changes := environment.changes(baseline.environment):
+        raise ValueError(
+            "a night tells how levels move when nothing changes, and since the baseline was recorded "
+            f"{', '.join(changes)} did: give a run of its versions, driver and kernel"
+        )
+
+
 def why_lost(level: str, slug: str, why: str) -> str:
     """The sentence on a level that the baseline holds and that cannot be measured any more."""
     return (

@@ -28,9 +28,16 @@ from perf_tests.harness.machine import (
     words_of,
 )
 from perf_tests.harness.obstacles import obstacle
+from perf_tests.harness.policy import policy_for
 from perf_tests.harness.progress import CPU_DEADLINES, GPU_DEADLINES, OnProgress, ProgressPrinter, Turn
 from perf_tests.harness.quarantine import load_quarantine
-from perf_tests.harness.recordable import levels_to_record, refuse_other_measurement, refuse_to_record, why_lost
+from perf_tests.harness.recordable import (
+    levels_to_record,
+    refuse_other_measurement,
+    refuse_to_add_night,
+    refuse_to_record,
+    why_lost,
+)
 from perf_tests.harness.recording import MIN_PROCESSES
 from perf_tests.harness.replay import tests_of
 from perf_tests.harness.schema import Outcome, Result, Verdict
@@ -99,8 +106,12 @@ class Suite:
         self.injections = _injections(option.inject, self.expected)
         # Files or node ids say which tests are wanted; a folder says all.
         self._is_whole = any(FOLDER not in path.parents for path in asked_for(config, config.args))
-        if self.is_recording and not (option.partial_baseline or self._is_whole):
-            raise ValueError("a baseline is of a run in which every test judged: name no files or node ids to record")
+        if option.add_night:
+            refuse_to_add_night(facts, baseline if held else None, None if option.replay else ask_environment())
+        if (self.is_recording or option.add_night) and not (option.partial_baseline or self._is_whole):
+            raise ValueError(
+                "a baseline, and a night of one, is of a run in which every test judged: name no files or node ids"
+            )
         self.baseline_name = path.name if path and self._is_judging else None
         _point_benchmark_at(option, path)
         is_gpu = not is_cpu(facts.slug)
@@ -213,14 +224,15 @@ class Suite:
         unavailable = {level: why for level, why in machine["levels"].items() if why}
         if option.gpus > 1 and not is_gpu:
             raise ValueError(f"--gpus {option.gpus}: expected so many GPUs, and workers find none here; leave it away")
+        slug = slug_of(machine, first_gpus(option.gpus) if is_gpu else ())
         processes = option.processes
         if processes is None:
-            processes = MIN_PROCESSES if self.is_recording else 3 if is_gpu else 1
+            processes = MIN_PROCESSES if self.is_recording else policy_for(slug).usual_processes
         least = MIN_PROCESSES if self.is_recording else 1
         if processes < least:
             raise ValueError(f"--processes is {processes}, expected at least {least}")
         return RunFacts(
-            slug=slug_of(machine, first_gpus(option.gpus) if is_gpu else ()),
+            slug=slug,
             workload=workload.id,
             workload_digest=workload.digest,
             levels=[level.id for level in LADDER if level.id not in unavailable],
