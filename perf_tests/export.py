@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from perf_tests.harness.files import StoreError, dump_json, printable, write_over
 from perf_tests.harness.obstacles import measured
 from perf_tests.harness.replay import ROOT, ReadOnlySession, judge, open_run
-from perf_tests.harness.schema import Environment, Outcome, Result, Verdict
+from perf_tests.harness.schema import PACKAGES, Environment, Outcome, Result, Verdict
 
 FLOAT32_MAX = 3.4028234663852886e38
 Float32 = Annotated[float, Field(ge=-FLOAT32_MAX, le=FLOAT32_MAX, allow_inf_nan=False)]
@@ -203,7 +203,7 @@ def _record(session: ReadOnlySession, level: str, metric: Metric, said: dict[str
         runners=[_runner(environment, session.slug)],
         dependencies={
             name: Dependency(version=version)
-            for name in ("torch", "triton", "torchao", "diffusers", "transformers", "fa3", "quack", "cutlass_dsl")
+            for name in PACKAGES
             if (version := getattr(environment, name)) is not None
         },
         metric=metric,

@@ -12,6 +12,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 HARNESS = "perf_tests/harness"
+CORE_TESTS = ("tests/test_noise.py", "tests/test_gate.py")
 COPIED = (
     "fluxfast/levels.py",
     "perf_tests/__init__.py",
@@ -20,8 +21,7 @@ COPIED = (
         for name in ("__init__", "cpu", "exact", "gate", "noise", "obstacles", "policy", "schema")
     ),
     "tests/gate_samples.py",
-    "tests/test_gate.py",
-    "tests/test_noise.py",
+    *CORE_TESTS,
 )
 
 MUTATIONS = {
@@ -56,17 +56,7 @@ MUTATIONS = {
 
 
 def run_core_tests(copy: pathlib.Path) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "tests/test_noise.py",
-        "tests/test_gate.py",
-    ]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *CORE_TESTS]
     # Plugins of the environment are of no use here and slow to load; hypothesis' strategies need no plugin.
     environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": "", "PYTEST_ADDOPTS": ""}
     return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=120, check=False)

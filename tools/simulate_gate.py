@@ -210,7 +210,8 @@ def _look(
     found, visible = {}, np.full(night.base.shape[:2], np.nan)
     for level in over:
         base, now = series(night.base, level), series(tonight, level)
-        at = np.arange(len(base)) if everywhere else np.flatnonzero(_are_apart(base, now))
+        above, below = noise.apart(base, now)
+        at = np.arange(len(base)) if everywhere else np.flatnonzero(above | below)
         own, *others = (
             (squares[id][0][at], squares[id][1])
             for id in (level, *(id for id in over if id not in (level, over[level])))
@@ -219,35 +220,13 @@ def _look(
         error = noise.error(base.shape[-1], night.run.shape[-1], spread) if everywhere else 0.0
         limit = noise.limit(night.history[:, level], error, policy) if limits is None else limits[level]
         compared = noise.compare(base[at], now[at], spread, limit[at], policy)
+        low, high = np.full((2, len(base)), [[-np.inf], [np.inf]])
+        low[at], high[at] = compared.low, compared.high
+        ratio = now.mean(axis=-1) - base.mean(axis=-1)
+        found[level] = Comparison(ratio=ratio, low=low, high=high, limit=limit, above=above, below=below)
         if everywhere:
-            found[level] = compared
             visible[:, level] = noise.visible(base, now.shape[-1], spread, limit, policy)
-        else:
-            found[level] = _spread_out(compared, at, now.mean(axis=-1) - base.mean(axis=-1), limit)
     return found, visible
-
-
-def _are_apart(base: Array, tonight: Array) -> Any:
-    slower = tonight.min(axis=-1) > base.max(axis=-1)
-    return slower | (tonight.max(axis=-1) < base.min(axis=-1))
-
-
-def _spread_out(compared: Comparison, at: Any, ratio: Array, limit: Array) -> Comparison:
-    """The comparison of all nights from that of the nights `at`, where there was something to compare."""
-
-    def filled(value: Any, of_others: Any) -> Any:
-        whole = np.full(len(ratio), of_others)
-        whole[at] = value
-        return whole
-
-    return Comparison(
-        ratio=ratio,
-        low=filled(compared.low, -np.inf),
-        high=filled(compared.high, np.inf),
-        limit=limit,
-        above=filled(compared.above, False),
-        below=filled(compared.below, False),
-    )
 
 
 def upper_bound(events: int, trials: int, confidence: float = 0.95) -> float:

@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 
 from fluxfast.workloads import Workload
 from perf_tests.bench.table import STAGES, Row
-from perf_tests.harness.schema import Environment
+from perf_tests.harness.schema import PACKAGES, Environment
 
 WHOLE = "whole call"
 """What a bar is made of where a worker told no stages."""
@@ -166,7 +166,6 @@ def device(environment: Environment) -> str:
 
 def versions(environment: Environment) -> str:
     """Every version that is known, in a line."""
-    packages = ("torch", "triton", "torchao", "diffusers", "transformers", "fa3", "quack", "cutlass_dsl")
-    named = ("driver", "cuda", *packages, "python")
+    named = ("driver", "cuda", *PACKAGES, "python")
     facts = environment.model_dump()
     return ", ".join(f"{name} {facts[name]}" for name in named if facts[name] is not None)

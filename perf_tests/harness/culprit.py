@@ -39,7 +39,8 @@ def version_of(axis: str, environment: Mapping[str, Any]) -> str | None:
 
 def versions_of(environment: Environment | None) -> dict[str, str | None]:
     """Of the components."""
-    return {axis: version_of(axis, environment.model_dump()) for axis in AXES} if environment else {}
+    facts = environment.model_dump() if environment else {}
+    return {axis: version_of(axis, facts) for axis in AXES} if facts else {}
 
 
 def installed_versions() -> dict[str, str | None]:

@@ -140,6 +140,12 @@ def limit(nights: Array, standard_error: Any, policy: Policy) -> Any:
     return np.clip(3 * np.sqrt(total / (policy.night_weight + count)), policy.floor, policy.cap)
 
 
+def apart(base: Array, tonight: Array) -> tuple[Any, Any]:
+    """Whether every process of tonight is slower than every one of the baseline, and whether it is faster."""
+    above = tonight.min(axis=-1) > base.max(axis=-1)
+    return above, tonight.max(axis=-1) < base.min(axis=-1)
+
+
 def compare(base: Array, tonight: Array, noise: Spread, limit: Any, policy: Policy) -> Comparison:
     """The mean log ratio, its Student interval, and whether the two groups of processes are apart.
 
@@ -148,14 +154,8 @@ def compare(base: Array, tonight: Array, noise: Spread, limit: Any, policy: Poli
     """
     ratio = tonight.mean(axis=-1) - base.mean(axis=-1)
     half = quantile(noise.df, policy.alpha) * error(base.shape[-1], tonight.shape[-1], noise)
-    return Comparison(
-        ratio=ratio,
-        low=ratio - half,
-        high=ratio + half,
-        limit=limit,
-        above=tonight.min(axis=-1) > base.max(axis=-1),
-        below=tonight.max(axis=-1) < base.min(axis=-1),
-    )
+    above, below = apart(base, tonight)
+    return Comparison(ratio=ratio, low=ratio - half, high=ratio + half, limit=limit, above=above, below=below)
 
 
 def visible(base: Array, processes: int, noise: Spread, limit: Any, policy: Policy) -> Any:

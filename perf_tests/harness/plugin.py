@@ -255,7 +255,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     elif exitstatus == 0 and own.voids:
         reporter.write_line("\ninconclusive: what was disturbed stayed so; see the skipped tests", yellow=True)
         session.exitstatus = INCONCLUSIVE
-    if own.is_recording or session.config.option.add_night:
+    if own.is_writing:
         _record(own, session, reporter)
     if own.verdicts and (session.config.option.history or not session.config.option.replay):
         _remember(own, int(session.exitstatus), reporter)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxfast.levels import LADDER, LEVELS
-from perf_tests.harness import fidelity, recordable, recording, store, updating
+from perf_tests.harness import fidelity, recording, store, updating
 from perf_tests.harness.files import MAX_PNG_BYTES, read_bytes
 from perf_tests.harness.schema import Baseline, Outcome
 from perf_tests.harness.session import EXACT_LEVEL, REFERENCE_LEVEL, Session
@@ -138,11 +138,8 @@ def store_night(session: Session) -> list[str]:
     for result in (result for level in nights for result in session.results[level]):
         if result.injection:
             raise store.BaselineError(f"{result.level!r} was broken on purpose ({result.injection}): that is no night")
-        if result.environment:
-            try:
-                recordable.refuse_another_night(old, result.environment)
-            except ValueError as error:
-                raise store.BaselineError(f"{result.level!r}: {error}") from None
+        if result.environment and (why := updating.no_night(old, result.environment)):
+            raise store.BaselineError(f"{result.level!r}: {why}")
     told = {level: session.latency(level) for level in session.levels if level not in nights}
     lines = [f"{level}: no night of it, since it is {own.outcome.value} ({own.rule})" for level, own in told.items()]
     updated = updating.add_night(old, nights)

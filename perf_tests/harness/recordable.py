@@ -14,7 +14,7 @@ from perf_tests.harness.policy import policy_for
 from perf_tests.harness.schema import Baseline, Environment
 from perf_tests.harness.session import with_references
 from perf_tests.harness.stored_run import RunFacts
-from perf_tests.harness.updating import other_environment
+from perf_tests.harness.updating import no_night, other_environment
 from perf_tests.harness.usage import COMMITTED
 
 
@@ -156,21 +156,8 @@ def refuse_to_add_night(facts: RunFacts, baseline: Baseline | None, environment:
             f"a night is of {usual} process(es) a level on {facts.slug!r}, as its noise is reckoned, and this run of "
             f"{facts.processes}: leave --processes away, or give another run"
         )
-    if environment is not None:
-        refuse_another_night(baseline, environment)
-
-
-def refuse_another_night(baseline: Baseline, environment: Environment) -> None:
-    """A night tells how levels move when nothing changes.
-
-    Raises:
-        ValueError: one sentence.
-    """
-    if changes := environment.changes(baseline.environment):
-        raise ValueError(
-            "a night tells how levels move when nothing changes, and since the baseline was recorded "
-            f"{', '.join(changes)} did: give a run of its versions, driver and kernel"
-        )
+    if environment is not None and (told := no_night(baseline, environment)):
+        raise ValueError(told)
 
 
 def why_lost(level: str, slug: str, why: str) -> str:

@@ -48,6 +48,10 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
+PACKAGES = ("torch", "triton", "torchao", "diffusers", "transformers", "fa3", "quack", "cutlass_dsl")
+"""Fields of an environment that hold a package's version, in the order in which they are told."""
+
+
 class Environment(Strict):
     """What a number was measured on. A null means: not there."""
 

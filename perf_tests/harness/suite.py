@@ -72,6 +72,7 @@ class Suite:
         # pytest has this option already, for its own strict mode; given by hand or PYTEST_ADDOPTS it means ours too.
         self.is_strict = bool(option.strict)
         self.is_recording = option.record_baseline or option.update_baseline
+        self.is_writing = self.is_recording or option.add_night
         self.verdicts: dict[str, Verdict] = {}
         self.accepted: list[Verdict] = []
         self.deselected: set[str] = set()
@@ -108,9 +109,10 @@ class Suite:
         self._is_whole = any(FOLDER not in path.parents for path in asked_for(config, config.args))
         if option.add_night:
             refuse_to_add_night(facts, baseline if held else None, None if option.replay else ask_environment())
-        if (self.is_recording or option.add_night) and not (option.partial_baseline or self._is_whole):
+        if self.is_writing and not (option.partial_baseline or self._is_whole):
             raise ValueError(
-                "a baseline, and a night of one, is of a run in which every test judged: name no files or node ids"
+                "a baseline, and a night of one, is of a run in which every test judged: name no files or node ids to "
+                "record"
             )
         self.baseline_name = path.name if path and self._is_judging else None
         _point_benchmark_at(option, path)

@@ -198,6 +198,17 @@ def _moved_floors(old: Baseline, new: Baseline) -> list[str]:
     return [f"step errors of {', '.join(levels)}: {told}" for told, levels in moved.items()]
 
 
+def no_night(old: Baseline, environment: Environment) -> str | None:
+    """Why a run in `environment` tells more than how levels move when nothing changes; None if it does not."""
+    changes = environment.changes(old.environment)
+    if not changes:
+        return None
+    return (
+        "a night tells how levels move when nothing changes, and since the baseline was recorded "
+        f"{', '.join(changes)} did: give a run of its versions, driver and kernel"
+    )
+
+
 def other_environment(old: Baseline, environment: Environment | None) -> str | None:
     """Why a level measured in `environment` cannot stand in the file of `old`; None if it can."""
     changes = environment.changes(old.environment) if environment else []
