@@ -21,6 +21,8 @@ HEADS_PER_PROGRAM = 8
 NUM_WARPS = 4
 TRANSPOSED_TOKENS = 64
 """A program's of the kernel that transposes."""
+PEAKS_AT_ONCE = tl.constexpr(1024)
+"""Of which the one program that looks for the largest makes a step."""
 
 
 @triton.jit
@@ -90,6 +92,7 @@ def _qk_norm_rope_kernel(
     k_ptr,
     v_ptr,
     largest_ptr,
+    peaks_ptr,
     text_batch_stride,
     text_stride,
     image_batch_stride,
@@ -98,6 +101,7 @@ def _qk_norm_rope_kernel(
     sin_stride,
     text_tokens,
     tokens,
+    peaks,
     eps: tl.constexpr,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -106,6 +110,7 @@ def _qk_norm_rope_kernel(
     Q_SCALE: tl.constexpr,
     WITH_V: tl.constexpr,
     WITH_LARGEST: tl.constexpr,
+    WITH_PEAKS: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     sample = program // tokens
@@ -114,6 +119,13 @@ def _qk_norm_rope_kernel(
         # For the kernel behind this one, which finds the maximum.
         if (token == 0) & (tl.program_id(1) == 0):
             tl.store(largest_ptr + sample, 0)
+    if WITH_PEAKS:  # noqa: SIM102
+        if (token == 0) & (tl.program_id(1) == 0):
+            at, top = tl.arange(0, PEAKS_AT_ONCE), tl.zeros([PEAKS_AT_ONCE], tl.float32)
+            for start in range(0, peaks, PEAKS_AT_ONCE):
+                peak = tl.load(peaks_ptr + sample * peaks + start + at, mask=start + at < peaks, other=0.0)
+                top = tl.maximum(top, peak)
+            tl.store(largest_ptr + sample, tl.max(top))
     heads = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
     # Weights, cos and sin are read once a head, in the layout of q: as (HEAD_DIM,) they would go through shared memory.
     dims = tl.broadcast_to(tl.arange(0, HEAD_DIM)[None, :], [GROUP, HEAD_DIM])
@@ -169,7 +181,7 @@ def _transpose_v_kernel(
     sample, head = lane // HEADS, lane % HEADS
     place = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     inner = place % PAD
-    token = place - inner + inner // 4 * 2 + inner % 4 // 2 * 8 + inner % 2
+    token = place - inner + inner % 2 * 8 + inner // 2
     dims = 2 * HEADS * HEAD_DIM + head * HEAD_DIM + tl.arange(0, HEAD_DIM)
     is_text, exists = (token < text_tokens)[:, None], (token < tokens)[:, None]
     text = text_ptr + sample * text_batch_stride + token[:, None].to(tl.int64) * text_stride + dims[None, :]
@@ -199,6 +211,7 @@ def _check(
     text: tuple[torch.Tensor | None, ...],
     *,
     hadamard: bool,
+    parts: int = 3,
 ) -> None:
     if any(t is None for t in text) != all(t is None for t in text):
         raise ValueError("text_qkv, text_norm_q and text_norm_k are given together or not at all")
@@ -209,9 +222,9 @@ def _check(
             f"and {tuple(sin.shape)}"
         )
     least = 64 if hadamard else 2
-    if qkv.shape[2] % (3 * head_dim) or (head_dim & (head_dim - 1)) or head_dim < least:
+    if qkv.shape[2] % (parts * head_dim) or (head_dim & (head_dim - 1)) or head_dim < least:
         raise ValueError(
-            f"qkv of width {qkv.shape[2]} is not 3 x heads x head_dim with head_dim {head_dim} a power of 2, "
+            f"qkv of width {qkv.shape[2]} is not {parts} x heads x head_dim with head_dim {head_dim} a power of 2, "
             f"at least {least}"
         )
     if text[0] is not None and (text[0].shape[0] != qkv.shape[0] or text[0].shape[2] != qkv.shape[2]):
@@ -232,18 +245,24 @@ def _launch(
     hadamard: bool,
     transposed: bool = False,
     with_largest: bool = False,
+    peaks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    head_dim = norm_q.shape[0]
-    _check(qkv, head_dim, cos, sin, (text_qkv, text_norm_q, text_norm_k), hadamard=hadamard)
+    head_dim, parts = norm_q.shape[0], 3 if peaks is None else 2
+    _check(qkv, head_dim, cos, sin, (text_qkv, text_norm_q, text_norm_k), hadamard=hadamard, parts=parts)
     text_tokens = 0 if text_qkv is None else text_qkv.shape[1]
     # Without text the text pointers are never read.
     text = qkv if text_qkv is None else text_qkv
     text_norm_q = norm_q if text_norm_q is None else text_norm_q
     text_norm_k = norm_k if text_norm_k is None else text_norm_k
     require_runnable(qkv, text, norm_q, norm_k, text_norm_q, text_norm_k, cos, sin)
-    batch, tokens, heads = qkv.shape[0], text_tokens + qkv.shape[1], qkv.shape[2] // (3 * head_dim)
-    q, k, v = _outputs(qkv, tokens, head_dim, transposed=transposed)
+    batch, tokens, heads = qkv.shape[0], text_tokens + qkv.shape[1], qkv.shape[2] // (parts * head_dim)
+    if peaks is None:
+        q, k, v = _outputs(qkv, tokens, head_dim, transposed=transposed)
+    else:
+        q, k = (qkv.new_empty((batch, tokens, heads, head_dim), dtype=E4M3) for _ in range(2))
+        v, transposed = q, True
     largest = qkv.new_empty(batch, dtype=torch.int32) if with_largest else None
+    top = qkv.new_empty(batch, dtype=torch.float32) if peaks is not None else None
     wrap_triton(_qk_norm_rope_kernel)[(batch * tokens, triton.cdiv(heads, HEADS_PER_PROGRAM))](
         text,
         qkv,
@@ -256,7 +275,8 @@ def _launch(
         q,
         k,
         v,
-        q if largest is None else largest,
+        q if largest is None and top is None else largest if top is None else top,
+        q if peaks is None else peaks,
         text.stride(0),
         text.stride(1),
         qkv.stride(0),
@@ -265,6 +285,7 @@ def _launch(
         sin.stride(0),
         text_tokens,
         tokens,
+        0 if peaks is None else peaks[0].numel(),
         eps,
         heads,
         HEADS_PER_PROGRAM,
@@ -273,8 +294,11 @@ def _launch(
         code_scale(head_dim) if transposed else 1,
         not transposed,
         with_largest,
+        peaks is not None,
         num_warps=NUM_WARPS,
     )
+    if top is not None:
+        return q, k, top
     if transposed:
         padded = v.shape[-1]
         wrap_triton(_transpose_v_kernel)[(triton.cdiv(padded, TRANSPOSED_TOKENS), batch * heads)](
@@ -420,3 +444,38 @@ def _(qkv, norm_q, norm_k, cos, sin, eps=1e-6, text_qkv=None, text_norm_q=None, 
 @qk_norm_rope_hadamard_quantize.register_fake
 def _(qkv, norm_q, norm_k, cos, sin, eps=1e-6, text_qkv=None, text_norm_q=None, text_norm_k=None):
     return _outputs(qkv, cos.shape[0], norm_q.shape[0])
+
+
+@triton_op("fluxfast::qk_norm_rope_hadamard_quantize_peaks", mutates_args={})
+def qk_norm_rope_hadamard_quantize_peaks(
+    qk: torch.Tensor,
+    peaks: torch.Tensor,
+    norm_q: torch.Tensor,
+    norm_k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float = 1e-6,
+    text_qk: torch.Tensor | None = None,
+    text_norm_q: torch.Tensor | None = None,
+    text_norm_k: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `qk_norm_rope_hadamard_quantize_mixed`, behind a GEMM that has written V.
+
+    Args:
+        qk, text_qk: as qkv and text_qkv there, without V: (B, S, 2 * H * Dh).
+        peaks: (B, any number, any number) float32, what `values.qkv_linear` says of V.
+
+    Returns:
+        q, k as there, and the largest of each sample's peaks, (B,) float32.
+    """
+    arguments = (qk, norm_q, norm_k, cos, sin, eps, text_qk, text_norm_q, text_norm_k)
+    q, k, largest = _launch(*arguments, hadamard=True, peaks=peaks)
+    return q, k, largest
+
+
+@qk_norm_rope_hadamard_quantize_peaks.register_fake
+def _(qk, peaks, norm_q, norm_k, cos, sin, eps=1e-6, text_qk=None, text_norm_q=None, text_norm_k=None):
+    head_dim = norm_q.shape[0]
+    shape = (qk.shape[0], cos.shape[0], qk.shape[2] // (2 * head_dim), head_dim)
+    q, k = (qk.new_empty(shape, dtype=E4M3) for _ in range(2))
+    return q, k, qk.new_empty(len(qk), dtype=torch.float32)

@@ -375,7 +375,7 @@ def _token_order(places: int, device: torch.device) -> torch.Tensor:
     """Which token stands where in `transposed_values`, tokens past the end included."""
     place = torch.arange(places, device=device)
     inner = place % PADDING
-    return place - inner + inner // 4 * 2 + inner % 4 // 2 * 8 + inner % 2
+    return place - inner + inner % 2 * 8 + inner // 2
 
 
 def _channel_order(dim: int, device: torch.device) -> torch.Tensor:
@@ -396,9 +396,9 @@ def transposed_values(v: torch.Tensor, *, mixed: bool = False) -> torch.Tensor:
 
     Returns:
         (B, H, Dh + 8, S'), S' the next multiple of 16. Row Dh is one for every token, the seven behind it are zero, and
-        so is everything past the last token. Of every 16 tokens the order is 0 1 8 9 2 3 10 11 4 5 12 13 6 7 14 15:
+        so is everything past the last token. Of every 16 tokens the order is 0 8 1 9 2 10 3 11 4 12 5 13 6 14 7 15:
         a thread of a tensor core holds probabilities of two neighbours and of the two 8 further, and multiplies four
-        neighbours.
+        neighbours. Of a product's rows it holds two that are 8 apart, which is why they stand side by side.
     """
     tokens, dim = v.shape[1], v.shape[3]
     rows = torch.zeros(transposed_shape(*v.shape), device=v.device)

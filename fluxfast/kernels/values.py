@@ -1,0 +1,263 @@
+"""The QKV GEMM, of quack, with V in its epilogue as `flash.coded_attention_quantize` takes it: e4m3, transposed.
+
+What the GEMM would write in bfloat16 a kernel behind it would read again, at FLUX's size 27 MB a block, to write 13.
+Q and K, which are normed as rows, are written as they are.
+
+A thread of a tensor core has two neighbouring channels of two tokens that are eight apart. As tokens stand in
+`reference.transposed_values`, those two are neighbours: 16 bits a channel, and eight by eight of these are transposed
+between the threads of a warp by one instruction (movmatrix). It has four tokens of a channel then, 32 bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cutlass
+import torch
+from cutlass import Float32, Int32, cute
+from cutlass.cutlass_dsl import dsl_user_op
+from quack.compile_utils import make_fake_tensor
+from quack.epilogue.frontend import EpiMod
+from quack.epilogue.ops import EpiOp, TileStore
+
+from fluxfast.kernels.flash import HEAD_DIM, VALUE_ROWS, _four_codes, _ptx
+from fluxfast.kernels.gemm import FAST_ACCUMULATION, _aligned, _vectors
+from fluxfast.kernels.reference import transposed_shape
+from fluxfast.kernels.rowwise import E4M3
+
+GROUP = 16
+"""Tokens whose order is another, `reference.PADDING`, which are what a warp has of a tile of 64."""
+ONES = 0x38383838
+"""Four times one, in e4m3."""
+
+
+@dsl_user_op
+def _transpose(pairs, *, loc=None, ip=None):
+    """Eight rows of eight elements of 16 bits, a row in four threads, become eight columns."""
+    return _ptx("movmatrix.sync.aligned.m8n8.trans.b16 {$w0}, {$r0};", pairs, out=(Int32,), loc=loc, ip=ip)
+
+
+@dsl_user_op
+def _larger(a, b, *, loc=None, ip=None):
+    """The larger magnitude of two float32; of a number and NaN, the number's."""
+    ptx = "{.reg .f32 x, y; abs.f32 x, {$r0}; abs.f32 y, {$r1}; max.f32 {$w0}, x, y;}"
+    return _ptx(ptx, a, b, out=(Float32,), loc=loc, ip=ip)
+
+
+@dsl_user_op
+def _rounded(x, *, loc=None, ip=None):
+    """float32 in e4m3 and back, saturating."""
+    to = "cvt.rn.satfinite.e4m3x2.f32 c, {$r0}, {$r0}; cvt.rn.f16x2.e4m3x2 h, c;"
+    ptx = "{.reg .b16 c, l, u; .reg .b32 h; " + to + " mov.b32 {l, u}, h; cvt.f32.f16 {$w0}, l;}"
+    return _ptx(ptx, x, out=(Float32,), loc=loc, ip=ip)
+
+
+class _Peaks(EpiOp):
+    """Where `_Values` leaves the largest magnitudes: (groups of tokens, tiles of V's columns) float32."""
+
+    def host_fake_arg(self, key, fctx):
+        return make_fake_tensor(Float32, (cute.sym_int(), cute.sym_int()))
+
+    def param_fields(self):
+        return [(self.name, object, None)]
+
+    def to_params(self, gemm, args):
+        return {self.name: getattr(args, self.name)}
+
+    def begin(self, gemm, param, smem_tensor, ctx):
+        # A kernel's argument, which `_Values` takes from here.
+        gemm._peaks = param
+
+
+class _Values(EpiOp):
+    """V's codes, (heads * VALUE_ROWS, tokens / 4) int32, four tokens each, and the rows of ones behind each head."""
+
+    fn_port = "sink"
+
+    def epi_m_major_score(self, arg_tensor, gemm):
+        return -100
+
+    def host_fake_arg(self, key, fctx):
+        return make_fake_tensor(Int32, (cute.sym_int(), cute.sym_int()), 4)
+
+    def param_fields(self):
+        return [(self.name, object, None)]
+
+    def to_params(self, gemm, args):
+        return {self.name: getattr(args, self.name)}
+
+    @cute.jit
+    def begin(self, gemm, param, smem_tensor, ctx):
+        sizes = (ctx.tile_M, ctx.tile_N)
+        coordinates = ctx.partition_for_epilogue_fn(cute.make_identity_tensor(sizes))
+        tile, column = ctx.tile_coord_mnkl[0], ctx.tile_coord_mnkl[1] * ctx.tile_N
+        begin = Int32(0)
+        if cutlass.const_expr(ctx.varlen_manager.varlen_m):
+            begin = ctx.varlen_manager.params.cu_seqlens_m[ctx.batch_idx]
+        first = _columns_before(param)
+        # Of the tile's first row: how many there are from it on, and which token it is.
+        rows, token = ctx.varlen_manager.len_m(ctx.batch_idx) - tile * ctx.tile_M, begin + tile * ctx.tile_M
+        peaks = cute.make_rmem_tensor(cute.size(coordinates, mode=[3]), Float32)
+        peaks.fill(0.0)
+        return (param, coordinates, column - first, rows, token, peaks, sizes)
+
+    @cute.jit
+    def begin_loop(self, gemm, state, epi_coord):
+        values, coordinates, *rest = state
+        return (values, coordinates[None, None, None, epi_coord[0], epi_coord[1]], *rest, epi_coord[0])
+
+    @cute.jit
+    def fn_sink_flush(self, gemm, state, frag):
+        values, coordinates, column, rows, token, peaks, sizes, half = state
+        if column >= 0:
+            at = _places(coordinates, sizes)
+            lane = cute.arch.lane_idx()
+            # Of the warp's sixteen tokens the first, and of the part of the tile the first column.
+            row, channel = coordinates[0][0] - lane // 4, column + coordinates[0][1] - lane % 4 * 2
+            keep, tops = Int32(0), []
+            for i in cutlass.range_constexpr(2):
+                top = Float32(0.0)
+                for j in cutlass.range_constexpr(len(at) // 4):
+                    for k in cutlass.range_constexpr(2):
+                        top = _larger(top, frag[at[8 * i, 8 * j + k]])
+                exists = row + lane // 4 + 8 * i < rows
+                tops.append(cutlass.select_(exists, top, Float32(0.0)))
+                keep = keep | cutlass.select_(exists, Int32(0x00FF00FF << 8 * i), Int32(0))
+            peaks[half] = cute.arch.fmax(peaks[half], cute.arch.fmax(*tops))
+            words = [
+                _transpose(_four_codes(*(frag[at[row, 8 * i + j]] for j in (0, 1) for row in (0, 8))) & keep)
+                for i in range(len(at) // 4)
+            ]
+            if row < rows:
+                head, inner = channel // HEAD_DIM, channel % HEAD_DIM
+                own = lane // 4
+                # The order of channels of `reference.transposed_values` with `mixed`.
+                to = head * VALUE_ROWS + inner + own % 4 // 2 * 8 + own // 4 * 2 + own % 2
+                place = (token + row) // 4 + lane % 4
+                for i in cutlass.range_constexpr(len(words)):
+                    values[to + i // 2 * 16 + i % 2 * 4, place] = words[i]
+                if inner + 8 * len(words) == HEAD_DIM:
+                    ones = Int32(0)
+                    if own == 0:
+                        ones = _ones(rows - row, lane % 4)
+                    values[head * VALUE_ROWS + HEAD_DIM + own, place] = ones
+
+    @cute.jit
+    def end(
+        self,
+        gemm,
+        param,
+        state,
+        epi_tile,
+        tiled_copy_t2r,
+        tiled_copy_r2s,
+        tile_coord_mnkl,
+        varlen_manager,
+        tidx,
+    ):
+        _, coordinates, column, rows, token, peaks, sizes = state
+        out = gemm._peaks
+        if column >= 0:
+            for half in cutlass.range_constexpr(cute.size(peaks)):
+                peak = peaks[half]
+                for offset in (1, 2, 4, 8, 16):
+                    peak = cute.arch.fmax(peak, cute.arch.shuffle_sync_bfly(peak, offset=offset))
+                lane = cute.arch.lane_idx()
+                row = coordinates[None, None, None, half, 0][0][0] - lane // 4
+                if (row < rows) & (lane == 0):
+                    out[(token + row) // GROUP, column // sizes[1]] = _rounded(peak)
+
+
+@cute.jit
+def _ones(left, quarter):
+    """Of the word with the tokens 2q, 2q + 8, 2q + 1 and 2q + 9 of sixteen, ones for those that are left."""
+    word = Int32(0)
+    for i in cutlass.range_constexpr(4):
+        if 2 * quarter + i // 2 + i % 2 * 8 < left:
+            word = word | Int32(0x38 << 8 * i)
+    return word
+
+
+def _columns_before(values: cute.Tensor) -> Any:
+    """Q's and K's columns, which are in front of V's."""
+    return values.shape[0] // VALUE_ROWS * (2 * HEAD_DIM)
+
+
+def _places(coordinates: cute.Tensor, sizes: tuple[int, int]) -> dict[tuple[int, int], int]:
+    """Where in a thread's part of a tile an element is, by its row and column from the thread's first."""
+    layouts = [
+        cute.composition(cute.make_layout(sizes, stride=stride), coordinates.layout) for stride in ((1, 0), (0, 1))
+    ]
+    found = {
+        tuple(cute.crd2idx(i, layout) for layout in layouts): i for i in range(cute.size(coordinates))
+    }
+    width = len(found) // 4
+    assert set(found) == {(row, 8 * i + j) for row in (0, 8) for i in range(width) for j in (0, 1)} and width % 2 == 0
+    return found
+
+
+class _QueriesAndKeys(TileStore):
+    """Rows of Q and K, as wide as those two."""
+
+    def __init__(self, name: str) -> None:
+        # Any function: quack takes the width of the product for the output's without one.
+        super().__init__(name, epi_tile_fn=_whole)
+
+    def config_key(self):
+        return ()
+
+    def store_setup(self, gemm, params, smem_tensor, tiled_copy_r2s, tiled_copy_t2r, tile_coord_mnkl, *rest):
+        *context, _ = super().store_setup(
+            gemm, params, smem_tensor, tiled_copy_r2s, tiled_copy_t2r, tile_coord_mnkl, *rest
+        )
+        columns = _columns_before(params.values)
+        return (*context, tile_coord_mnkl[1] * gemm.cta_tile_shape_mnk[1] < columns)
+
+
+def _whole(gemm, epi_tile):
+    return epi_tile
+
+
+def _qkv(acc, scale, weight_scale, bias):
+    """acc * scale * weight_scale + bias, an element: a row's of Q and K, or V's."""
+    y = acc * scale * weight_scale + bias
+    return {"qk": y, "values": y}
+
+
+qkv = EpiMod(
+    _qkv,
+    outputs=(_QueriesAndKeys("qk"),),
+    ops=_vectors(columns=("scale",), rows=("weight_scale", "bias")),
+    outs={"values": _Values("values")},
+    extra_ops=(_Peaks("peaks"),),
+)
+
+
+def _outputs(q: torch.Tensor, batch: int, tokens: int, width: int, tile: int) -> tuple[torch.Tensor, ...]:
+    """Of a product that is `width` wide, not written yet: see `qkv_linear`."""
+    inner = width // 3
+    qk = torch.empty(batch * tokens * 2 * inner + inner, dtype=torch.bfloat16, device=q.device)
+    values = torch.empty(transposed_shape(batch, tokens, inner // HEAD_DIM, HEAD_DIM), dtype=E4M3, device=q.device)
+    peaks = torch.empty((batch, values.shape[-1] // GROUP, inner // tile), dtype=torch.float32, device=q.device)
+    return qk, values, peaks
+
+
+def multiply(cut, q, weight, qk, values, peaks, begins=None, **vectors):
+    """One sample's."""
+    rows, inner = len(q), weight.shape[-2] // 3
+    wide = qk.as_strided((rows, 3 * inner), (2 * inner, 1))
+    shaped = {name: vector.view(1, -1) if begins is None else vector for name, vector in vectors.items()}
+    qkv.gemm(
+        q,
+        weight,
+        None,
+        epi_args={
+            **{name: _aligned(vector) for name, vector in shaped.items()},
+            "qk": wide,
+            "values": values.view(torch.int32).flatten(0, 1),
+            "peaks": peaks,
+        },
+        post_init_attrs=FAST_ACCUMULATION,
+        cu_seqlens_m=begins,
+        **cut,
+    )
