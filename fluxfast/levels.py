@@ -85,6 +85,8 @@ class Level:
             more bits of mantissa. It counts in 64s, lest large activations overflow.
         concurrent_encode: CLIP and the modulation of all steps run beside T5, in a CUDA stream of their own; the
             modulation leaves the loop's graph for one of its own.
+        value_epilogue: V's cast to e4m3 and its transposition in the GEMM in front of them, quack's for single blocks
+            too. Q and K are all that the kernel behind it reads then.
         gemm_search: max-autotune times Triton's GEMM templates beside the libraries' kernels, up to 106 for a shape in
             float8.
         coordinate_descent: Inductor's search for the launch parameters of every kernel it writes, which flux-fast
@@ -121,6 +123,7 @@ class Level:
     grouped_gemms: bool = False
     float16_residuals: bool = False
     concurrent_encode: bool = False
+    value_epilogue: bool = False
     gemm_search: bool = False
     coordinate_descent: bool = False
 
@@ -160,6 +163,7 @@ QUACK_FIELDS: tuple[str, ...] = (
     "attention_epilogue",
     "grouped_gemms",
     "float16_residuals",
+    "value_epilogue",
 )
 """Fields of the fused blocks that stand on quack-kernels."""
 FUSED_BLOCK_FIELDS: tuple[str, ...] = (
@@ -233,7 +237,8 @@ ATTENTION_EPILOGUE = CODED_SOFTMAX.then("attention_epilogue", attention_epilogue
 GROUPED_GEMMS = ATTENTION_EPILOGUE.then("grouped_gemms", grouped_gemms=True)
 FLOAT16_RESIDUALS = GROUPED_GEMMS.then("float16_residuals", float16_residuals=True)
 CONCURRENT_ENCODE = FLOAT16_RESIDUALS.then("concurrent_encode", concurrent_encode=True)
-GEMM_SEARCH = CONCURRENT_ENCODE.then("gemm_search", gemm_search=True)
+VALUE_EPILOGUE = CONCURRENT_ENCODE.then("value_epilogue", value_epilogue=True)
+GEMM_SEARCH = VALUE_EPILOGUE.then("gemm_search", gemm_search=True)
 
 BEYOND: tuple[Level, ...] = (
     FLOAT8_ROWWISE,
@@ -257,6 +262,7 @@ BEYOND: tuple[Level, ...] = (
     GROUPED_GEMMS,
     FLOAT16_RESIDUALS,
     CONCURRENT_ENCODE,
+    VALUE_EPILOGUE,
     GEMM_SEARCH,
 )
 """Rungs past flux-fast: a chain of their own, so that the ladder stays flux-fast's and its numbers compare.

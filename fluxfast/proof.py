@@ -178,12 +178,20 @@ QUANTIZING = ("gelu_quantize", "layernorm_modulate_quantize", "residual_layernor
 QUANTIZING_SINGLE = ("layernorm_modulate_quantize", "gelu_concat_quantize")
 """Of a single block; with `fused_residuals` the norm is the one with the residual. `gelu_epilogue` leaves the norms."""
 
+VALUES = ("fluxfast::qkv_linear", "fluxfast::grouped_qkv_linear")
+"""GEMMs of QKV that write V as attention takes it; the second is of both streams of a double block."""
 TRANSPOSED = ("fluxfast::qk_norm_rope_hadamard_quantize_transposed", "fluxfast::qk_norm_rope_hadamard_quantize_mixed")
-HADAMARD = ("fluxfast::qk_norm_rope_hadamard_quantize", *TRANSPOSED)
+BEHIND_VALUES = "fluxfast::qk_norm_rope_hadamard_quantize_peaks"
+HADAMARD = ("fluxfast::qk_norm_rope_hadamard_quantize", *TRANSPOSED, BEHIND_VALUES)
 CODED = ("fluxfast::coded_attention", "fluxfast::coded_attention_quantize")
 """Attentions without exponentials; the second quantises its own output."""
-GROUPED = ("fluxfast::grouped_linear", "fluxfast::grouped_gelu_linear_quantize", "fluxfast::grouped_residual_linear")
-"""GEMMs of both streams of a double block; the second and third have the epilogues that others have for one stream."""
+GROUPED = (
+    "fluxfast::grouped_linear",
+    "fluxfast::grouped_gelu_linear_quantize",
+    "fluxfast::grouped_residual_linear",
+    VALUES[1],
+)
+"""GEMMs of both streams of a double block; all but the first have the epilogues that others have for one stream."""
 GELU = ("fluxfast::gelu_linear_quantize", "fluxfast::gelu_linear_quantize_beside", GROUPED[1])
 RESIDUAL = ("fluxfast::residual_linear", GROUPED[2])
 
@@ -206,11 +214,14 @@ def fused_block_facts(built: Built, tables: int, forwards: int) -> list[Fact]:
     added = _all_if(level.residual_epilogue, 2 * streams * double + single)
     grouped = _all_if(level.grouped_gemms, double)
     gemms = 4 * streams * double + (2 if merged else 3) * single - activated - added - grouped
+    gemms -= _all_if(level.value_epilogue, single)
     launches = forwards * (double * streams * len(QUANTIZING) + single * len(QUANTIZING_SINGLE) - activated)
     # In the middle of a double block anyway; with the field at the beginning of every block too.
     sums = _all_if(not level.residual_epilogue, 2 * double + _all_if(level.fused_residuals, 2 * double + single))
     facts = [
         # Before the other fields', whose counts it changes; so are the next two.
+        Fact("value_epilogue", "GEMMs of QKV that write V transposed",
+             compiler.calls_of(*VALUES), _all_if(level.value_epilogue, attended)),
         Fact("grouped_gemms", "GEMMs of both streams of a double block",
              compiler.calls_of(*GROUPED), forwards * 4 * grouped),
         Fact("gelu_epilogue", "GEMMs with GELU and its quantisation in their epilogue",
@@ -231,7 +242,7 @@ def fused_block_facts(built: Built, tables: int, forwards: int) -> list[Fact]:
         Fact("hadamard_qk", "launches of Triton's QK norm and RoPE kernel with a Hadamard transform",
              compiler.calls_of(*HADAMARD), _all_if(level.hadamard_qk, attended)),
         Fact("coded_softmax", "launches of Triton's kernel that transposes V",
-             compiler.calls_of(*TRANSPOSED), _all_if(level.coded_softmax, attended)),
+             compiler.calls_of(*TRANSPOSED), _all_if(level.coded_softmax and not level.value_epilogue, attended)),
         # Once for the one resolution of all calls.
         Fact("fused_qk_rope", "RoPE tables computed",
              built.rotary.fills if built.rotary else 0, _all_if(level.fused_qk_rope, 1)),
@@ -252,7 +263,7 @@ def fused_block_facts(built: Built, tables: int, forwards: int) -> list[Fact]:
         adaln = forwards * (2 * double + single)
         facts.append(
             Fact("precomputed_modulation", "AdaLN Linears called by the blocks",
-                 compiler.calls_of("linear", beside=("_scaled_mm", GROUPED[0])),
+                 compiler.calls_of("linear", beside=("_scaled_mm", GROUPED[0], *VALUES)),
                  _all_if(not level.precomputed_modulation, adaln))
         )  # fmt: skip
     return facts

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from quack.gemm_runtime import host
 
-from fluxfast.kernels import flash, gemm
+from fluxfast.kernels import flash, gemm, values
 from fluxfast.kernels.rowwise import E4M3
 
 LEFT, OUT = map(Path, sys.argv[1:])
@@ -55,6 +55,17 @@ def compile_grouped(name: str, columns: int, widths: tuple[int, ...], stream: to
     take(f"grouped_{name}" + "_float16" * (stream == torch.float16))
 
 
+def compile_values(*groups: int) -> None:
+    """A product of QKV, of both streams if there are groups."""
+    tokens, given = 4352, torch.empty(*groups, 3 * D)
+    q, weight, bias = torch.empty(tokens, D, dtype=E4M3), torch.empty(*groups, 3 * D, D, dtype=E4M3), given.bfloat16()
+    qk, v, peaks = values._outputs(q, 1, tokens, 3 * D)
+    begins = torch.tensor([0, 256, tokens], dtype=torch.int32) if groups else None
+    vectors = {"scale": torch.empty(tokens), "weight_scale": given, "bias": bias}
+    values._multiply(q, weight, qk, v[0], peaks[0], begins, {"_launch": False}, **vectors)
+    take("grouped_values" if groups else "values")
+
+
 def take(name: str) -> None:
     """The machine code that was left, under a name that says whose it is."""
     (binary,) = LEFT.glob("*.cubin")
@@ -71,6 +82,8 @@ compile_grouped("gelu", 4 * D, gemm.GELU_WIDTHS)
 compile_grouped("gated_residual", D, gemm.WIDTHS)
 compile_epilogue("gated_residual", 4352, D, torch.float16)
 compile_grouped("gated_residual", D, gemm.WIDTHS, torch.float16)
+compile_values()
+compile_values(2)
 for quantized, bounded in ((False, False), (True, False), (True, True)):
     flash.coded_attention_kernel(PROCESSORS, quantized, bounded, flash.SOURCE)
     take("coded_attention" + "_quantized" * quantized + "_bounded" * bounded)

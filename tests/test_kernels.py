@@ -37,6 +37,7 @@ OF_QUACK = (
 )
 TRANSPOSED = "qk_norm_rope_hadamard_quantize_transposed"
 MIXED = "qk_norm_rope_hadamard_quantize_mixed"
+BEHIND_VALUES = "qk_norm_rope_hadamard_quantize_peaks"
 OPERATIONS = sorted(
     name for name in dir(reference) if "quantize" in name and name not in (*OF_QUACK, "quantize_rowwise")
 )
@@ -76,9 +77,9 @@ def operation(kind: str, name: str):
     if kind == "reference":
         return getattr(reference, name)
     if kind == "quack":
-        from fluxfast.kernels import flash, gemm
+        from fluxfast.kernels import flash, gemm, values
 
-        return getattr(gemm if hasattr(gemm, name) else flash, name)
+        return next(getattr(module, name) for module in (gemm, values, flash) if hasattr(module, name))
     from fluxfast.kernels import activations, group_norm, norms, qkv
 
     return next(getattr(module, name) for module in (activations, group_norm, norms, qkv) if hasattr(module, name))
@@ -272,6 +273,90 @@ def test_grouped_linear(kind, batch, text, image, k, columns):
     assert got.dtype == torch.bfloat16 and got.shape == (batch, text + image, columns) and got.is_contiguous()
     for rows, own in zip(by_group(got, text), plain, strict=True):
         torch.testing.assert_close(rows.double(), product64(*own), rtol=2**-8, atol=sum_error(kind, k))
+
+
+def assert_values(got: torch.Tensor, peaks: torch.Tensor, v: torch.Tensor, atol: float) -> None:
+    """V's codes, transposed, within half a step of the float64 value (B, S, H, 128), and each sample's largest."""
+    batch, dim = v.shape[0], v.shape[3]
+    assert got.dtype == E4M3 and got.is_contiguous() and got.shape == reference.transposed_shape(*v.shape)
+    place = torch.arange(v.numel(), device=DEVICE).view(v.shape)
+    # Which element of V stands where, by way of numbers that the reference's e4m3 can hold: its digits.
+    digits = [reference.transposed_values((place // 8**i % 8).to(E4M3), mixed=True).long() for i in range(9)]
+    order = sum(digit * 8**i for i, digit in enumerate(digits))[:, :, :dim]
+    exists = reference.transposed_values(torch.ones_like(v).to(E4M3), mixed=True).float() == 1
+    # The rows of ones behind each head, and zeros: what is past the last token.
+    assert torch.equal(got.float()[:, :, dim:], exists[:, :, dim:].float())
+    assert bool((got.float()[~exists] == 0).all())
+    exact = v.flatten()[order].clamp(-448, 448)
+    allowed = exact.abs() * (2**-4 + 1e-4) + 2**-10 + 1e-4 + atol
+    error = (got[:, :, :dim].double() - exact).abs()
+    assert bool((error <= allowed)[exists[:, :, :dim]].all())
+    assert peaks.dtype == torch.float32 and peaks.is_contiguous() and len(peaks) == batch
+    assert torch.equal(peaks.flatten(1).amax(1), got.float()[:, :, :dim].abs().flatten(1).amax(1))
+
+
+@epilogues
+@pytest.mark.parametrize(
+    ("samples", "tokens", "k", "heads"), [(1, 5, 32, 1), (2, 130, 96, 3), (1, 1000, 3072, 2), (3, 16, 64, 6)]
+)
+def test_qkv_linear(kind, samples, tokens, k, heads):
+    """Q and K are rounded to bfloat16, and V to e4m3, transposed: of tiles that are full and of those that are not."""
+    given = factors(samples * tokens, k, 3 * heads * 128)
+    qk, values, peaks = operation(kind, "qkv_linear")(*given, samples)
+    exact = product64(*given).unflatten(-1, (3, heads, 128))
+    atol = sum_error(kind, k)
+    assert qk.dtype == torch.bfloat16 and qk.is_contiguous()
+    torch.testing.assert_close(qk.double(), exact[:, :2].flatten(1), rtol=2**-8, atol=atol)
+    assert_values(values, peaks, exact[:, 2].unflatten(0, (samples, tokens)), atol)
+
+
+@epilogues
+@pytest.mark.parametrize(
+    ("batch", "text", "image", "k", "heads"),
+    [(1, 16, 5, 32, 1), (2, 144, 300, 96, 3), (1, 256, 512, 3072, 2), (1, 128, 128, 64, 6)],
+)
+def test_grouped_qkv_linear(kind, batch, text, image, k, heads):
+    """Each token is multiplied with the weights of its stream, and stands in its place beside the other stream's."""
+    given, plain = both(batch, text, image, k, 3 * heads * 128)
+    qk, values, peaks = operation(kind, "grouped_qkv_linear")(*given, text)
+    atol = sum_error(kind, k)
+    exact = [product64(*own).unflatten(0, (batch, -1)).unflatten(-1, (3, heads, 128)) for own in plain]
+    exact = torch.cat(exact, 1)
+    assert qk.dtype == torch.bfloat16 and qk.is_contiguous()
+    torch.testing.assert_close(qk.double(), exact[:, :, :2].flatten(2), rtol=2**-8, atol=atol)
+    assert_values(values, peaks, exact[:, :, 2], atol)
+
+
+@epilogues
+def test_values_that_are_not_finite(kind):
+    """NaN stays NaN in its token, what is past 448 saturates, and the largest is that of what is a number."""
+    x = normal(2 * 40, 64)
+    x[3], x[45] = float("nan"), 1e4
+    given = (*quantize_rowwise(x), *factors(1, 64, 3 * 128)[2:])
+    _, values, peaks = operation(kind, "qkv_linear")(*given, 2)
+    place = values.float()[0, 0, :128].isnan().all(0).nonzero().flatten().tolist()
+    # The fourth of sixteen tokens: 0 8 1 9 2 10 3.
+    assert place == [6] and values.float()[0].isnan().sum() == 128
+    largest = peaks.flatten(1).amax(1)
+    assert 0 < largest[0] < 10 and largest[1] == 448 and values.float().nan_to_num().abs().max() == 448
+
+
+@quack_installed
+def test_qkv_linears_refuse_what_does_not_fit():
+    """Heads of another width, rows that samples cannot share, text that begins within sixteen tokens, and a CPU."""
+    multiply, grouped = operation("quack", "qkv_linear"), operation("quack", "grouped_qkv_linear")
+    with pytest.raises(ValueError, match="heads of 128 channels, got 336 columns"):
+        multiply(*factors(4, 32, 336), 1)
+    with pytest.raises(ValueError, match=r"a multiple of 16 tokens of text, got 3: .* max_sequence_length"):
+        grouped(*both(1, 3, 5, 32, 384)[0], 3)
+    if CUDA:
+        with pytest.raises(ValueError, match="M must be a multiple of B"):
+            multiply(*factors(5, 32, 384), 2)
+        with pytest.raises(ValueError, match="got 16 of 16 that are text"):
+            grouped(*both(1, 8, 8, 32, 384)[0], 16)
+    else:
+        with pytest.raises(ValueError, match="tensors on cpu; it runs on CUDA"):
+            multiply(*factors(4, 32, 384), 1)
 
 
 @epilogues
@@ -530,6 +615,25 @@ def test_largest_value(kind):
 
 
 @implementations
+@pytest.mark.parametrize(("batch", "text", "image", "heads"), [(1, 3, 130, 24), (3, 16, 1, 9), (2, 0, 5, 2)])
+def test_qk_norm_rope_behind_values(kind, batch, text, image, heads):
+    """Q and K are those of the operation that has V too, and the largest of any number of peaks is each sample's."""
+    streams = [normal(batch, tokens, 3 * heads * 128) for tokens in (text, image)]
+    weights = [1 + normal(128) / 4 for _ in range(4)]
+    cos, sin = (t.repeat_interleave(2, -1) for t in torch.rand(text + image, 128, device=DEVICE).chunk(2, -1))
+    without = [s[..., : 2 * heads * 128] for s in streams]
+    peaks = torch.rand(batch, 41, 57, device=DEVICE)
+    peaks[:, 40, 56], peaks[-1, 3, 5] = 2.0, 3.0
+    both = []
+    for name, (text_qkv, qkv), more in ((MIXED, streams, ()), (BEHIND_VALUES, without, (peaks,))):
+        optional = () if text == 0 else (text_qkv, *weights[2:])
+        both.append(operation(kind, name)(qkv, *more, *weights[:2], cos, sin, 1e-6, *optional))
+    (q, k, *_), (own_q, own_k, largest) = both
+    assert torch.equal(q.float(), own_q.float()) and torch.equal(k.float(), own_k.float())
+    assert largest.tolist() == [2.0] * (batch - 1) + [3.0]
+
+
+@implementations
 @pytest.mark.parametrize(("name", "lost"), [("qk_norm_rope_quantize", 2), ("qk_norm_rope_hadamard_quantize", 64)])
 def test_special_heads(kind, name, lost):
     """What is not finite in q or k stays in its head, and in every product with it."""
@@ -557,7 +661,7 @@ def test_transposed_values():
     """Every channel in a row, of 16 tokens two and the two 8 further next to each other, then ones, then zeros."""
     v = torch.arange(18, device=DEVICE).to(E4M3).view(1, 18, 1, 1).expand(1, 18, 2, 3)
     rows = reference.transposed_values(v).float()
-    order = [0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15]
+    order = [0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15]
     assert rows.shape == (1, 2, 11, 32)
     assert rows[0, 1, 2].tolist() == v[0, [*order, 16, 17], 0, 0].float().tolist() + [0.0] * 14
     assert rows[0, :, 3].sum(-1).tolist() == [18, 18] and not rows[:, :, 4:].any()
@@ -693,7 +797,8 @@ def bits(x: torch.Tensor) -> torch.Tensor:
 @needs_quack
 @pytest.mark.parametrize("name", ["coded_attention", "coded_attention_quantize", "gelu_linear_quantize",
                                   "gelu_linear_quantize_beside", "residual_linear", "grouped_linear",
-                                  "grouped_gelu_linear_quantize", "grouped_residual_linear"])  # fmt: skip
+                                  "grouped_gelu_linear_quantize", "grouped_residual_linear",
+                                  "qkv_linear", "grouped_qkv_linear"])  # fmt: skip
 def test_quack_op_traces(name):
     """Each operation of quack's is what its schema and its fake say, so that compiled code may take it for that."""
     query, key, value, transposed = heads_of(1, 130, 2, 1.0)
@@ -710,6 +815,8 @@ def test_quack_op_traces(name):
         "grouped_linear": (*given, 3),
         "grouped_gelu_linear_quantize": (*given, bound.expand(2, 2), 3),
         "grouped_residual_linear": (*given, normal(1, 8, 48), normal(1, 2, 48), 3),
+        "qkv_linear": (*factors(34, 32, 384), 2),
+        "grouped_qkv_linear": (*both(2, 16, 5, 32, 384)[0], 16),
     }[name]
     operator = operation("quack", name)
     torch.library.opcheck(operator, arguments, test_utils=["test_faketensor"])
@@ -919,6 +1026,7 @@ def example_arguments(name: str) -> tuple:
         "grouped_layernorm_modulate_quantize": (normal(2, 5, 64), *normal(2, 2, 2, 64).unbind(2), 2),
         TRANSPOSED: heads,
         MIXED: heads,
+        BEHIND_VALUES: (heads[0][..., :256], torch.rand(1, 3, 5, device=DEVICE), *heads[1:]),
     }[name]
 
 

@@ -23,6 +23,8 @@ q and v may be what `BlockOps.qk_norm_rope` makes of them for this attention, wh
 Rotary = tuple[torch.Tensor, torch.Tensor]
 Quantized = tuple[torch.Tensor, torch.Tensor | None]
 """Rows (M, K) and their scales (M, 1); None for the latter if nothing is quantised."""
+Projected = torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""QKV, or without V, which is beside it as attention takes it: see `reference.qkv_linear`."""
 EPS = 1e-6
 
 
@@ -36,6 +38,14 @@ def qkv_linears(attn: nn.Module, *, text: bool = False) -> list[nn.Linear]:
 def rows(x: torch.Tensor) -> torch.Tensor:
     """(B, S, D) -> (B * S, D); a view if the batch is one or the memory contiguous."""
     return x.reshape(-1, x.shape[-1])
+
+
+def without_values(projected: Projected) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """What `BlockOps.qk_norm_rope` takes of a projection: the rows, and what is written of V already."""
+    if isinstance(projected, torch.Tensor):
+        return projected, {}
+    qk, values, peaks = projected
+    return qk, {"values": values, "peaks": peaks}
 
 
 class Pending(NamedTuple):
@@ -300,10 +310,11 @@ class GroupedFluxTransformerBlock(_ModulatedBlock):
         norm = self.ops.grouped.layernorm_modulate
         # Each (B, 2, D).
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.unflatten(-1, (2, 6, -1)).unbind(2)
-        qkv = self.to_qkv.forward_grouped(*norm(x, shift, scale, tokens, self.eps), tokens)
+        qkv, beside = without_values(self.to_qkv.forward_grouped(*norm(x, shift, scale, tokens, self.eps), tokens))
         weights = (self.norm_q.weight, self.norm_k.weight)
         text_weights = (self.norm_added_q.weight, self.norm_added_k.weight)
-        heads = self.ops.qk_norm_rope(qkv[:, tokens:], *weights, *rotary, EPS, qkv[:, :tokens], *text_weights)
+        streams = qkv[:, tokens:], *weights, *rotary, EPS, qkv[:, :tokens], *text_weights
+        heads = self.ops.qk_norm_rope(*streams, **beside)
         attended, attended_scale = self._attend(*heads)
         assert attended_scale is not None, "grouped GEMMs are float8's"
         attended, attended_scale = attended.unflatten(0, x.shape[:2]), attended_scale.unflatten(0, x.shape[:2])
@@ -342,7 +353,7 @@ class FusedFluxSingleTransformerBlock(_ModulatedBlock):
         super().__init__([block.norm], attention, ops, fused_residuals=fused_residuals)
         qkv = qkv_linears(block.attn)
         self.merged_projections, self.chained = merged_projections, chained
-        self.to_qkv = ops.linear([*qkv, block.proj_mlp] if merged_projections else qkv)
+        self.to_qkv = (ops.qkv_linear or ops.linear)([*qkv, block.proj_mlp] if merged_projections else qkv)
         up = ops.gelu_linear or ops.linear
         self.proj_mlp: Any = None if merged_projections else up([block.proj_mlp])
         self.proj_out = (ops.residual_linear or ops.linear)([block.proj_out])
@@ -372,7 +383,10 @@ class FusedFluxSingleTransformerBlock(_ModulatedBlock):
         shift, scale, gate = modulation.chunk(3, dim=-1)
         sizes = sizes_of(x)
         residual, q, q_scale = self._norm(x, shift, scale)
-        projected = self.to_qkv.forward_quantized(q, q_scale)
+        if self.ops.qkv_linear is None:
+            projected = self.to_qkv.forward_quantized(q, q_scale)
+        else:
+            projected = self.to_qkv.forward_qkv(q, q_scale, sizes[0])
         if self.ops.attention_quantize is not None:
             heads = self._heads(projected, sizes, rotary)
             bound, beside = self.proj_mlp.bound, self.proj_mlp.out_features
@@ -389,10 +403,13 @@ class FusedFluxSingleTransformerBlock(_ModulatedBlock):
         ends = self._project_back(self.proj_out, quantized, residual, gate)
         return self._leave(*ends, modulation, "hidden_states", sizes)
 
-    def _heads(self, qkv: torch.Tensor, sizes: torch.Size, rotary: Rotary) -> tuple[torch.Tensor, ...]:
-        """QKV as rows (B * S, 3 * D) -> what attention takes."""
+    def _heads(self, projected: Projected, sizes: torch.Size, rotary: Rotary) -> tuple[torch.Tensor, ...]:
+        """QKV as rows (B * S, 3 * D), or what is beside V -> what attention takes."""
+        qkv, beside = without_values(projected)
         weights = (self.norm_q.weight, self.norm_k.weight)
-        heads: tuple[torch.Tensor, ...] = self.ops.qk_norm_rope(qkv.unflatten(0, sizes), *weights, *rotary, EPS)
+        heads: tuple[torch.Tensor, ...] = self.ops.qk_norm_rope(
+            qkv.unflatten(0, sizes), *weights, *rotary, EPS, **beside
+        )
         return heads
 
     def _attended(self, qkv: torch.Tensor, sizes: torch.Size, rotary: Rotary) -> torch.Tensor:

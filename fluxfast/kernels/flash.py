@@ -206,8 +206,8 @@ def _write_codes(pairs: cute.Tensor, bins):
 def _gather_codes(pairs: cute.Tensor, probabilities: cute.Tensor):
     """Codes in the order in which a thread holds the left operand of a product, four a register.
 
-    It holds columns 4t to 4t + 3 where the accumulators had 2t, 2t + 1, 2t + 8 and 2t + 9 of every 16 columns, and takes
-    them as 2t, 2t + 8, 2t + 1, 2t + 9; the rows of V stand in that order instead (`reference.transposed_values`).
+    It holds columns 4t to 4t + 3 where the accumulators had 2t, 2t + 1, 2t + 8 and 2t + 9 of every 16 columns. They go
+    there as 2t, 2t + 8, 2t + 1 and 2t + 9, and V's tokens stand in that order (`reference.transposed_values`).
     """
     for i in cutlass.range_constexpr(cute.size(probabilities)):
         at = i // 2 * 4 + i % 2

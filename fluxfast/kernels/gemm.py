@@ -82,7 +82,12 @@ def tiles(rows: int, columns: int, widths: tuple[int, ...], at_once: int) -> dic
 
     one_wave = [width for width in FEW_TILES_WIDTHS if waves(width) == 1]
     width = min(one_wave or widths, key=lambda width: (waves(width) * width, -width))
-    return {"tile_M": TILE_ROWS, "tile_N": width, "cluster_M": 2, "cluster_N": 1, "pingpong": not one_wave}
+    return tile_options(width, takes_turns=not one_wave)
+
+
+def tile_options(width: int, *, takes_turns: bool) -> dict[str, Any]:
+    """What quack calls it: tiles of `width` columns, which two warp groups work on in turn, or both on one."""
+    return {"tile_M": TILE_ROWS, "tile_N": width, "cluster_M": 2, "cluster_N": 1, "pingpong": takes_turns}
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
@@ -168,8 +173,7 @@ def gelu_linear_quantize(
     codes = torch.empty((rows, d + width), dtype=E4M3, device=q.device)
     out_scale = torch.addcmul(bound[1], scale, bound[0])
     given = {name: vector for name, (vector, _) in vectors.items()}
-    cut = tiles(rows, width, GELU_WIDTHS, processors())
-    multiply(gelu, cut, q, weight, codes[:, d:], **given, out_scale=out_scale)
+    multiply(gelu, tiles(rows, width, GELU_WIDTHS, processors()), q, weight, codes[:, d:], **given, out_scale=out_scale)
     if left is not None:
         quantize_beside(left, codes, out_scale)
     return codes, out_scale
@@ -266,6 +270,15 @@ def grouped_rows(text_tokens: int, tokens: int) -> int:
     return sum(-(-part // pair) * pair for part in (text_tokens, tokens - text_tokens))
 
 
+def _check_groups(text_tokens: int, tokens: int) -> None:
+    """
+    Raises:
+        ValueError: unless there are tokens of both.
+    """
+    if not 0 < text_tokens < tokens:
+        raise ValueError(f"expected tokens of text and of the image, got {text_tokens} of {tokens} that are text")
+
+
 def _multiply_grouped(
     epilogue: Any,
     widths: tuple[int, ...],
@@ -280,8 +293,7 @@ def _multiply_grouped(
         ValueError: for shapes that do not fit, and for tensors that are not on CUDA.
     """
     (batch, tokens, width) = out.shape
-    if not 0 < text_tokens < tokens:
-        raise ValueError(f"expected tokens of text and of the image, got {text_tokens} of {tokens} that are text")
+    _check_groups(text_tokens, tokens)
     _check(batch * tokens, width, **operands)
     given = {name: x for name, (x, _) in operands.items()}
     q, weight, residual = given.pop("q"), given.pop("weight"), given.pop("residual", None)

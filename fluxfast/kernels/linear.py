@@ -105,6 +105,16 @@ class RowwiseFloat8ResidualLinear(RowwiseFloat8EpilogueLinear):
         return self.operation(q, scale, self.weight, self.weight_scale, self.bias, residual, gate)
 
 
+class RowwiseFloat8QkvLinear(RowwiseFloat8EpilogueLinear):
+    """Gives Q and K of its output, and V as attention takes it."""
+
+    def forward_qkv(
+        self, q: torch.Tensor, scale: torch.Tensor, samples: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(B * S, K) e4m3 with row scales (B * S, 1) of B samples -> what `reference.qkv_linear` returns."""
+        return self.operation(q, scale, self.weight, self.weight_scale, self.bias, samples)
+
+
 class RowwiseFloat8GeluLinear(RowwiseFloat8EpilogueLinear):
     """Gives GELU of its output, quantised with a scale that is known before the product is.
 

@@ -19,6 +19,7 @@ from fluxfast.kernels.linear import (
     RowwiseFloat8EpilogueLinear,
     RowwiseFloat8GeluLinear,
     RowwiseFloat8Linear,
+    RowwiseFloat8QkvLinear,
     RowwiseFloat8ResidualLinear,
     stack_linears,
 )
@@ -29,7 +30,10 @@ Op = Callable[..., Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GroupedOps:
-    """The operations of a double block whose streams are one, (B, T + S, D); see their references, `grouped_...`."""
+    """The operations of a double block whose streams are one, (B, T + S, D); see their references, `grouped_...`.
+
+    `linear` is of QKV: `reference.grouped_linear`, or `grouped_qkv_linear` where `BlockOps.qkv_linear` is one.
+    """
 
     layernorm_modulate: Op
     linear: Op
@@ -55,6 +59,9 @@ class BlockOps:
         attention_quantize: see `reference.coded_attention_quantize`; takes what `qk_norm_rope` gives. None: the block's
             attention, then `quantize` or what quantises it beside the MLP.
         grouped: for double blocks whose two streams are one. None: each has its own GEMMs and norms.
+        qkv_linear: (linears) -> module with `forward_qkv(q, scale, samples)`, whose GEMM writes V as attention takes
+            it; `qk_norm_rope` takes the rest, and `values` and `peaks` by name, see `reference.qkv_linear`. None: QKV
+            are of `linear`.
     """
 
     linear: Op
@@ -68,6 +75,7 @@ class BlockOps:
     residual_linear: Op | None = None
     attention_quantize: Op | None = None
     grouped: GroupedOps | None = None
+    qkv_linear: Op | None = None
 
 
 REFERENCE = BlockOps(
@@ -86,6 +94,17 @@ def epilogue_linears(kind: type[RowwiseFloat8EpilogueLinear], **operations: Op) 
     return lambda linears: kind(*stack_linears(linears), **operations)
 
 
+def with_values(norm_rope: Op, operation: Op) -> dict[str, Op]:
+    """What of `BlockOps` is another where `operation`, the GEMM of QKV, writes V; both are kernels or references."""
+
+    def qk_norm_rope(qk: torch.Tensor, *args: Any, values: torch.Tensor, peaks: torch.Tensor) -> tuple[Any, ...]:
+        q, k, largest = norm_rope(qk, peaks, *args)
+        return q, k, values, largest
+
+    linear = epilogue_linears(RowwiseFloat8QkvLinear, operation=operation)
+    return {"qk_norm_rope": qk_norm_rope, "qkv_linear": linear}
+
+
 def triton_ops(
     *,
     quantize: bool = True,
@@ -97,6 +116,7 @@ def triton_ops(
     residual_epilogue: bool = False,
     attention_epilogue: bool = False,
     grouped: bool = False,
+    value_epilogue: bool = False,
 ) -> BlockOps:
     """`REFERENCE` with Triton kernels instead.
 
@@ -111,12 +131,13 @@ def triton_ops(
         residual_epilogue: for gated residuals, in quack's GEMMs in front.
         attention_epilogue: for the attention's output, in `flash.coded_attention_quantize`.
         grouped: for both streams of a double block together, in quack's grouped GEMMs.
+        value_epilogue: for V in e4m3 and transposed, in quack's GEMM of QKV.
 
     Raises:
         ImportError: if Triton, or quack for an epilogue, is not installed.
         ValueError: for `hadamard` without `qk_rope`, whose kernel it is in, and for `transposed_v` without both; for
             `attention_epilogue` without `transposed_v` or with a row that GELU's kernel would quantise as a whole; for
-            `grouped` without both other epilogues.
+            `grouped` without both other epilogues; for `value_epilogue` without `attention_epilogue` and `grouped`.
     """
     if (hadamard and not qk_rope) or (transposed_v and not hadamard):
         raise ValueError("hadamard is done by the kernel of qk_rope, and v transposed beside both: ask for all of them")
@@ -124,6 +145,8 @@ def triton_ops(
         raise ValueError("attention_epilogue is for v transposed, and leaves room for what gelu_epilogue writes beside")
     if grouped and not (gelu_epilogue and residual_epilogue):
         raise ValueError("grouped GEMMs are those of gelu_epilogue and residual_epilogue: ask for both")
+    if value_epilogue and not (attention_epilogue and grouped):
+        raise ValueError("value_epilogue is for v as attention_epilogue takes it, in grouped GEMMs: ask for both")
     from fluxfast.kernels import activations, norms, qkv
 
     changes: dict[str, Any] = {}
@@ -162,6 +185,11 @@ def triton_ops(
                     residual_linear=gemm.grouped_residual_linear,
                 )
             )
+        if value_epilogue:
+            from fluxfast.kernels import values
+
+            changes.update(with_values(qkv.qk_norm_rope_hadamard_quantize_peaks, values.qkv_linear))
+            changes["grouped"] = dataclasses.replace(changes["grouped"], linear=values.grouped_qkv_linear)
     return dataclasses.replace(REFERENCE, **changes)
 
 

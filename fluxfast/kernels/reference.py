@@ -228,6 +228,40 @@ def grouped_linear(
     return grouped(scaled_product, text_tokens, (q, scale), (weight, weight_scale, bias))[0].to(torch.bfloat16)
 
 
+def qkv_linear(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor,
+    samples: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Reference of `values.qkv_linear`."""
+    y = scaled_product(q, scale, weight, weight_scale, bias).unflatten(0, (samples, -1))
+    qk, values, peaks = _with_values(y)
+    return qk.flatten(0, 1), values, peaks
+
+
+def grouped_qkv_linear(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor,
+    text_tokens: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Reference of `values.grouped_qkv_linear`."""
+    return _with_values(grouped(scaled_product, text_tokens, (q, scale), (weight, weight_scale, bias))[0])
+
+
+def _with_values(qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """QKV (B, S, 3 * H * 128) as `values.qkv_linear` gives it, with a peak for every token."""
+    *qk, v = qkv.chunk(3, dim=-1)
+    v = cast_e4m3(v.unflatten(-1, (-1, 128)))
+    peaks = v.float().abs().nan_to_num().amax(-1)
+    return torch.cat(qk, dim=-1).to(torch.bfloat16), transposed_values(v, mixed=True), peaks
+
+
 def grouped_gelu_linear_quantize(
     q: torch.Tensor,
     scale: torch.Tensor,
@@ -364,6 +398,29 @@ def qk_norm_rope_hadamard_quantize_mixed(
     q, v = hadamard(q) * code_scale(q.shape[-1]), cast_e4m3(v)
     largest = v.float().abs().nan_to_num().flatten(1).amax(1)
     return cast_e4m3(q), cast_e4m3(hadamard(k)), transposed_values(v, mixed=True), largest
+
+
+def qk_norm_rope_hadamard_quantize_peaks(
+    qk: torch.Tensor,
+    peaks: torch.Tensor,
+    norm_q: torch.Tensor,
+    norm_k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float = 1e-6,
+    text_qk: torch.Tensor | None = None,
+    text_norm_q: torch.Tensor | None = None,
+    text_norm_k: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Reference of `qkv.qk_norm_rope_hadamard_quantize_peaks`."""
+
+    def with_v(x: torch.Tensor) -> torch.Tensor:
+        return F.pad(x, (0, x.shape[-1] // 2))
+
+    text_qkv = None if text_qk is None else with_v(text_qk)
+    q, k, _ = qk_norm_rope(with_v(qk), norm_q, norm_k, cos, sin, eps, text_qkv, text_norm_q, text_norm_k)
+    q = hadamard(q) * code_scale(q.shape[-1])
+    return cast_e4m3(q), cast_e4m3(hadamard(k)), peaks.flatten(1).amax(1)
 
 
 def transposed_shape(batch: int, tokens: int, heads: int, dim: int) -> tuple[int, int, int, int]:

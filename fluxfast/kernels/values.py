@@ -21,7 +21,16 @@ from quack.epilogue.frontend import EpiMod
 from quack.epilogue.ops import EpiOp, TileStore
 
 from fluxfast.kernels.flash import HEAD_DIM, VALUE_ROWS, _four_codes, _ptx
-from fluxfast.kernels.gemm import FAST_ACCUMULATION, _aligned, _vectors
+from fluxfast.kernels.gemm import (
+    FAST_ACCUMULATION,
+    _aligned,
+    _check,
+    _check_groups,
+    _grouped_operands,
+    _vectors,
+    begins,
+    tile_options,
+)
 from fluxfast.kernels.reference import transposed_shape
 from fluxfast.kernels.rowwise import E4M3
 
@@ -188,9 +197,7 @@ def _places(coordinates: cute.Tensor, sizes: tuple[int, int]) -> dict[tuple[int,
     layouts = [
         cute.composition(cute.make_layout(sizes, stride=stride), coordinates.layout) for stride in ((1, 0), (0, 1))
     ]
-    found = {
-        tuple(cute.crd2idx(i, layout) for layout in layouts): i for i in range(cute.size(coordinates))
-    }
+    found = {tuple(cute.crd2idx(i, layout) for layout in layouts): i for i in range(cute.size(coordinates))}
     width = len(found) // 4
     assert set(found) == {(row, 8 * i + j) for row in (0, 8) for i in range(width) for j in (0, 1)} and width % 2 == 0
     return found
@@ -218,14 +225,14 @@ def _whole(gemm, epi_tile):
     return epi_tile
 
 
-def _qkv(acc, scale, weight_scale, bias):
+def _product(acc, scale, weight_scale, bias):
     """acc * scale * weight_scale + bias, an element: a row's of Q and K, or V's."""
     y = acc * scale * weight_scale + bias
     return {"qk": y, "values": y}
 
 
-qkv = EpiMod(
-    _qkv,
+product = EpiMod(
+    _product,
     outputs=(_QueriesAndKeys("qk"),),
     ops=_vectors(columns=("scale",), rows=("weight_scale", "bias")),
     outs={"values": _Values("values")},
@@ -233,31 +240,149 @@ qkv = EpiMod(
 )
 
 
-def _outputs(q: torch.Tensor, batch: int, tokens: int, width: int, tile: int) -> tuple[torch.Tensor, ...]:
-    """Of a product that is `width` wide, not written yet: see `qkv_linear`."""
+WIDTHS = (192, 128)
+"""Columns of a tile, of which Q and K have a multiple, and V too: the first with which that is so."""
+
+
+def tile_width(inner: int) -> int:
+    """Of the product whose Q, K and V have `inner` columns each, a multiple of 128."""
+    return next(width for width in WIDTHS if inner % width == 0)
+
+
+def peaks_shape(batch: int, tokens: int, inner: int) -> tuple[int, int, int]:
+    """A peak for each group of tokens, by each tile that has a part of V."""
+    return batch, -(-tokens // GROUP), inner // tile_width(inner)
+
+
+def _outputs(q: torch.Tensor, batch: int, tokens: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """qk as (batch * tokens, 2 * inner), values and peaks of a product that is `width` wide, not written yet."""
     inner = width // 3
-    qk = torch.empty(batch * tokens * 2 * inner + inner, dtype=torch.bfloat16, device=q.device)
-    values = torch.empty(transposed_shape(batch, tokens, inner // HEAD_DIM, HEAD_DIM), dtype=E4M3, device=q.device)
-    peaks = torch.empty((batch, values.shape[-1] // GROUP, inner // tile), dtype=torch.float32, device=q.device)
-    return qk, values, peaks
+    values = q.new_empty(transposed_shape(batch, tokens, inner // HEAD_DIM, HEAD_DIM), dtype=E4M3)
+    peaks = q.new_empty(peaks_shape(batch, tokens, inner), dtype=torch.float32)
+    # With room for what `_multiply` takes for the last row's V.
+    qk = q.new_empty(batch * tokens * 2 * inner + inner, dtype=torch.bfloat16)
+    return qk[: batch * tokens * 2 * inner].view(-1, 2 * inner), values, peaks
 
 
-def multiply(cut, q, weight, qk, values, peaks, begins=None, **vectors):
-    """One sample's."""
+def _multiply(
+    q: torch.Tensor,
+    weight: torch.Tensor,
+    qk: torch.Tensor,
+    values: torch.Tensor,
+    peaks: torch.Tensor,
+    begins: torch.Tensor | None = None,
+    options: dict[str, Any] | None = None,
+    **vectors: torch.Tensor,
+) -> None:
+    """One sample's qk (S, 2 * inner), values (H, VALUE_ROWS, S') and peaks; all else as for `gemm.multiply`."""
     rows, inner = len(q), weight.shape[-2] // 3
-    wide = qk.as_strided((rows, 3 * inner), (2 * inner, 1))
     shaped = {name: vector.view(1, -1) if begins is None else vector for name, vector in vectors.items()}
-    qkv.gemm(
+    outputs = {
+        # As wide as the product: nothing is written where V would be, which is the next row.
+        "qk": qk.as_strided((rows, 3 * inner), (2 * inner, 1)),
+        "values": values.view(torch.int32).flatten(0, 1),
+        "peaks": peaks,
+    }
+    product.gemm(
         q,
         weight,
         None,
-        epi_args={
-            **{name: _aligned(vector) for name, vector in shaped.items()},
-            "qk": wide,
-            "values": values.view(torch.int32).flatten(0, 1),
-            "peaks": peaks,
-        },
+        epi_args={name: _aligned(vector) for name, vector in shaped.items()} | outputs,
         post_init_attrs=FAST_ACCUMULATION,
         cu_seqlens_m=begins,
-        **cut,
+        **tile_options(tile_width(inner), takes_turns=True),
+        **(options or {}),
     )
+
+
+def _check_width(width: int) -> None:
+    """
+    Raises:
+        ValueError: unless Q, K and V have heads of 128 channels.
+    """
+    if width % (3 * HEAD_DIM):
+        raise ValueError(f"expected Q, K and V with heads of {HEAD_DIM} channels, got {width} columns of the three")
+
+
+@torch.library.custom_op("fluxfast::qkv_linear", mutates_args=())
+def qkv_linear(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor,
+    samples: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """a @ w.T + bias, Q and K as they are, and V as attention takes it.
+
+    Args:
+        q, scale: (B * S, K) float8_e4m3fn and (B * S, 1) float32, a = q * scale.
+        weight, weight_scale: (3 * H * 128, K) float8_e4m3fn, of Q, K and V, and (1, 3 * H * 128) float32.
+        bias: (3 * H * 128,) bfloat16 or float32. samples: B.
+
+    Returns:
+        Q and K side by side, (B * S, 2 * H * 128) bfloat16; V, (B, H, 136, S') float8_e4m3fn as
+        `reference.transposed_values(v, mixed=True)` has it, rounded once and saturating; and float32 (B, S' / 16, any
+        number), of which the largest is that of V's magnitudes, of what is not NaN. The tensor cores accumulate as they
+        do for `use_fast_accum`.
+
+    Raises:
+        ValueError: for shapes that do not fit, and for tensors that are not on CUDA.
+    """
+    rows, width = len(q), len(weight)
+    _check_width(width)
+    vectors = {"scale": (scale, (rows, 1)), "weight_scale": (weight_scale, (1, width)), "bias": (bias, (width,))}
+    _check(rows, width, q=(q, (rows, weight.shape[1])), **vectors)
+    if rows % samples:
+        raise ValueError(f"{rows} rows cannot be shared evenly by {samples} samples: M must be a multiple of B")
+    outputs = _outputs(q, samples, rows // samples, width)
+    qk, values, peaks = outputs
+    for a, its_scale, *its in zip(*(x.chunk(samples) for x in (q, scale, qk)), values, peaks, strict=True):
+        _multiply(a, weight, *its, scale=its_scale, weight_scale=weight_scale, bias=bias)
+    return outputs
+
+
+@qkv_linear.register_fake
+def _(q, scale, weight, weight_scale, bias, samples):
+    return _outputs(q, samples, len(q) // samples, len(weight))
+
+
+@torch.library.custom_op("fluxfast::grouped_qkv_linear", mutates_args=())
+def grouped_qkv_linear(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor,
+    text_tokens: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `qkv_linear`, for two streams as in `gemm.grouped_linear`.
+
+    Args:
+        text_tokens: T, a multiple of 16: V's tokens change places in sixteens, none of which two weights can write.
+
+    Returns:
+        As there, Q and K as (B, T + S, 2 * H * 128).
+    """
+    (batch, tokens), width = q.shape[:2], weight.shape[1]
+    _check_width(width)
+    if text_tokens % GROUP:
+        raise ValueError(
+            f"expected a multiple of {GROUP} tokens of text, got {text_tokens}: ask the pipeline for such a "
+            "max_sequence_length"
+        )
+    operands = _grouped_operands(q, scale, weight, weight_scale, bias)
+    _check_groups(text_tokens, tokens)
+    _check(batch * tokens, width, **operands)
+    qk, values, peaks = _outputs(q, batch, tokens, width)
+    qk = qk.view(batch, tokens, -1)
+    borders = begins(text_tokens, tokens, q.device)
+    for a, its_scale, *its in zip(q, scale[..., 0], qk, values, peaks, strict=True):
+        _multiply(a, weight, *its, borders, scale=its_scale, weight_scale=weight_scale, bias=bias)
+    return qk, values, peaks
+
+
+@grouped_qkv_linear.register_fake
+def _(q, scale, weight, weight_scale, bias, text_tokens):
+    qk, values, peaks = _outputs(q, *q.shape[:2], weight.shape[1])
+    return qk.view(*q.shape[:2], -1), values, peaks
