@@ -658,12 +658,12 @@ def test_hadamard_keeps_products():
 
 
 def test_transposed_values():
-    """Every channel in a row, of 16 tokens two and the two 8 further next to each other, then ones, then zeros."""
+    """Every channel in a row, of 16 tokens each next to the one 8 further, then ones, then zeros."""
     v = torch.arange(18, device=DEVICE).to(E4M3).view(1, 18, 1, 1).expand(1, 18, 2, 3)
     rows = reference.transposed_values(v).float()
     order = [0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15]
     assert rows.shape == (1, 2, 11, 32)
-    assert rows[0, 1, 2].tolist() == v[0, [*order, 16, 17], 0, 0].float().tolist() + [0.0] * 14
+    assert rows[0, 1, 2].tolist() == [*v[0, order, 0, 0].float().tolist(), 16.0, 0.0, 17.0] + [0.0] * 13
     assert rows[0, :, 3].sum(-1).tolist() == [18, 18] and not rows[:, :, 4:].any()
 
 
