@@ -663,7 +663,8 @@ def test_transposed_values():
     rows = reference.transposed_values(v).float()
     order = [0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15]
     assert rows.shape == (1, 2, 11, 32)
-    assert rows[0, 1, 2].tolist() == [*v[0, order, 0, 0].float().tolist(), 16.0, 0.0, 17.0] + [0.0] * 13
+    first, last = (v[0, tokens, 0, 0].float().tolist() for tokens in (order, [16, 17]))
+    assert rows[0, 1, 2].tolist() == [*first, last[0], 0.0, last[1]] + [0.0] * 13
     assert rows[0, :, 3].sum(-1).tolist() == [18, 18] and not rows[:, :, 4:].any()
 
 
