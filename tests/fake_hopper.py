@@ -63,7 +63,7 @@ def triton_operations() -> dict[str, Any]:
     """The operations that the fused blocks and the decoder use, by name."""
     pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[dev]'")
     pytest.importorskip("quack", reason="quack is not installed: pip install -e '.[dev]'")
-    from fluxfast.kernels import activations, flash, gemm, group_norm, norms, qkv, values
+    from fluxfast.kernels import activations, flash, gemm, group_norm, norms, projections, qkv
 
     operations = (
         gemm.gelu_linear_quantize,
@@ -82,9 +82,11 @@ def triton_operations() -> dict[str, Any]:
         qkv.qk_norm_rope_hadamard_quantize,
         qkv.qk_norm_rope_hadamard_quantize_transposed,
         qkv.qk_norm_rope_hadamard_quantize_mixed,
-        qkv.qk_norm_rope_hadamard_quantize_peaks,
-        values.qkv_linear,
-        values.grouped_qkv_linear,
+        qkv.qk_norm_rope_hadamard_quantize_without_values,
+        projections.qkv_linear,
+        projections.grouped_qkv_linear,
+        projections.heads_linear,
+        projections.grouped_heads_linear,
         flash.coded_attention,
         flash.coded_attention_quantize,
         group_norm.group_norm_silu,

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from quack.gemm_runtime import host
 
-from fluxfast.kernels import flash, gemm, values
+from fluxfast.kernels import flash, gemm, projections
 from fluxfast.kernels.rowwise import E4M3
 
 LEFT, OUT = map(Path, sys.argv[1:])
@@ -59,11 +59,16 @@ def compile_values(*groups: int) -> None:
     """A product of QKV, of both streams if there are groups."""
     tokens, given = 4352, torch.empty(*groups, 3 * D)
     q, weight, bias = torch.empty(tokens, D, dtype=E4M3), torch.empty(*groups, 3 * D, D, dtype=E4M3), given.bfloat16()
-    qk, v, peaks = values._outputs(q, 1, tokens, 3 * D)
+    qk, v, largest = projections._outputs(q, 1, tokens, 3 * D)
     begins = torch.tensor([0, 256, tokens], dtype=torch.int32) if groups else None
     vectors = {"scale": torch.empty(tokens), "weight_scale": given, "bias": bias}
-    values._multiply(q, weight, qk, v[0], peaks[0], begins, {"_launch": False}, **vectors)
+    options = {"_launch": False}
+    projections._multiply(q, weight, qk, v[0], largest, begins, options, **vectors)
     take("grouped_values" if groups else "values")
+    heads, v, largest = projections._heads_outputs(q, 1, tokens, 3 * D)
+    angles, its_heads = torch.empty(tokens, 128), heads.flatten(3)[:, 0]
+    projections._multiply_heads(q, weight, angles, its_heads, v[0], largest, begins, options, **vectors, norm=given)
+    take("grouped_heads" if groups else "heads")
 
 
 def take(name: str) -> None:

@@ -22,10 +22,11 @@ from fluxfast.kernels.linear import (
     GroupedRowwiseFloat8Linear,
     RowwiseFloat8GeluLinear,
     RowwiseFloat8Linear,
+    RowwiseFloat8QkvLinear,
     RowwiseFloat8ResidualLinear,
 )
 from fluxfast.kernels.modulation import PrecomputedModulation
-from fluxfast.kernels.ops import EXACT, REFERENCE, BlockOps, GroupedOps, epilogue_linears, triton_ops
+from fluxfast.kernels.ops import EXACT, REFERENCE, BlockOps, GroupedOps, epilogue_linears, triton_ops, with_values
 from fluxfast.kernels.rowwise import dequantize_rowwise, quantize_rowwise
 from fluxfast.levels import get_level
 from fluxfast.workloads import TINY
@@ -240,6 +241,27 @@ def test_grouped_blocks_of_one_kind(with_epilogues, double, single):
     want = run(fused(transformer, ops=with_epilogues, **options))
     got = run(fused(transformer, ops=dataclasses.replace(with_epilogues, grouped=GROUPED), **options))
     assert relative_error(got, want) < 0.03
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_gemms_that_write_what_attention_takes(transformer, with_attention_epilogue, batch):
+    """V written transposed, and Q and K normed and rotated in another basis, lose no more than kernels behind do."""
+    exact = run(transformer, batch)
+    transformer.to(torch.bfloat16)
+    options = {"attention": reference.coded_attention, "chained": True}
+    kernels = dataclasses.replace(with_attention_epilogue, grouped=GROUPED)
+    error = relative_error(run(fused(transformer, ops=kernels, **options), batch), exact)
+    for heads in (False, True):
+        changes = with_values(reference.qk_norm_rope_hadamard_quantize_without_values, reference.qkv_linear)
+        linear = reference.grouped_qkv_linear
+        if heads:
+            linear = reference.grouped_heads_linear
+            qkv = epilogue_linears(RowwiseFloat8QkvLinear, operation=reference.heads_linear)
+            changes |= {"qkv_linear": qkv, "with_heads": True}
+        grouped = dataclasses.replace(GROUPED, linear=linear)
+        ops = dataclasses.replace(with_attention_epilogue, **changes, grouped=grouped)
+        got = run(fused(transformer, ops=ops, **options), batch)
+        assert 0.01 < relative_error(got, exact) < 1.15 * error
 
 
 def streams(transformer: nn.Module, size: float, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor]:

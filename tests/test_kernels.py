@@ -37,7 +37,7 @@ OF_QUACK = (
 )
 TRANSPOSED = "qk_norm_rope_hadamard_quantize_transposed"
 MIXED = "qk_norm_rope_hadamard_quantize_mixed"
-BEHIND_VALUES = "qk_norm_rope_hadamard_quantize_peaks"
+BEHIND_VALUES = "qk_norm_rope_hadamard_quantize_without_values"
 OPERATIONS = sorted(
     name for name in dir(reference) if "quantize" in name and name not in (*OF_QUACK, "quantize_rowwise")
 )
@@ -77,9 +77,9 @@ def operation(kind: str, name: str):
     if kind == "reference":
         return getattr(reference, name)
     if kind == "quack":
-        from fluxfast.kernels import flash, gemm, values
+        from fluxfast.kernels import flash, gemm, projections
 
-        return next(getattr(module, name) for module in (gemm, values, flash) if hasattr(module, name))
+        return next(getattr(module, name) for module in (gemm, projections, flash) if hasattr(module, name))
     from fluxfast.kernels import activations, group_norm, norms, qkv
 
     return next(getattr(module, name) for module in (activations, group_norm, norms, qkv) if hasattr(module, name))
@@ -275,9 +275,9 @@ def test_grouped_linear(kind, batch, text, image, k, columns):
         torch.testing.assert_close(rows.double(), product64(*own), rtol=2**-8, atol=sum_error(kind, k))
 
 
-def assert_values(got: torch.Tensor, peaks: torch.Tensor, v: torch.Tensor, atol: float) -> None:
+def assert_values(got: torch.Tensor, largest: torch.Tensor, v: torch.Tensor, atol: float) -> None:
     """V's codes, transposed, within half a step of the float64 value (B, S, H, 128), and each sample's largest."""
-    batch, dim = v.shape[0], v.shape[3]
+    dim = v.shape[3]
     assert got.dtype == E4M3 and got.is_contiguous() and got.shape == reference.transposed_shape(*v.shape)
     place = torch.arange(v.numel(), device=DEVICE).view(v.shape)
     # Which element of V stands where, by way of numbers that the reference's e4m3 can hold: its digits.
@@ -291,8 +291,8 @@ def assert_values(got: torch.Tensor, peaks: torch.Tensor, v: torch.Tensor, atol:
     allowed = exact.abs() * (2**-4 + 1e-4) + 2**-10 + 1e-4 + atol
     error = (got[:, :, :dim].double() - exact).abs()
     assert bool((error <= allowed)[exists[:, :, :dim]].all())
-    assert peaks.dtype == torch.float32 and peaks.is_contiguous() and len(peaks) == batch
-    assert torch.equal(peaks.flatten(1).amax(1), got.float()[:, :, :dim].abs().flatten(1).amax(1))
+    assert largest.dtype == torch.float32 and largest.shape == (len(v),)
+    assert torch.equal(largest, got.float()[:, :, :dim].abs().flatten(1).amax(1))
 
 
 @epilogues
@@ -302,12 +302,12 @@ def assert_values(got: torch.Tensor, peaks: torch.Tensor, v: torch.Tensor, atol:
 def test_qkv_linear(kind, samples, tokens, k, heads):
     """Q and K are rounded to bfloat16, and V to e4m3, transposed: of tiles that are full and of those that are not."""
     given = factors(samples * tokens, k, 3 * heads * 128)
-    qk, values, peaks = operation(kind, "qkv_linear")(*given, samples)
+    qk, values, largest = operation(kind, "qkv_linear")(*given, samples)
     exact = product64(*given).unflatten(-1, (3, heads, 128))
     atol = sum_error(kind, k)
     assert qk.dtype == torch.bfloat16 and qk.is_contiguous()
     torch.testing.assert_close(qk.double(), exact[:, :2].flatten(1), rtol=2**-8, atol=atol)
-    assert_values(values, peaks, exact[:, 2].unflatten(0, (samples, tokens)), atol)
+    assert_values(values, largest, exact[:, 2].unflatten(0, (samples, tokens)), atol)
 
 
 @epilogues
@@ -318,13 +318,83 @@ def test_qkv_linear(kind, samples, tokens, k, heads):
 def test_grouped_qkv_linear(kind, batch, text, image, k, heads):
     """Each token is multiplied with the weights of its stream, and stands in its place beside the other stream's."""
     given, plain = both(batch, text, image, k, 3 * heads * 128)
-    qk, values, peaks = operation(kind, "grouped_qkv_linear")(*given, text)
+    qk, values, largest = operation(kind, "grouped_qkv_linear")(*given, text)
     atol = sum_error(kind, k)
     exact = [product64(*own).unflatten(0, (batch, -1)).unflatten(-1, (3, heads, 128)) for own in plain]
     exact = torch.cat(exact, 1)
     assert qk.dtype == torch.bfloat16 and qk.is_contiguous()
     torch.testing.assert_close(qk.double(), exact[:, :, :2].flatten(2), rtol=2**-8, atol=atol)
-    assert_values(values, peaks, exact[:, :, 2], atol)
+    assert_values(values, largest, exact[:, :, 2], atol)
+
+
+def heads64(qkv, norm_q, norm_k, cos, sin):
+    """Q and K of QKV (B, S, 3, H, 128) as `heads_linear` gives them, not cast; the norms are of each token."""
+    found = []
+    for x, weight in zip(qkv[:, :, :2].unbind(2), (norm_q, norm_k), strict=True):
+        x = F.rms_norm(x, (128,), None, 1e-6) * weight.double()[:, None]
+        x = (
+            x * cos.double()[:, None]
+            + torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2) * sin.double()[:, None]
+        )
+        matrix = torch.tensor(sylvester(32), device=x.device).double() / 32**0.5
+        # Of each eight channels a thread has two.
+        found.append((x.unflatten(-1, (16, 4, 2)).transpose(-3, -2).flatten(-2) @ matrix).flatten(-2))
+    return torch.stack([found[0] * 8 * math.log2(math.e) / 128**0.5, found[1]])
+
+
+def angles_of(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    angles = (torch.rand(tokens, 64, device=DEVICE) * 6).repeat_interleave(2, -1)
+    return angles.cos(), angles.sin()
+
+
+def norms_of(heads: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Weights of Q's and K's norm, and for every column of QKV."""
+    weights = [1 + normal(128, dtype=torch.float32) / 4 for _ in range(2)]
+    return weights, torch.cat([*(w.repeat(heads) for w in weights), torch.zeros(heads * 128, device=DEVICE)])
+
+
+@epilogues
+@pytest.mark.parametrize(
+    ("samples", "tokens", "k", "heads"), [(1, 5, 32, 1), (2, 130, 96, 3), (1, 1000, 3072, 2), (3, 16, 64, 6)]
+)
+def test_heads_linear(kind, samples, tokens, k, heads):
+    """Q and K are normed, rotated and mixed, a head at a time, and V is as of `qkv_linear`."""
+    given, (weights, norm), (cos, sin) = (
+        factors(samples * tokens, k, 3 * heads * 128),
+        norms_of(heads),
+        angles_of(tokens),
+    )
+    got, values, largest = operation(kind, "heads_linear")(*given, norm, reference.rotary_pairs(cos, sin), samples)
+    exact = product64(*given).unflatten(-1, (3, heads, 128)).unflatten(0, (samples, tokens))
+    want = heads64(exact, *(w.expand(tokens, 128) for w in weights), cos, sin)
+    assert got.dtype == E4M3 and got.shape == want.shape and got.is_contiguous()
+    atol = sum_error(kind, k)
+    torch.testing.assert_close(got.double(), want, rtol=2**-4 + 1e-3, atol=2**-10 + 8 * atol)
+    assert_values(values, largest, exact[:, :, 2], atol)
+
+
+@epilogues
+@pytest.mark.parametrize(
+    ("batch", "text", "image", "k", "heads"),
+    [(1, 16, 5, 32, 1), (2, 144, 300, 96, 3), (1, 256, 512, 3072, 2), (1, 128, 128, 64, 6)],
+)
+def test_grouped_heads_linear(kind, batch, text, image, k, heads):
+    """Each stream has weights and norms of its own, and each token its angles."""
+    (given, plain), norms, (cos, sin) = (
+        both(batch, text, image, k, 3 * heads * 128),
+        [norms_of(heads) for _ in "ti"],
+        angles_of(text + image),
+    )
+    norm = torch.stack([norm for _, norm in norms])
+    got, values, largest = operation(kind, "grouped_heads_linear")(*given, norm, reference.rotary_pairs(cos, sin), text)
+    exact = [product64(*own).unflatten(0, (batch, -1)).unflatten(-1, (3, heads, 128)) for own in plain]
+    exact = torch.cat(exact, 1)
+    tokens = [w.expand(count, 128) for i in range(2) for count, w in ((text, norms[0][0][i]), (image, norms[1][0][i]))]
+    want = heads64(exact, torch.cat(tokens[:2]), torch.cat(tokens[2:]), cos, sin)
+    assert got.dtype == E4M3 and got.shape == want.shape and got.is_contiguous()
+    atol = sum_error(kind, k)
+    torch.testing.assert_close(got.double(), want, rtol=2**-4 + 1e-3, atol=2**-10 + 8 * atol)
+    assert_values(values, largest, exact[:, :, 2], atol)
 
 
 @epilogues
@@ -333,11 +403,10 @@ def test_values_that_are_not_finite(kind):
     x = normal(2 * 40, 64)
     x[3], x[45] = float("nan"), 1e4
     given = (*quantize_rowwise(x), *factors(1, 64, 3 * 128)[2:])
-    _, values, peaks = operation(kind, "qkv_linear")(*given, 2)
+    _, values, largest = operation(kind, "qkv_linear")(*given, 2)
     place = values.float()[0, 0, :128].isnan().all(0).nonzero().flatten().tolist()
     # The fourth of sixteen tokens: 0 8 1 9 2 10 3.
     assert place == [6] and values.float()[0].isnan().sum() == 128
-    largest = peaks.flatten(1).amax(1)
     assert 0 < largest[0] < 10 and largest[1] == 448 and values.float().nan_to_num().abs().max() == 448
 
 
@@ -349,6 +418,13 @@ def test_qkv_linears_refuse_what_does_not_fit():
         multiply(*factors(4, 32, 336), 1)
     with pytest.raises(ValueError, match=r"a multiple of 16 tokens of text, got 3: .* max_sequence_length"):
         grouped(*both(1, 3, 5, 32, 384)[0], 3)
+    heads = operation("quack", "heads_linear")
+    if CUDA:
+        for norm, rotary in ((384, 3), (383, 4)):
+            with pytest.raises(
+                ValueError, match=r"expected a norm of \(384,\) and a rotary of \(4, 128\), both float32"
+            ):
+                heads(*factors(4, 32, 384), torch.ones(norm, device=DEVICE), torch.ones(rotary, 128, device=DEVICE), 1)
     if CUDA:
         with pytest.raises(ValueError, match="M must be a multiple of B"):
             multiply(*factors(5, 32, 384), 2)
@@ -617,20 +693,17 @@ def test_largest_value(kind):
 @implementations
 @pytest.mark.parametrize(("batch", "text", "image", "heads"), [(1, 3, 130, 24), (3, 16, 1, 9), (2, 0, 5, 2)])
 def test_qk_norm_rope_behind_values(kind, batch, text, image, heads):
-    """Q and K are those of the operation that has V too, and the largest of any number of peaks is each sample's."""
+    """Q and K are those of the operation that has V too."""
     streams = [normal(batch, tokens, 3 * heads * 128) for tokens in (text, image)]
     weights = [1 + normal(128) / 4 for _ in range(4)]
     cos, sin = (t.repeat_interleave(2, -1) for t in torch.rand(text + image, 128, device=DEVICE).chunk(2, -1))
     without = [s[..., : 2 * heads * 128] for s in streams]
-    peaks = torch.rand(batch, 41, 57, device=DEVICE)
-    peaks[:, 40, 56], peaks[-1, 3, 5] = 2.0, 3.0
     both = []
-    for name, (text_qkv, qkv), more in ((MIXED, streams, ()), (BEHIND_VALUES, without, (peaks,))):
+    for name, (text_qkv, qkv) in ((MIXED, streams), (BEHIND_VALUES, without)):
         optional = () if text == 0 else (text_qkv, *weights[2:])
-        both.append(operation(kind, name)(qkv, *more, *weights[:2], cos, sin, 1e-6, *optional))
-    (q, k, *_), (own_q, own_k, largest) = both
+        both.append(operation(kind, name)(qkv, *weights[:2], cos, sin, 1e-6, *optional))
+    (q, k, *_), (own_q, own_k) = both
     assert torch.equal(q.float(), own_q.float()) and torch.equal(k.float(), own_k.float())
-    assert largest.tolist() == [2.0] * (batch - 1) + [3.0]
 
 
 @implementations
@@ -799,7 +872,8 @@ def bits(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["coded_attention", "coded_attention_quantize", "gelu_linear_quantize",
                                   "gelu_linear_quantize_beside", "residual_linear", "grouped_linear",
                                   "grouped_gelu_linear_quantize", "grouped_residual_linear",
-                                  "qkv_linear", "grouped_qkv_linear"])  # fmt: skip
+                                  "qkv_linear", "grouped_qkv_linear", "heads_linear",
+                                  "grouped_heads_linear"])  # fmt: skip
 def test_quack_op_traces(name):
     """Each operation of quack's is what its schema and its fake say, so that compiled code may take it for that."""
     query, key, value, transposed = heads_of(1, 130, 2, 1.0)
@@ -818,6 +892,13 @@ def test_quack_op_traces(name):
         "grouped_residual_linear": (*given, normal(1, 8, 48), normal(1, 2, 48), 3),
         "qkv_linear": (*factors(34, 32, 384), 2),
         "grouped_qkv_linear": (*both(2, 16, 5, 32, 384)[0], 16),
+        "heads_linear": (*factors(34, 32, 384), torch.ones(384, device=DEVICE), torch.ones(17, 128, device=DEVICE), 2),
+        "grouped_heads_linear": (
+            *both(2, 16, 5, 32, 384)[0],
+            torch.ones(2, 384, device=DEVICE),
+            torch.ones(21, 128, device=DEVICE),
+            16,
+        ),
     }[name]
     operator = operation("quack", name)
     torch.library.opcheck(operator, arguments, test_utils=["test_faketensor"])
@@ -1027,7 +1108,7 @@ def example_arguments(name: str) -> tuple:
         "grouped_layernorm_modulate_quantize": (normal(2, 5, 64), *normal(2, 2, 2, 64).unbind(2), 2),
         TRANSPOSED: heads,
         MIXED: heads,
-        BEHIND_VALUES: (heads[0][..., :256], torch.rand(1, 3, 5, device=DEVICE), *heads[1:]),
+        BEHIND_VALUES: (heads[0][..., :256], *heads[1:]),
     }[name]
 
 

@@ -72,7 +72,7 @@ def arguments(name: str) -> tuple[Any, ...]:
     rows, vectors, head = normal(4, D), [normal(2, D) for _ in range(3)], [normal(128) for _ in range(4)]
     angles = [normal(4, 128, dtype=torch.float32) for _ in range(2)]
     two_streams = (normal(1, 2, 3 * D), *head[:2], *angles, 1e-6, normal(1, 2, 3 * D), *head[2:])
-    behind_values = (normal(1, 2, 2 * D), normal(1, 3, 5), *two_streams[1:6], normal(1, 2, 2 * D), *head[2:])
+    behind_values = (normal(1, 2, 2 * D), *two_streams[1:6], normal(1, 2, 2 * D), *head[2:])
     norm = normal(1, 8, 8, 512).movedim(-1, 1), normal(512), normal(512), 32, 1e-6, True, normal(512)
     parts = normal(2, flash.QUERIES, 128), normal(2, flash.QUERIES, dtype=torch.float32)
     return {
@@ -87,7 +87,7 @@ def arguments(name: str) -> tuple[Any, ...]:
         "qk_norm_rope_hadamard_quantize": two_streams,
         "qk_norm_rope_hadamard_quantize_transposed": two_streams,
         "qk_norm_rope_hadamard_quantize_mixed": two_streams,
-        "qk_norm_rope_hadamard_quantize_peaks": behind_values,
+        "qk_norm_rope_hadamard_quantize_without_values": behind_values,
         "grouped_layernorm_modulate_quantize": (normal(1, 4, D), *normal(1, 2, 6, D).unbind(2)[:2], 2),
         "combine_parts": (*parts, normal(1, 129, 1, 128), 2),
         "group_norm_silu": norm,
@@ -111,12 +111,11 @@ def test_kernels_of_quack_compile(tmp_path: Path) -> None:
     result = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     found = {binary.stem: assembly(binary) for binary in out.iterdir()}
-    assert len(found) == 15
+    assert len(found) == 17
     for name, code in found.items():
         spilled = sum(code.count(load) for load in LOCAL_LOADS)
-        # The scheduler of a grouped one keeps some of its numbers there from tile to tile.
-        allowed = {"grouped_gated_residual": 6, "grouped_values": 58}
-        assert "QGMMA" in code and spilled <= allowed.get(name.removesuffix("_float16"), 0), name
+        # The scheduler of a grouped one keeps two of its numbers there from tile to tile.
+        assert "QGMMA" in code and spilled <= (6 if name.startswith("grouped_gated_residual") else 0), name
     # One product after the other, waited for in between, is what ptxas makes of attention that it does not understand;
     # its numbers of buffers, if in every thread, are moved in front of each product; and telling the other thread block
     # of a cluster that a buffer is read needs no fence of the whole GPU.

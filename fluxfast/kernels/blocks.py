@@ -14,18 +14,19 @@ from torch import nn
 
 from fluxfast.kernels.linear import GroupedRowwiseFloat8Linear
 from fluxfast.kernels.ops import BlockOps
+from fluxfast.kernels.reference import EPS, rotary_pairs
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(q, k, v), each (B, S, H, Dh) in e4m3 (unquantised for `ops.EXACT`) -> (B, S, H, Dh) in bfloat16.
 
 q and v may be what `BlockOps.qk_norm_rope` makes of them for this attention, which takes no others then.
 `BlockOps.attention_quantize` takes its place."""
-Rotary = tuple[torch.Tensor, torch.Tensor]
+Rotary = tuple[torch.Tensor, ...]
+"""RoPE's tables: cos and sin, (S, Dh) each, or `reference.rotary_pairs` of both for `BlockOps.with_heads`."""
 Quantized = tuple[torch.Tensor, torch.Tensor | None]
 """Rows (M, K) and their scales (M, 1); None for the latter if nothing is quantised."""
-Projected = torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Projected: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """QKV, or without V, which is beside it as attention takes it: see `reference.qkv_linear`."""
-EPS = 1e-6
 
 
 def qkv_linears(attn: nn.Module, *, text: bool = False) -> list[nn.Linear]:
@@ -40,12 +41,31 @@ def rows(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def norm_weights(norm_q: nn.Module, norm_k: nn.Module, width: int) -> torch.Tensor:
+    """The weight of Q's and K's norms for each column of QKV, (width,) float32, and zeros for V's."""
+    inner = width // 3
+    weights = [norm.weight.detach().float().repeat(inner // norm.weight.numel()) for norm in (norm_q, norm_k)]
+    return torch.cat([*weights, weights[0].new_zeros(inner)])
+
+
+class RotaryPairs(nn.Module):
+    """In place of `FluxPosEmbed`, which it asks: its tables as one, `reference.rotary_pairs`."""
+
+    def __init__(self, embed: nn.Module) -> None:
+        super().__init__()
+        self.embed = embed
+
+    def forward(self, ids: torch.Tensor) -> Rotary:
+        """(S, 3) ids -> one table (S, Dh)."""
+        return (rotary_pairs(*self.embed(ids)),)
+
+
 def without_values(projected: Projected) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """What `BlockOps.qk_norm_rope` takes of a projection: the rows, and what is written of V already."""
     if isinstance(projected, torch.Tensor):
         return projected, {}
-    qk, values, peaks = projected
-    return qk, {"values": values, "peaks": peaks}
+    qk, values, largest = projected
+    return qk, {"values": values, "largest": largest}
 
 
 class Pending(NamedTuple):
@@ -290,6 +310,10 @@ class GroupedFluxTransformerBlock(_ModulatedBlock):
         self.ff_out = both(grouped.residual_linear, ops.linear, [block.ff_context.net[2]], [block.ff.net[2]])
         self.norm_q, self.norm_k = attn.norm_q, attn.norm_k
         self.norm_added_q, self.norm_added_k = attn.norm_added_q, attn.norm_added_k
+        if ops.with_heads:
+            norms = ((attn.norm_added_q, attn.norm_added_k), (attn.norm_q, attn.norm_k))
+            of_columns = [norm_weights(*both, self.to_qkv.out_features) for both in norms]
+            self.register_buffer("norms", torch.stack(of_columns))
 
     def forward(
         self,
@@ -310,17 +334,26 @@ class GroupedFluxTransformerBlock(_ModulatedBlock):
         norm = self.ops.grouped.layernorm_modulate
         # Each (B, 2, D).
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.unflatten(-1, (2, 6, -1)).unbind(2)
-        qkv, beside = without_values(self.to_qkv.forward_grouped(*norm(x, shift, scale, tokens, self.eps), tokens))
-        weights = (self.norm_q.weight, self.norm_k.weight)
-        text_weights = (self.norm_added_q.weight, self.norm_added_k.weight)
-        streams = qkv[:, tokens:], *weights, *rotary, EPS, qkv[:, :tokens], *text_weights
-        heads = self.ops.qk_norm_rope(*streams, **beside)
+        q, q_scale = norm(x, shift, scale, tokens, self.eps)
+        heads = self._heads(q, q_scale, tokens, rotary)
         attended, attended_scale = self._attend(*heads)
         assert attended_scale is not None, "grouped GEMMs are float8's"
         attended, attended_scale = attended.unflatten(0, x.shape[:2]), attended_scale.unflatten(0, x.shape[:2])
         x = self.to_out.forward_grouped(attended, attended_scale, x, gate, tokens)
         activated = self.ff_in.forward_grouped(*norm(x, mlp_shift, mlp_scale, tokens, self.eps), tokens)
         return self.ff_out.forward_grouped(*activated, x, mlp_gate, tokens)
+
+    def _heads(self, q: torch.Tensor, scale: torch.Tensor, tokens: int, rotary: Rotary) -> tuple[torch.Tensor, ...]:
+        """The normed stream, quantised -> what attention takes."""
+        if self.ops.with_heads:
+            heads, *values = self.to_qkv.forward_grouped(q, scale, self.norms, *rotary, tokens)
+            return *heads.unbind(), *values
+        qkv, beside = without_values(self.to_qkv.forward_grouped(q, scale, tokens))
+        weights = (self.norm_q.weight, self.norm_k.weight)
+        text_weights = (self.norm_added_q.weight, self.norm_added_k.weight)
+        streams = qkv[:, tokens:], *weights, *rotary, EPS, qkv[:, :tokens], *text_weights
+        prepared: tuple[torch.Tensor, ...] = self.ops.qk_norm_rope(*streams, **beside)
+        return prepared
 
 
 class FusedFluxSingleTransformerBlock(_ModulatedBlock):
@@ -358,6 +391,8 @@ class FusedFluxSingleTransformerBlock(_ModulatedBlock):
         self.proj_mlp: Any = None if merged_projections else up([block.proj_mlp])
         self.proj_out = (ops.residual_linear or ops.linear)([block.proj_out])
         self.norm_q, self.norm_k = block.attn.norm_q, block.attn.norm_k
+        if ops.with_heads:
+            self.register_buffer("norms", norm_weights(self.norm_q, self.norm_k, self.to_qkv.out_features))
         self.qkv_width = sum(linear.out_features for linear in qkv)
 
     def forward(
@@ -383,18 +418,16 @@ class FusedFluxSingleTransformerBlock(_ModulatedBlock):
         shift, scale, gate = modulation.chunk(3, dim=-1)
         sizes = sizes_of(x)
         residual, q, q_scale = self._norm(x, shift, scale)
-        if self.ops.qkv_linear is None:
-            projected = self.to_qkv.forward_quantized(q, q_scale)
-        else:
-            projected = self.to_qkv.forward_qkv(q, q_scale, sizes[0])
         if self.ops.attention_quantize is not None:
-            heads = self._heads(projected, sizes, rotary)
+            heads = self._heads(q, q_scale, sizes, rotary)
             bound, beside = self.proj_mlp.bound, self.proj_mlp.out_features
             quantized = self.ops.attention_quantize(*heads, q_scale, bound, beside)
             self.proj_mlp.forward_gelu_beside(q, q_scale, *quantized)
         elif self.ops.gelu_linear is not None:
-            quantized = self.proj_mlp.forward_gelu(q, q_scale, self._attended(projected, sizes, rotary))
+            attended = self._attended(self.to_qkv.forward_quantized(q, q_scale), sizes, rotary)
+            quantized = self.proj_mlp.forward_gelu(q, q_scale, attended)
         else:
+            projected = self.to_qkv.forward_quantized(q, q_scale)
             if self.proj_mlp is None:
                 mlp, projected = projected[:, self.qkv_width :], projected[:, : self.qkv_width]
             else:
@@ -403,15 +436,24 @@ class FusedFluxSingleTransformerBlock(_ModulatedBlock):
         ends = self._project_back(self.proj_out, quantized, residual, gate)
         return self._leave(*ends, modulation, "hidden_states", sizes)
 
-    def _heads(self, projected: Projected, sizes: torch.Size, rotary: Rotary) -> tuple[torch.Tensor, ...]:
+    def _heads(
+        self, q: torch.Tensor, scale: torch.Tensor, sizes: torch.Size, rotary: Rotary
+    ) -> tuple[torch.Tensor, ...]:
+        """The normed stream, quantised -> what attention takes."""
+        if self.ops.with_heads:
+            heads, *values = self.to_qkv.forward_qkv(q, scale, self.norms, *rotary, sizes[0])
+            return *heads.unbind(), *values
+        if self.ops.qkv_linear is not None:
+            return self._norm_rope(self.to_qkv.forward_qkv(q, scale, sizes[0]), sizes, rotary)
+        return self._norm_rope(self.to_qkv.forward_quantized(q, scale), sizes, rotary)
+
+    def _norm_rope(self, projected: Projected, sizes: torch.Size, rotary: Rotary) -> tuple[torch.Tensor, ...]:
         """QKV as rows (B * S, 3 * D), or what is beside V -> what attention takes."""
         qkv, beside = without_values(projected)
-        weights = (self.norm_q.weight, self.norm_k.weight)
-        heads: tuple[torch.Tensor, ...] = self.ops.qk_norm_rope(
-            qkv.unflatten(0, sizes), *weights, *rotary, EPS, **beside
-        )
-        return heads
+        streams = qkv.unflatten(0, sizes), self.norm_q.weight, self.norm_k.weight, *rotary, EPS
+        prepared: tuple[torch.Tensor, ...] = self.ops.qk_norm_rope(*streams, **beside)
+        return prepared
 
     def _attended(self, qkv: torch.Tensor, sizes: torch.Size, rotary: Rotary) -> torch.Tensor:
         """QKV as rows (B * S, 3 * D) -> what attention makes of them, rows (B * S, D), not quantised yet."""
-        return rows(self.attention(*self._heads(qkv, sizes, rotary)).flatten(2))
+        return rows(self.attention(*self._norm_rope(qkv, sizes, rotary)).flatten(2))

@@ -101,14 +101,16 @@ def multiply(
     cut: dict[str, Any],
     q: torch.Tensor,
     weight: torch.Tensor,
-    out: torch.Tensor,
+    out: torch.Tensor | None,
     *c: torch.Tensor,
     begins: torch.Tensor | None = None,
+    outputs: dict[str, torch.Tensor] | None = None,
     **vectors: torch.Tensor,
 ) -> None:
     """`out` (M, N) = epilogue(q @ weight.T, ...), cut by `tiles`; c is like `out`.
 
     Args:
+        out: None for an epilogue that writes nothing but `outputs`, by name.
         vectors: of M or N elements.
         begins: None, or int32, where each group of rows begins and the last one ends: `weight` is (groups, N, K) then,
             vectors are (M,) or (groups, N).
@@ -119,7 +121,7 @@ def multiply(
         weight,
         out,
         *c,
-        epi_args={name: _aligned(vector) for name, vector in shaped.items()},
+        epi_args={name: _aligned(vector) for name, vector in shaped.items()} | (outputs or {}),
         post_init_attrs=FAST_ACCUMULATION,
         cu_seqlens_m=begins,
         **cut,
@@ -248,8 +250,8 @@ def residual_linear(
     out = torch.empty_like(residual, memory_format=torch.contiguous_format)
     cut = tiles(rows // samples, width, WIDTHS, processors())
     for a, a_scale, c, d, its_gate in zip(*(x.chunk(samples) for x in (q, scale, residual, out, gate)), strict=True):
-        vectors = {"scale": a_scale, "weight_scale": weight_scale, "bias": bias, "gate": its_gate}
-        multiply(gated_residual, cut, a, weight, d, c, **vectors)
+        its = {"scale": a_scale, "weight_scale": weight_scale, "bias": bias, "gate": its_gate}
+        multiply(gated_residual, cut, a, weight, d, c, **its)
     return out
 
 

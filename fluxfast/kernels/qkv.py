@@ -3,7 +3,8 @@
 Traffic at FLUX's size (4352 tokens, 24 heads x 128): 80 MB of qkv read, 40 MB of e4m3 written, a floor of 28 us at 4.3
 TB/s; cos and sin (4.5 MB in float32) stay in the L2 cache. The Hadamard transform adds nothing to that: a thread mixes
 the eight neighbours that it has loaded, then each head goes through shared memory, for it to mix eight that were far
-apart. `coded_attention` wants V transposed: that is a kernel of its own then, through shared memory too.
+apart. `coded_attention` wants V transposed: that is a kernel of its own then, through shared memory too, or done by the
+GEMM in front (`values.qkv_linear`), which leaves Q and K.
 """
 
 from __future__ import annotations
@@ -21,8 +22,6 @@ HEADS_PER_PROGRAM = 8
 NUM_WARPS = 4
 TRANSPOSED_TOKENS = 64
 """A program's of the kernel that transposes."""
-PEAKS_AT_ONCE = tl.constexpr(1024)
-"""Of which the one program that looks for the largest makes a step."""
 
 
 @triton.jit
@@ -92,7 +91,6 @@ def _qk_norm_rope_kernel(
     k_ptr,
     v_ptr,
     largest_ptr,
-    peaks_ptr,
     text_batch_stride,
     text_stride,
     image_batch_stride,
@@ -101,7 +99,6 @@ def _qk_norm_rope_kernel(
     sin_stride,
     text_tokens,
     tokens,
-    peaks,
     eps: tl.constexpr,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -110,7 +107,6 @@ def _qk_norm_rope_kernel(
     Q_SCALE: tl.constexpr,
     WITH_V: tl.constexpr,
     WITH_LARGEST: tl.constexpr,
-    WITH_PEAKS: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     sample = program // tokens
@@ -119,13 +115,6 @@ def _qk_norm_rope_kernel(
         # For the kernel behind this one, which finds the maximum.
         if (token == 0) & (tl.program_id(1) == 0):
             tl.store(largest_ptr + sample, 0)
-    if WITH_PEAKS:  # noqa: SIM102
-        if (token == 0) & (tl.program_id(1) == 0):
-            at, top = tl.arange(0, PEAKS_AT_ONCE), tl.zeros([PEAKS_AT_ONCE], tl.float32)
-            for start in range(0, peaks, PEAKS_AT_ONCE):
-                peak = tl.load(peaks_ptr + sample * peaks + start + at, mask=start + at < peaks, other=0.0)
-                top = tl.maximum(top, peak)
-            tl.store(largest_ptr + sample, tl.max(top))
     heads = tl.program_id(1) * GROUP + tl.arange(0, GROUP)
     # Weights, cos and sin are read once a head, in the layout of q: as (HEAD_DIM,) they would go through shared memory.
     dims = tl.broadcast_to(tl.arange(0, HEAD_DIM)[None, :], [GROUP, HEAD_DIM])
@@ -211,7 +200,7 @@ def _check(
     text: tuple[torch.Tensor | None, ...],
     *,
     hadamard: bool,
-    parts: int = 3,
+    parts: int,
 ) -> None:
     if any(t is None for t in text) != all(t is None for t in text):
         raise ValueError("text_qkv, text_norm_q and text_norm_k are given together or not at all")
@@ -243,11 +232,12 @@ def _launch(
     text_norm_k: torch.Tensor | None,
     *,
     hadamard: bool,
-    transposed: bool = False,
+    coded: bool = False,
+    with_v: bool = True,
     with_largest: bool = False,
-    peaks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    head_dim, parts = norm_q.shape[0], 3 if peaks is None else 2
+    """Q and K, V, and the largest of V; what is `coded` is for `coded_attention`, with V transposed."""
+    head_dim, parts = norm_q.shape[0], 3 if with_v else 2
     _check(qkv, head_dim, cos, sin, (text_qkv, text_norm_q, text_norm_k), hadamard=hadamard, parts=parts)
     text_tokens = 0 if text_qkv is None else text_qkv.shape[1]
     # Without text the text pointers are never read.
@@ -256,13 +246,9 @@ def _launch(
     text_norm_k = norm_k if text_norm_k is None else text_norm_k
     require_runnable(qkv, text, norm_q, norm_k, text_norm_q, text_norm_k, cos, sin)
     batch, tokens, heads = qkv.shape[0], text_tokens + qkv.shape[1], qkv.shape[2] // (parts * head_dim)
-    if peaks is None:
-        q, k, v = _outputs(qkv, tokens, head_dim, transposed=transposed)
-    else:
-        q, k = (qkv.new_empty((batch, tokens, heads, head_dim), dtype=E4M3) for _ in range(2))
-        v, transposed = q, True
+    outputs = _outputs(qkv, tokens, head_dim, transposed=coded, with_v=with_v)
+    q, k, v = outputs if with_v else (*outputs, outputs[0])
     largest = qkv.new_empty(batch, dtype=torch.int32) if with_largest else None
-    top = qkv.new_empty(batch, dtype=torch.float32) if peaks is not None else None
     wrap_triton(_qk_norm_rope_kernel)[(batch * tokens, triton.cdiv(heads, HEADS_PER_PROGRAM))](
         text,
         qkv,
@@ -275,8 +261,7 @@ def _launch(
         q,
         k,
         v,
-        q if largest is None and top is None else largest if top is None else top,
-        q if peaks is None else peaks,
+        q if largest is None else largest,
         text.stride(0),
         text.stride(1),
         qkv.stride(0),
@@ -285,21 +270,17 @@ def _launch(
         sin.stride(0),
         text_tokens,
         tokens,
-        0 if peaks is None else peaks[0].numel(),
         eps,
         heads,
         HEADS_PER_PROGRAM,
         head_dim,
         hadamard,
-        code_scale(head_dim) if transposed else 1,
-        not transposed,
+        code_scale(head_dim) if coded else 1,
+        not coded,
         with_largest,
-        peaks is not None,
         num_warps=NUM_WARPS,
     )
-    if top is not None:
-        return q, k, top
-    if transposed:
+    if coded and with_v:
         padded = v.shape[-1]
         wrap_triton(_transpose_v_kernel)[(triton.cdiv(padded, TRANSPOSED_TOKENS), batch * heads)](
             text,
@@ -321,17 +302,16 @@ def _launch(
             with_largest,
             num_warps=NUM_WARPS,
         )
-    return (q, k, v) if largest is None else (q, k, v, largest.view(torch.float32))
+    return outputs if largest is None else (*outputs, largest.view(torch.float32))
 
 
 def _outputs(
-    qkv: torch.Tensor, tokens: int, head_dim: int, *, transposed: bool = False
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    qkv: torch.Tensor, tokens: int, head_dim: int, *, transposed: bool = False, with_v: bool = True
+) -> tuple[torch.Tensor, ...]:
     """q, k and v of both streams together, not written yet."""
-    shape = (qkv.shape[0], tokens, qkv.shape[2] // (3 * head_dim), head_dim)
-    shapes = (shape, shape, transposed_shape(*shape) if transposed else shape)
-    q, k, v = (qkv.new_empty(own, dtype=E4M3) for own in shapes)
-    return q, k, v
+    shape = (qkv.shape[0], tokens, qkv.shape[2] // ((3 if with_v else 2) * head_dim), head_dim)
+    shapes = (shape, shape, *((transposed_shape(*shape) if transposed else shape,) if with_v else ()))
+    return tuple(qkv.new_empty(own, dtype=E4M3) for own in shapes)
 
 
 @triton_op("fluxfast::qk_norm_rope_quantize", mutates_args={})
@@ -403,7 +383,7 @@ def qk_norm_rope_hadamard_quantize_transposed(
     """As `qk_norm_rope_hadamard_quantize`, for `coded_attention`: q is multiplied by `reference.code_scale` in front of
     the cast, and v is `reference.transposed_values`."""
     arguments = (qkv, norm_q, norm_k, cos, sin, eps, text_qkv, text_norm_q, text_norm_k)
-    q, k, v = _launch(*arguments, hadamard=True, transposed=True)
+    q, k, v = _launch(*arguments, hadamard=True, coded=True)
     return q, k, v
 
 
@@ -425,8 +405,34 @@ def qk_norm_rope_hadamard_quantize_mixed(
     what is not NaN, (B,) float32.
     """
     arguments = (qkv, norm_q, norm_k, cos, sin, eps, text_qkv, text_norm_q, text_norm_k)
-    q, k, v, largest = _launch(*arguments, hadamard=True, transposed=True, with_largest=True)
+    q, k, v, largest = _launch(*arguments, hadamard=True, coded=True, with_largest=True)
     return q, k, v, largest
+
+
+@triton_op("fluxfast::qk_norm_rope_hadamard_quantize_without_values", mutates_args={})
+def qk_norm_rope_hadamard_quantize_without_values(
+    qk: torch.Tensor,
+    norm_q: torch.Tensor,
+    norm_k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    eps: float = 1e-6,
+    text_qk: torch.Tensor | None = None,
+    text_norm_q: torch.Tensor | None = None,
+    text_norm_k: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and k as of `qk_norm_rope_hadamard_quantize_transposed`, where the GEMM has written V already.
+
+    qk and text_qk have no V: (B, S, 2 * H * Dh).
+    """
+    arguments = (qk, norm_q, norm_k, cos, sin, eps, text_qk, text_norm_q, text_norm_k)
+    q, k = _launch(*arguments, hadamard=True, coded=True, with_v=False)
+    return q, k
+
+
+@qk_norm_rope_hadamard_quantize_without_values.register_fake
+def _(qk, norm_q, norm_k, cos, sin, eps=1e-6, text_qk=None, text_norm_q=None, text_norm_k=None):
+    return _outputs(qk, cos.shape[0], norm_q.shape[0], with_v=False)
 
 
 @qk_norm_rope_hadamard_quantize_mixed.register_fake
@@ -444,38 +450,3 @@ def _(qkv, norm_q, norm_k, cos, sin, eps=1e-6, text_qkv=None, text_norm_q=None, 
 @qk_norm_rope_hadamard_quantize.register_fake
 def _(qkv, norm_q, norm_k, cos, sin, eps=1e-6, text_qkv=None, text_norm_q=None, text_norm_k=None):
     return _outputs(qkv, cos.shape[0], norm_q.shape[0])
-
-
-@triton_op("fluxfast::qk_norm_rope_hadamard_quantize_peaks", mutates_args={})
-def qk_norm_rope_hadamard_quantize_peaks(
-    qk: torch.Tensor,
-    peaks: torch.Tensor,
-    norm_q: torch.Tensor,
-    norm_k: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    eps: float = 1e-6,
-    text_qk: torch.Tensor | None = None,
-    text_norm_q: torch.Tensor | None = None,
-    text_norm_k: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `qk_norm_rope_hadamard_quantize_mixed`, behind a GEMM that has written V.
-
-    Args:
-        qk, text_qk: as qkv and text_qkv there, without V: (B, S, 2 * H * Dh).
-        peaks: (B, any number, any number) float32, what `values.qkv_linear` says of V.
-
-    Returns:
-        q, k as there, and the largest of each sample's peaks, (B,) float32.
-    """
-    arguments = (qk, norm_q, norm_k, cos, sin, eps, text_qk, text_norm_q, text_norm_k)
-    q, k, largest = _launch(*arguments, hadamard=True, peaks=peaks)
-    return q, k, largest
-
-
-@qk_norm_rope_hadamard_quantize_peaks.register_fake
-def _(qk, peaks, norm_q, norm_k, cos, sin, eps=1e-6, text_qk=None, text_norm_q=None, text_norm_k=None):
-    head_dim = norm_q.shape[0]
-    shape = (qk.shape[0], cos.shape[0], qk.shape[2] // (2 * head_dim), head_dim)
-    q, k = (qk.new_empty(shape, dtype=E4M3) for _ in range(2))
-    return q, k, qk.new_empty(len(qk), dtype=torch.float32)

@@ -1,0 +1,652 @@
+"""The GEMM of QKV, of quack, with an epilogue that writes what `flash.coded_attention_quantize` takes.
+
+V in e4m3 and transposed: what the GEMM would write in bfloat16 a kernel behind it would read again, at FLUX's size 27
+MB a block, to write 13. A thread of a tensor core has two neighbouring channels of two tokens that are eight apart. As
+tokens stand in `reference.transposed_values`, those two are neighbours: 16 bits a channel, and eight by eight of these
+are transposed between the threads of a warp by one instruction (movmatrix). It has four tokens of a channel then.
+
+Q and K normed, rotated and mixed (`heads_linear`), of which a kernel would read 53 MB a block to write 27. A tile is a
+head, so that a thread has 32 channels of a token, and three others the rest: the sum of squares is theirs together, a
+pair of channels that RoPE turns is one thread's, and a Hadamard transform of order 32 as well. Channels are written as
+threads have them, 32 in a row.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import cutlass
+import torch
+from cutlass import Float32, Int32, cute
+from cutlass.cutlass_dsl import dsl_user_op
+from quack.compile_utils import make_fake_tensor
+from quack.epilogue.frontend import EpiMod
+from quack.epilogue.ops import EpiOp, TileStore
+
+from fluxfast.kernels.flash import HEAD_DIM, VALUE_ROWS, _four_codes, _ptx
+from fluxfast.kernels.gemm import (
+    ALIGNMENT,
+    _check,
+    _check_groups,
+    _grouped_operands,
+    _vectors,
+    begins,
+    multiply,
+    tile_options,
+)
+from fluxfast.kernels.reference import EPS, code_scale, transposed_shape
+from fluxfast.kernels.rowwise import E4M3
+
+MIXED = HEAD_DIM // 4
+"""Channels that a thread has of a head, and mixes."""
+GROUP = 16
+"""Tokens whose order is another, `reference.PADDING`, which are what a warp has of a tile of 64."""
+ONES = 0x38383838
+"""Four times one, in e4m3."""
+
+
+@dsl_user_op
+def _transpose(pairs, *, loc=None, ip=None):
+    """Eight rows of eight elements of 16 bits, a row in four threads, become eight columns."""
+    return _ptx("movmatrix.sync.aligned.m8n8.trans.b16 {$w0}, {$r0};", pairs, out=(Int32,), loc=loc, ip=ip)
+
+
+@dsl_user_op
+def _larger(a, b, *, loc=None, ip=None):
+    """The larger magnitude of two float32; of a number and NaN, the number's."""
+    ptx = "{.reg .f32 x, y; abs.f32 x, {$r0}; abs.f32 y, {$r1}; max.f32 {$w0}, x, y;}"
+    return _ptx(ptx, a, b, out=(Float32,), loc=loc, ip=ip)
+
+
+@dsl_user_op
+def _raise(address, x, *, loc=None, ip=None):
+    """The number there to x, if that is larger; neither is negative, so that their bits are in the same order."""
+    ptx = "{.reg .b32 b; mov.b32 b, {$r1}; red.relaxed.gpu.global.max.u32 [{$r0}], b;}"
+    _ptx(ptx, address, x, out=(), loc=loc, ip=ip)
+
+
+@dsl_user_op
+def _load_pair(address, *, loc=None, ip=None):
+    """Two float32 of global memory, at a multiple of 8 bytes."""
+    return _ptx("ld.global.nc.v2.f32 {{$w0}, {$w1}}, [{$r0}];", address, out=(Float32, Float32), loc=loc, ip=ip)
+
+
+@dsl_user_op
+def _store_four(address, a, b, c, d, *, loc=None, ip=None):
+    """Four words into global memory, at a multiple of 16 bytes."""
+    _ptx("st.global.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};", address, a, b, c, d, out=(), loc=loc, ip=ip)
+
+
+@dsl_user_op
+def _rounded(x, *, loc=None, ip=None):
+    """float32 in e4m3 and back, saturating."""
+    to = "cvt.rn.satfinite.e4m3x2.f32 c, {$r0}, {$r0}; cvt.rn.f16x2.e4m3x2 h, c;"
+    ptx = "{.reg .b16 c, l, u; .reg .b32 h; " + to + " mov.b32 {l, u}, h; cvt.f32.f16 {$w0}, l;}"
+    return _ptx(ptx, x, out=(Float32,), loc=loc, ip=ip)
+
+
+class _Argument(EpiOp):
+    """A tensor that another operation of the epilogue takes from the GEMM: `gemm.arguments[name]`.
+
+    Args:
+        dtype, shape: of the tensor, None for a size that is known later.
+    """
+
+    def __init__(self, name: str, dtype: Any, shape: tuple[int | None, ...]) -> None:
+        super().__init__(name)
+        self.dtype, self.shape = dtype, shape
+
+    def config_key(self):
+        return self.dtype.__name__, self.shape
+
+    def host_fake_arg(self, key, fctx):
+        shape = tuple(cute.sym_int() if size is None else size for size in self.shape)
+        return make_fake_tensor(self.dtype, shape, 128 // self.dtype.width if len(shape) > 1 else 1)
+
+    def param_fields(self):
+        return [(self.name, object, None)]
+
+    def to_params(self, gemm, args):
+        return {self.name: getattr(args, self.name)}
+
+    def begin(self, gemm, param, smem_tensor, ctx):
+        gemm.arguments = getattr(gemm, "arguments", {}) | {self.name: param}
+
+
+class _Rows(_Argument):
+    """What is written of rows, and where the tile that an epilogue is of begins."""
+
+    fn_port = "sink"
+
+    def epi_m_major_score(self, arg_tensor, gemm):
+        # Along a row first: with two halves of a tile in turn, what belongs to columns is kept, and registers spill.
+        return -100
+
+    @cute.jit
+    def begin(self, gemm, param, smem_tensor, ctx):
+        coordinates = ctx.partition_for_epilogue_fn(cute.make_identity_tensor((ctx.tile_M, ctx.tile_N)))
+        first = ctx.tile_coord_mnkl[0] * ctx.tile_M
+        token = first
+        if cutlass.const_expr(ctx.varlen_manager.varlen_m):
+            token = first + ctx.varlen_manager.params.cu_seqlens_m[ctx.batch_idx]
+        # How many rows there are from the tile's first on, and which token that is.
+        rows = ctx.varlen_manager.len_m(ctx.batch_idx) - first
+        return (param, coordinates, ctx.tile_coord_mnkl[1] * ctx.tile_N, rows, token, self.registers(coordinates))
+
+    def registers(self, coordinates):
+        """What is kept from part to part of a tile."""
+
+    def begin_loop(self, gemm, state, epi_coord):
+        out, coordinates, *rest = state
+        return (out, coordinates[None, None, None, epi_coord[0], epi_coord[1]], *rest, *epi_coord)
+
+
+class _Values(_Rows):
+    """V's codes, (heads * VALUE_ROWS, tokens / 4) int32, four tokens each, and the rows of ones behind each head.
+
+    The largest of their magnitudes goes to the argument `largest`.
+    """
+
+    def registers(self, coordinates):
+        peak = cute.make_rmem_tensor(1, Float32)
+        peak.fill(0.0)
+        return peak
+
+    @cute.jit
+    def fn_sink_flush(self, gemm, state, frag):
+        values, coordinates, column, rows, token, peak, _, _ = state
+        first = _columns_before(values)
+        if column >= first:
+            at = _places(coordinates, gemm.cta_tile_shape_mnk[:2])
+            lane = cute.arch.lane_idx()
+            # Of the warp's sixteen tokens the first, and of the part of the tile the first column.
+            row, channel = coordinates[0][0] - lane // 4, column - first + coordinates[0][1] - lane % 4 * 2
+            keep = Int32(0)
+            for i in cutlass.range_constexpr(2):
+                top = Float32(0.0)
+                for j in cutlass.range_constexpr(len(at) // 4):
+                    for k in cutlass.range_constexpr(2):
+                        top = _larger(top, frag[at[8 * i, 8 * j + k]])
+                exists = row + lane // 4 + 8 * i < rows
+                peak[0] = cutlass.select_(exists, cute.arch.fmax(peak[0], top), peak[0])
+                keep = keep | cutlass.select_(exists, Int32(0x00FF00FF << 8 * i), Int32(0))
+            words = [
+                _transpose(_four_codes(*(frag[at[row, 8 * i + j]] for j in (0, 1) for row in (0, 8))) & keep)
+                for i in range(len(at) // 4)
+            ]
+            if row < rows:
+                head, inner = channel // HEAD_DIM, channel % HEAD_DIM
+                own = lane // 4
+                # The order of channels of `reference.transposed_values` with `mixed`.
+                to = head * VALUE_ROWS + inner + own % 4 // 2 * 8 + own // 4 * 2 + own % 2
+                place = (token + row) // 4 + lane % 4
+                for i in cutlass.range_constexpr(len(words)):
+                    values[to + i // 2 * 16 + i % 2 * 4, place] = words[i]
+                if inner + 8 * len(words) == HEAD_DIM:
+                    ones = Int32(0)
+                    if own == 0:
+                        ones = _ones(rows - row, lane % 4)
+                    values[head * VALUE_ROWS + HEAD_DIM + own, place] = ones
+
+    @cute.jit
+    def end(
+        self,
+        gemm,
+        param,
+        state,
+        epi_tile,
+        tiled_copy_t2r,
+        tiled_copy_r2s,
+        tile_coord_mnkl,
+        varlen_manager,
+        tidx,
+    ):
+        values, _, column, _, _, peak = state
+        largest = gemm.arguments["largest"].iterator.toint()
+        if column >= _columns_before(values):
+            top = peak[0]
+            for offset in (1, 2, 4, 8, 16):
+                top = cute.arch.fmax(top, cute.arch.shuffle_sync_bfly(top, offset=offset))
+            if cute.arch.lane_idx() == 0:
+                _raise(largest, _rounded(top))
+
+
+class _Heads(_Rows):
+    """Q's and K's codes, (2, tokens, heads * HEAD_DIM / 4) int32, four channels each; a tile is a head.
+
+    RoPE's angles are the argument `rotary`, (tokens, HEAD_DIM) float32: cos and sin of each pair of channels.
+    """
+
+    # Two factors come for each element: what is normed, and the norm's weight.
+    scaled = True
+
+    def registers(self, coordinates):
+        """Of two rows, a thread's channels times their weights, and the sums of their squares."""
+        return cute.make_rmem_tensor((HEAD_DIM // 4, 2), Float32), cute.make_rmem_tensor(2, Float32)
+
+    @cute.jit
+    def fn_sink_flush(self, gemm, state, frag, scale):
+        heads, coordinates, column, rows, token, (x, squares), _, part = state
+        at = _places(coordinates, gemm.cta_tile_shape_mnk[:2])
+        rotary = gemm.arguments["rotary"].iterator
+        pairs = len(at) // 4
+        if cutlass.const_expr(part == 0):
+            squares.fill(0.0)
+        for i in cutlass.range_constexpr(2):
+            for j in cutlass.range_constexpr(pairs):
+                for k in cutlass.range_constexpr(2):
+                    y = frag[at[8 * i, 8 * j + k]]
+                    squares[i] = squares[i] + y * y
+                    x[2 * (part * pairs + j) + k, i] = y * scale[at[8 * i, 8 * j + k]]
+        count = heads.shape[2] // (HEAD_DIM // 4)
+        head = column // HEAD_DIM
+        if cutlass.const_expr((part + 1) * pairs == HEAD_DIM // 8):  # noqa: SIM102 - the one is of the compiler's time
+            if head < 2 * count:
+                row, quarter = coordinates[0][0], cute.arch.lane_idx() % 4
+                is_key = head // count
+                unit = cutlass.select_(is_key == 0, Float32(code_scale(HEAD_DIM) / MIXED**0.5), Float32(MIXED**-0.5))
+                for i in cutlass.range_constexpr(2):
+                    total = squares[i]
+                    for offset in (1, 2):
+                        total = total + cute.arch.shuffle_sync_bfly(total, offset=offset)
+                    by = cute.math.rsqrt(total * (1 / HEAD_DIM) + EPS, fastmath=True) * unit
+                    # Rows past the end do as the last one, and are not stored.
+                    place = token + cutlass.min(row + 8 * i, rows - 1)
+                    angles = (rotary + (place * HEAD_DIM + 2 * quarter)).toint()
+                    turned = []
+                    for pair in cutlass.range_constexpr(MIXED // 2):
+                        # Of every eight channels a thread has two.
+                        cos, sin = _load_pair(angles + 4 * 8 * pair)
+                        even, odd = x[2 * pair, i], x[2 * pair + 1, i]
+                        turned += [even * cos - odd * sin, odd * cos + even * sin]
+                    mixed = _hadamard(turned)
+                    words = [_four_codes(*(mixed[4 * j + k] * by for k in range(4))) for j in range(MIXED // 4)]
+                    if row + 8 * i < rows:
+                        to = heads.layout((is_key, place, (head % count * HEAD_DIM + quarter * MIXED) // 4))
+                        address = (heads.iterator + to).toint()
+                        _store_four(address, *words[:4])
+                        _store_four(address + 16, *words[4:])
+
+
+def _hadamard(x: list[Any]) -> list[Any]:
+    """The Hadamard matrix of order len(x), unscaled."""
+    if len(x) == 1:
+        return x
+    even, odd = _hadamard(x[::2]), _hadamard(x[1::2])
+    return [y for a, b in zip(even, odd, strict=True) for y in (a + b, a - b)]
+
+
+LARGEST = _Argument("largest", Float32, (1,))
+"""Zero beforehand."""
+
+
+@cute.jit
+def _ones(left, quarter):
+    """Of the word with the tokens 2q, 2q + 8, 2q + 1 and 2q + 9 of sixteen, ones for those that are left."""
+    word = Int32(0)
+    for i in cutlass.range_constexpr(4):
+        if 2 * quarter + i // 2 + i % 2 * 8 < left:
+            word = word | Int32(0x38 << 8 * i)
+    return word
+
+
+def _columns_before(values: cute.Tensor) -> Any:
+    """Q's and K's columns, which are in front of V's."""
+    return values.shape[0] // VALUE_ROWS * (2 * HEAD_DIM)
+
+
+def _places(coordinates: cute.Tensor, sizes: tuple[int, int]) -> dict[tuple[int, int], int]:
+    """Where in a thread's part of a tile an element is, by its row and column from the thread's first."""
+    layouts = [
+        cute.composition(cute.make_layout(sizes, stride=stride), coordinates.layout) for stride in ((1, 0), (0, 1))
+    ]
+    found = {tuple(cute.crd2idx(i, layout) for layout in layouts): i for i in range(cute.size(coordinates))}
+    width = len(found) // 4
+    assert set(found) == {(row, 8 * i + j) for row in (0, 8) for i in range(width) for j in (0, 1)} and width % 2 == 0
+    return found
+
+
+class _QueriesAndKeys(TileStore):
+    """Rows of Q and K, as wide as those two."""
+
+    def __init__(self, name: str) -> None:
+        # Any function: quack takes the width of the product for the output's without one.
+        super().__init__(name, epi_tile_fn=_whole)
+
+    def config_key(self):
+        return ()
+
+    def store_setup(self, gemm, params, smem_tensor, tiled_copy_r2s, tiled_copy_t2r, tile_coord_mnkl, *rest):
+        *context, _ = super().store_setup(
+            gemm, params, smem_tensor, tiled_copy_r2s, tiled_copy_t2r, tile_coord_mnkl, *rest
+        )
+        columns = _columns_before(params.values)
+        return (*context, tile_coord_mnkl[1] * gemm.cta_tile_shape_mnk[1] < columns)
+
+
+def _whole(gemm, epi_tile):
+    return epi_tile
+
+
+class _Nothing(TileStore):
+    """Rows that are not written: quack counts its rows in an output, where they are of two streams."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, epi_tile_fn=_whole)
+
+    def config_key(self):
+        return ()
+
+    def store_setup(self, *args):
+        *context, _ = super().store_setup(*args)
+        return (*context, cutlass.Boolean(False))
+
+    def store_convert(self, gemm, rows, *args):
+        return rows
+
+    def store_r2s(self, *args):
+        pass
+
+
+def _product(acc, scale, weight_scale, bias):
+    """acc * scale * weight_scale + bias, an element: a row's of Q and K, or V's."""
+    y = acc * scale * weight_scale + bias
+    return {"qk": y, "values": y}
+
+
+def _heads_product(acc, scale, weight_scale, bias, norm):
+    """The same, with the weight of Q's or K's norm beside."""
+    y = acc * scale * weight_scale + bias
+    return {"nothing": y, "heads": (y, norm), "values": y}
+
+
+VALUES = _Values("values", Int32, (None, None))
+product = EpiMod(
+    _product,
+    outputs=(_QueriesAndKeys("qk"),),
+    ops=_vectors(columns=("scale",), rows=("weight_scale", "bias")),
+    outs={"values": VALUES},
+    extra_ops=(LARGEST,),
+)
+heads_product = EpiMod(
+    _heads_product,
+    outputs=(_Nothing("nothing"),),
+    ops=_vectors(columns=("scale",), rows=("weight_scale", "bias", "norm")),
+    outs={"heads": _Heads("heads", Int32, (2, None, None)), "values": VALUES},
+    extra_ops=(LARGEST, _Argument("rotary", Float32, (None, HEAD_DIM))),
+)
+
+WIDTHS = (192, 128)
+"""Columns of a tile, of which Q and K have a multiple, and V too: the first with which that is so."""
+
+
+def tile_width(inner: int) -> int:
+    """Of the product whose Q, K and V have `inner` columns each, a multiple of 128."""
+    return next(width for width in WIDTHS if inner % width == 0)
+
+
+def _outputs(q: torch.Tensor, batch: int, tokens: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """qk as (batch * tokens, 2 * inner) and values of a product that is `width` wide, not written yet, and zeros."""
+    inner = width // 3
+    values = q.new_empty(transposed_shape(batch, tokens, inner // HEAD_DIM, HEAD_DIM), dtype=E4M3)
+    largest = q.new_zeros(batch, dtype=torch.float32)
+    # With room for what `_multiply` takes for the last row's V.
+    qk = q.new_empty(batch * tokens * 2 * inner + inner, dtype=torch.bfloat16)
+    return qk[: batch * tokens * 2 * inner].view(-1, 2 * inner), values, largest
+
+
+def _multiply(
+    q: torch.Tensor,
+    weight: torch.Tensor,
+    qk: torch.Tensor,
+    values: torch.Tensor,
+    largest: torch.Tensor,
+    begins: torch.Tensor | None = None,
+    options: dict[str, Any] | None = None,
+    **vectors: torch.Tensor,
+) -> None:
+    """One sample's qk (S, 2 * inner), values (H, VALUE_ROWS, S') and largest (1,); all else as for `gemm.multiply`."""
+    rows, inner = len(q), weight.shape[-2] // 3
+    outputs = {
+        # As wide as the product: nothing is written where V would be, which is the next row.
+        "qk": qk.as_strided((rows, 3 * inner), (2 * inner, 1)),
+        "values": values.view(torch.int32).flatten(0, 1),
+        "largest": largest,
+    }
+    cut = tile_options(tile_width(inner), takes_turns=True) | (options or {})
+    multiply(product, cut, q, weight, None, begins=begins, outputs=outputs, **vectors)
+
+
+def _multiply_heads(
+    q: torch.Tensor,
+    weight: torch.Tensor,
+    rotary: torch.Tensor,
+    heads: torch.Tensor,
+    values: torch.Tensor,
+    largest: torch.Tensor,
+    begins: torch.Tensor | None = None,
+    options: dict[str, Any] | None = None,
+    **vectors: torch.Tensor,
+) -> None:
+    """One sample's heads (2, S, inner), as `_heads_outputs` makes them; all else as for `_multiply`."""
+    outputs = {
+        "nothing": heads.as_strided((len(q), weight.shape[-2]), (ALIGNMENT, 1)),
+        "heads": heads.view(torch.int32),
+        "values": values.view(torch.int32).flatten(0, 1),
+        "largest": largest,
+        "rotary": rotary,
+    }
+    cut = tile_options(HEAD_DIM, takes_turns=True) | (options or {})
+    multiply(heads_product, cut, q, weight, None, begins=begins, outputs=outputs, **vectors)
+
+
+def _heads_outputs(
+    q: torch.Tensor, batch: int, tokens: int, width: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """heads (2, batch, tokens, heads, HEAD_DIM) and values of a product that is `width` wide, and zeros."""
+    inner = width // 3
+    shape = (2, batch, tokens, inner // HEAD_DIM, HEAD_DIM)
+    # With room for rows that are not written.
+    heads = q.new_empty(math.prod(shape) + batch * tokens * ALIGNMENT + width, dtype=E4M3)[: math.prod(shape)]
+    values = q.new_empty(transposed_shape(*shape[1:]), dtype=E4M3)
+    return heads.view(shape), values, q.new_zeros(batch, dtype=torch.float32)
+
+
+def _check_width(width: int) -> None:
+    """
+    Raises:
+        ValueError: unless Q, K and V have heads of 128 channels.
+    """
+    if width % (3 * HEAD_DIM):
+        raise ValueError(f"expected Q, K and V with heads of {HEAD_DIM} channels, got {width} columns of the three")
+
+
+def _check_text(text_tokens: int, tokens: int) -> None:
+    """
+    Raises:
+        ValueError: unless there are tokens of both streams, and the image's begin where sixteen tokens do.
+    """
+    if text_tokens % GROUP:
+        raise ValueError(
+            f"expected a multiple of {GROUP} tokens of text, got {text_tokens}: ask the pipeline for such a "
+            "max_sequence_length"
+        )
+    _check_groups(text_tokens, tokens)
+
+
+@torch.library.custom_op("fluxfast::qkv_linear", mutates_args=())
+def qkv_linear(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor,
+    samples: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """a @ w.T + bias, Q and K as they are, and V as attention takes it.
+
+    Args:
+        q, scale: (B * S, K) float8_e4m3fn and (B * S, 1) float32, a = q * scale.
+        weight, weight_scale: (3 * H * 128, K) float8_e4m3fn, of Q, K and V, and (1, 3 * H * 128) float32.
+        bias: (3 * H * 128,) bfloat16 or float32. samples: B.
+
+    Returns:
+        Q and K side by side, (B * S, 2 * H * 128) bfloat16; V, (B, H, 136, S') float8_e4m3fn as
+        `reference.transposed_values(v, mixed=True)` has it, rounded once and saturating; and (B,) float32, of each
+        sample the largest magnitude in V, of what is not NaN. The tensor cores accumulate as they do for
+        `use_fast_accum`.
+
+    Raises:
+        ValueError: for shapes that do not fit, and for tensors that are not on CUDA.
+    """
+    rows, width = len(q), len(weight)
+    _check_width(width)
+    vectors = {"scale": (scale, (rows, 1)), "weight_scale": (weight_scale, (1, width)), "bias": (bias, (width,))}
+    _check(rows, width, q=(q, (rows, weight.shape[1])), **vectors)
+    if rows % samples:
+        raise ValueError(f"{rows} rows cannot be shared evenly by {samples} samples: M must be a multiple of B")
+    outputs = _outputs(q, samples, rows // samples, width)
+    qk, values, largest = outputs
+    by_sample = zip(*(x.chunk(samples) for x in (q, scale, qk)), values, largest[:, None], strict=True)
+    for a, a_scale, rows_of_qk, v, top in by_sample:
+        _multiply(a, weight, rows_of_qk, v, top, scale=a_scale, weight_scale=weight_scale, bias=bias)
+    return outputs
+
+
+@qkv_linear.register_fake
+def _(q, scale, weight, weight_scale, bias, samples):
+    return _outputs(q, samples, len(q) // samples, len(weight))
+
+
+@torch.library.custom_op("fluxfast::grouped_qkv_linear", mutates_args=())
+def grouped_qkv_linear(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor,
+    text_tokens: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `qkv_linear`, for two streams as in `gemm.grouped_linear`.
+
+    Args:
+        text_tokens: T, a multiple of 16: V's tokens change places in sixteens, none of which two weights can write.
+
+    Returns:
+        As there, Q and K as (B, T + S, 2 * H * 128).
+    """
+    (batch, tokens), width = q.shape[:2], weight.shape[1]
+    _check_width(width)
+    _check_text(text_tokens, tokens)
+    _check(batch * tokens, width, **_grouped_operands(q, scale, weight, weight_scale, bias))
+    qk, values, largest = _outputs(q, batch, tokens, width)
+    qk = qk.view(batch, tokens, -1)
+    borders = begins(text_tokens, tokens, q.device)
+    for a, a_scale, rows_of_qk, v, top in zip(q, scale[..., 0], qk, values, largest[:, None], strict=True):
+        _multiply(a, weight, rows_of_qk, v, top, borders, scale=a_scale, weight_scale=weight_scale, bias=bias)
+    return qk, values, largest
+
+
+@grouped_qkv_linear.register_fake
+def _(q, scale, weight, weight_scale, bias, text_tokens):
+    qk, values, largest = _outputs(q, len(q), q.shape[1], weight.shape[1])
+    return qk.view(*q.shape[:2], -1), values, largest
+
+
+def _check_heads(norm: torch.Tensor, rotary: torch.Tensor, groups: tuple[int, ...], width: int, tokens: int) -> None:
+    """
+    Raises:
+        ValueError: unless there is a weight a column and a row of angles a token.
+    """
+    got, expected = (tuple(norm.shape), tuple(rotary.shape)), ((*groups, width), (tokens, HEAD_DIM))
+    if got != expected or {norm.dtype, rotary.dtype} != {torch.float32}:
+        raise ValueError(
+            f"expected a norm of {expected[0]} and a rotary of {expected[1]}, both float32, got {got[0]}, {norm.dtype} "
+            f"and {got[1]}, {rotary.dtype}"
+        )
+
+
+@torch.library.custom_op("fluxfast::heads_linear", mutates_args=())
+def heads_linear(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor,
+    norm: torch.Tensor,
+    rotary: torch.Tensor,
+    samples: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """a @ w.T + bias as attention takes it: Q and K through RMSNorm, RoPE and a Hadamard transform, all in e4m3.
+
+    Args:
+        q, scale, weight, weight_scale, bias, samples: as for `qkv_linear`.
+        norm: (3 * H * 128,) float32, the weights of the norms of Q and K for each of their columns; V's are not read.
+        rotary: (S, 128) float32, see `reference.rotary_pairs`.
+
+    Returns:
+        Q and K (2, B, S, H, 128) float8_e4m3fn, mixed as by `reference.hadamard_by_threads`, queries multiplied by
+        `reference.code_scale`; V and the largest of its magnitudes as of `qkv_linear`.
+
+    Raises:
+        ValueError: as there.
+    """
+    rows, width = len(q), len(weight)
+    _check_width(width)
+    vectors = {"scale": (scale, (rows, 1)), "weight_scale": (weight_scale, (1, width)), "bias": (bias, (width,))}
+    _check(rows, width, q=(q, (rows, weight.shape[1])), **vectors)
+    if rows % samples:
+        raise ValueError(f"{rows} rows cannot be shared evenly by {samples} samples: M must be a multiple of B")
+    _check_heads(norm, rotary, (), width, rows // samples)
+    outputs = _heads_outputs(q, samples, rows // samples, width)
+    heads, values, largest = outputs
+    by_row = (x.chunk(samples) for x in (q, scale))
+    for a, a_scale, both, v, top in zip(*by_row, heads.flatten(3).unbind(1), values, largest[:, None], strict=True):
+        its = {"scale": a_scale, "weight_scale": weight_scale, "bias": bias, "norm": norm}
+        _multiply_heads(a, weight, rotary, both, v, top, **its)
+    return outputs
+
+
+@heads_linear.register_fake
+def _(q, scale, weight, weight_scale, bias, norm, rotary, samples):
+    return _heads_outputs(q, samples, len(q) // samples, len(weight))
+
+
+@torch.library.custom_op("fluxfast::grouped_heads_linear", mutates_args=())
+def grouped_heads_linear(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor,
+    norm: torch.Tensor,
+    rotary: torch.Tensor,
+    text_tokens: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `heads_linear`, for two streams as in `grouped_qkv_linear`.
+
+    Args:
+        norm: (2, 3 * H * 128) float32, the text's first. rotary: (T + S, 128), of all tokens.
+
+    Returns:
+        As there.
+    """
+    (batch, tokens), width = q.shape[:2], weight.shape[1]
+    _check_width(width)
+    _check_text(text_tokens, tokens)
+    _check(batch * tokens, width, **_grouped_operands(q, scale, weight, weight_scale, bias))
+    _check_heads(norm, rotary, (2,), width, tokens)
+    outputs = _heads_outputs(q, batch, tokens, width)
+    heads, values, largest = outputs
+    borders = begins(text_tokens, tokens, q.device)
+    by_sample = zip(q, scale[..., 0], heads.flatten(3).unbind(1), values, largest[:, None], strict=True)
+    for a, a_scale, both, v, top in by_sample:
+        its = {"scale": a_scale, "weight_scale": weight_scale, "bias": bias, "norm": norm}
+        _multiply_heads(a, weight, rotary, both, v, top, borders, **its)
+    return outputs
+
+
+@grouped_heads_linear.register_fake
+def _(q, scale, weight, weight_scale, bias, norm, rotary, text_tokens):
+    return _heads_outputs(q, len(q), q.shape[1], weight.shape[1])
