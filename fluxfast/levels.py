@@ -87,6 +87,8 @@ class Level:
             modulation leaves the loop's graph for one of its own.
         value_epilogue: V's cast to e4m3 and its transposition in the GEMM in front of them, quack's for single blocks
             too. Q and K are all that the kernel behind it reads then.
+        fused_t5: q, k and v of a T5 block in one GEMM; its gated GELU, and what it adds to the stream, in the epilogues
+            of quack's GEMMs in front.
         gemm_search: max-autotune times Triton's GEMM templates beside the libraries' kernels, up to 106 for a shape in
             float8.
         coordinate_descent: Inductor's search for the launch parameters of every kernel it writes, which flux-fast
@@ -124,6 +126,7 @@ class Level:
     float16_residuals: bool = False
     concurrent_encode: bool = False
     value_epilogue: bool = False
+    fused_t5: bool = False
     gemm_search: bool = False
     coordinate_descent: bool = False
 
@@ -238,7 +241,8 @@ GROUPED_GEMMS = ATTENTION_EPILOGUE.then("grouped_gemms", grouped_gemms=True)
 FLOAT16_RESIDUALS = GROUPED_GEMMS.then("float16_residuals", float16_residuals=True)
 CONCURRENT_ENCODE = FLOAT16_RESIDUALS.then("concurrent_encode", concurrent_encode=True)
 VALUE_EPILOGUE = CONCURRENT_ENCODE.then("value_epilogue", value_epilogue=True)
-GEMM_SEARCH = VALUE_EPILOGUE.then("gemm_search", gemm_search=True)
+FUSED_T5 = VALUE_EPILOGUE.then("fused_t5", fused_t5=True)
+GEMM_SEARCH = FUSED_T5.then("gemm_search", gemm_search=True)
 
 BEYOND: tuple[Level, ...] = (
     FLOAT8_ROWWISE,
@@ -263,6 +267,7 @@ BEYOND: tuple[Level, ...] = (
     FLOAT16_RESIDUALS,
     CONCURRENT_ENCODE,
     VALUE_EPILOGUE,
+    FUSED_T5,
     GEMM_SEARCH,
 )
 """Rungs past flux-fast: a chain of their own, so that the ladder stays flux-fast's and its numbers compare.

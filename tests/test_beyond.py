@@ -258,7 +258,15 @@ class ReplayedOnACpu:
 @pytest.mark.parametrize("scope", ["blocks", "full"])
 @pytest.mark.parametrize(
     "field",
-    [None, "concurrent_encode", "no_host_waits", "fast_encode", "whole_loop_graph", "precomputed_modulation"],
+    [
+        None,
+        "fused_t5",
+        "concurrent_encode",
+        "no_host_waits",
+        "fast_encode",
+        "whole_loop_graph",
+        "precomputed_modulation",
+    ],
 )
 def test_what_is_left_out_among_graphs_is_named(
     micro: Workload, hopper: None, monkeypatch: pytest.MonkeyPatch, field: str | None, scope: str
@@ -269,7 +277,7 @@ def test_what_is_left_out_among_graphs_is_named(
     monkeypatch.setattr(building, "load", lambda name, dtype, device, kind: load(name, dtype, "cpu", kind=kind))
     monkeypatch.setattr(building, "GraphedCallable", ReplayedOnACpu)
     workload = dataclasses.replace(micro, compile_scope=scope)
-    built = build(workload, get_level("concurrent_encode"), unapplied=field)
+    built = build(workload, get_level("fused_t5"), unapplied=field)
     for _ in range(4):
         generate(built, workload)
     failed = [fact.field for fact in (*built.facts, *proof.run_facts(built, 4, STEPS)) if not fact.holds]
