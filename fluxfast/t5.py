@@ -38,15 +38,15 @@ class FusedT5SelfAttention(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        from fluxfast.kernels.dense import residual_dense_linear
+        from fluxfast.kernels import dense
 
-        self.operation = residual_dense_linear
+        self.add = dense.residual_dense_linear
         self.layer_norm, self.SelfAttention = layer.layer_norm, layer.SelfAttention
         projections = [getattr(self.SelfAttention, name) for name in ("q", "k", "v")]
         weight = torch.cat([linear.weight for linear in projections])
         self.to_qkv = nn.Linear(weight.shape[1], len(weight), bias=False, device="meta")
         self.to_qkv.weight = nn.Parameter(weight, requires_grad=False)
-        self.weight = self.SelfAttention.o.weight
+        self.o = self.SelfAttention.o.weight
         for place, name in enumerate(("q", "k", "v")):
             setattr(self.SelfAttention, name, Third(place))
         self.SelfAttention.o = nn.Identity()
@@ -61,7 +61,7 @@ class FusedT5SelfAttention(nn.Module):
         """(B, S, D) -> the same, and what else transformers' attention returns."""
         qkv = self.to_qkv(self.layer_norm(hidden_states))
         attended, *others = self.SelfAttention(qkv, mask=attention_mask, position_bias=position_bias, **kwargs)
-        return self.operation(_rows(attended), self.weight, _rows(hidden_states)).view_as(hidden_states), *others
+        return self.add(_rows(attended), self.o, _rows(hidden_states)).view_as(hidden_states), *others
 
 
 class FusedT5FeedForward(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -10,7 +11,6 @@ import torch
 from fake_hopper import triton_on_a_cpu
 from torch import nn
 from transformers import T5Config, T5EncoderModel
-from transformers.models.t5.modeling_t5 import T5DenseGatedActDense
 
 from fluxfast import t5
 from fluxfast.compilation import lay_out_position_bias, position_biases_in_order, text_encoder_layers
@@ -49,14 +49,16 @@ def test_fused_blocks_compute_what_transformers_do(
 
 
 def test_fused_blocks_hold_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many bytes in the same type, and still blocks of T5 to whatever looks for them."""
+    """As many bytes in the same type, the originals gone, and still blocks of T5 to whatever looks for them."""
     triton_on_a_cpu(monkeypatch)
     model = encoder().bfloat16()
     bytes_before, count = weight_bytes(model), len(text_encoder_layers(model))
     assert t5.with_one_projection(model) == 0
+    merged = ("q", "k", "v", "wi_0", "wi_1")
+    originals = [weakref.ref(p) for name, p in model.named_parameters() if name.split(".")[-2] in merged]
     t5.fuse(model)
+    assert len(originals) == 5 * count and not any(original() is not None for original in originals)
     assert weight_bytes(model) == bytes_before and {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert not any(isinstance(m, T5DenseGatedActDense) for m in model.modules())
     assert sum(isinstance(m, nn.Linear) for m in model.modules()) == count == t5.with_one_projection(model) == 3
     assert not any(p.requires_grad for p in model.parameters())
     lay_out_position_bias(model)
