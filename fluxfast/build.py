@@ -8,7 +8,8 @@ The one legal order of application, which is not the ladder's order:
 3. `memory_format` (before anything records strides), then `fast_decode`, whose norms want NHWC, and
    `subpixel_upsampling`, whose convolutions write it,
 4. `attention` (before compilation traces the processor),
-5. `quantization`; or the fused blocks, which quantise their own Linears, for `levels.FUSED_BLOCK_FIELDS`,
+5. `quantization`; or the fused blocks, which quantise their own Linears, for `levels.FUSED_BLOCK_FIELDS`; then
+   `fused_t5`, whose temporary weights find room beside a transformer that is in float8,
 6. `compile_mode` with `inductor_flags`, or `packaging` of the same regions,
 7. CUDA graphs around what was compiled: one a step or, with `whole_loop_graph`, one for the loop; `fast_encode`
    adds the text encoders to both, and `concurrent_encode` the modulation to the graphs,
@@ -28,7 +29,7 @@ from typing import Any
 
 import torch
 
-from fluxfast import ahead, aoti, convolution, decoder, fused, proof, scaled_mm, steps, upsampling, workspace
+from fluxfast import ahead, aoti, convolution, decoder, fused, proof, scaled_mm, steps, t5, upsampling, workspace
 from fluxfast.attention import COUNT, LaunchCount, has_tail
 from fluxfast.checkpoints import Pipeline, load, pipeline_class
 from fluxfast.compilation import (
@@ -289,6 +290,9 @@ def apply_static_fields(pipeline: Pipeline, applied: Level, target: Level) -> li
     elif applied.quantization == "float8_rowwise":
         steps.float8_rowwise(pipeline)
     facts += proof.quantization_facts(pipeline.transformer, target)
+    if applied.fused_t5:
+        t5.fuse(pipeline.text_encoder_2)
+    facts += proof.t5_facts(pipeline.text_encoder_2, target)
     proof.require(target, facts)
     return facts
 

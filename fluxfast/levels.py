@@ -89,6 +89,8 @@ class Level:
             too. Q and K are all that the kernel behind it reads then.
         qk_epilogue: that kernel's QK norm, RoPE, Hadamard transform and cast in the GEMM too, which writes what
             attention takes. The transform is of order 32 instead of 64, of what a thread has of a head.
+        fused_t5: q, k and v of a T5 block in one GEMM; its gated GELU, and what it adds to the stream, in the epilogues
+            of quack's GEMMs in front.
         gemm_search: max-autotune times Triton's GEMM templates beside the libraries' kernels, up to 106 for a shape in
             float8.
         coordinate_descent: Inductor's search for the launch parameters of every kernel it writes, which flux-fast
@@ -127,6 +129,7 @@ class Level:
     concurrent_encode: bool = False
     value_epilogue: bool = False
     qk_epilogue: bool = False
+    fused_t5: bool = False
     gemm_search: bool = False
     coordinate_descent: bool = False
 
@@ -243,7 +246,8 @@ FLOAT16_RESIDUALS = GROUPED_GEMMS.then("float16_residuals", float16_residuals=Tr
 CONCURRENT_ENCODE = FLOAT16_RESIDUALS.then("concurrent_encode", concurrent_encode=True)
 VALUE_EPILOGUE = CONCURRENT_ENCODE.then("value_epilogue", value_epilogue=True)
 QK_EPILOGUE = VALUE_EPILOGUE.then("qk_epilogue", qk_epilogue=True)
-GEMM_SEARCH = QK_EPILOGUE.then("gemm_search", gemm_search=True)
+FUSED_T5 = QK_EPILOGUE.then("fused_t5", fused_t5=True)
+GEMM_SEARCH = FUSED_T5.then("gemm_search", gemm_search=True)
 
 BEYOND: tuple[Level, ...] = (
     FLOAT8_ROWWISE,
@@ -269,6 +273,7 @@ BEYOND: tuple[Level, ...] = (
     CONCURRENT_ENCODE,
     VALUE_EPILOGUE,
     QK_EPILOGUE,
+    FUSED_T5,
     GEMM_SEARCH,
 )
 """Rungs past flux-fast: a chain of their own, so that the ladder stays flux-fast's and its numbers compare.

@@ -15,6 +15,7 @@ FA3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")
 """FlashAttention-3's own build, and the forward-only wheel of PyPI's `fa3-fwd`."""
 
 TRITON_FIELDS = ("fused_quantize", "fused_qk_rope", "fast_decode", "fused_residuals", "hadamard_qk")
+NEEDS_QUACK = (*QUACK_FIELDS, "fused_t5")
 SEARCH_FIELDS = ("gemm_search", "coordinate_descent")
 TO_FLOAT8_ATTENTION = {
     "fused_qk_rope": "casts for",
@@ -117,7 +118,7 @@ def unavailable(level: Level, machine: Machine) -> dict[str, str]:
             reasons[field] = (
                 f"{field}: its Triton kernels need compute capability 9.0 and Triton; found {machine.found_with_triton}"
             )
-    for field in QUACK_FIELDS:
+    for field in NEEDS_QUACK:
         if getattr(level, field) and not (machine.capability == (9, 0) and machine.triton and machine.quack):
             modules = f"{'Triton' if machine.triton else 'no Triton'} and {'quack' if machine.quack else 'no quack'}"
             reasons[field] = (

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fluxfast import workspace
+from fluxfast import t5, workspace
 from fluxfast.attention import Fa3Fp8Processor
 from fluxfast.compilation import block_lists, position_biases_in_order, text_encoder_layers
 from fluxfast.decoder import FusedGroupNorm, GemmAttnProcessor, norms
@@ -172,6 +172,17 @@ def quantization_facts(transformer: nn.Module, level: Level) -> list[Fact]:
     return facts
 
 
+def t5_facts(encoder: nn.Module, level: Level) -> list[Fact]:
+    """Blocks of T5 with one QKV projection, and Linears left of the gated GELU."""
+    found = t5.blocks(encoder)
+    expected = _all_if(level.fused_t5, len(found))
+    facts = [Fact("fused_t5", "T5 blocks whose q, k and v are one Linear", t5.with_one_projection(encoder), expected)]
+    if level.fused_t5:
+        apart = sum(name.endswith((".wi_0", ".wi_1")) for name, _ in encoder.named_modules())
+        facts.append(Fact("fused_t5", "Linears of T5's gated GELU apart from each other", apart, 0))
+    return facts
+
+
 QUANTIZING = ("gelu_quantize", "layernorm_modulate_quantize", "residual_layernorm_modulate_quantize")
 """Triton operations of a double block, each once a stream; with `fused_residuals` the third instead of the second, with
 `residual_epilogue` the second instead of the third, and with `grouped_gemms` another for both streams."""
@@ -281,6 +292,7 @@ def text_encoder_facts(built: Built, forwards: Mapping[str, int]) -> list[Fact]:
         forwards[name] * len(text_encoder_layers(getattr(built.pipeline, name)))
         for name in ("text_encoder", "text_encoder_2")
     )
+    fused = _all_if(built.level.fused_t5, forwards["text_encoder_2"] * len(t5.blocks(built.pipeline.text_encoder_2)))
     return [
         # CLIP's layer, T5's first, which makes the position bias, and T5's others.
         Fact("fast_encode", "compiled graphs of text encoder layers",
@@ -289,6 +301,10 @@ def text_encoder_facts(built: Built, forwards: Mapping[str, int]) -> list[Fact]:
              compiler.calls if compiler else 0, _all_if(on, calls)),
         Fact("fast_encode", "position biases in an order that a fused attention takes",
              position_biases_in_order(built.pipeline.text_encoder_2), _all_if(on, 1)),
+        Fact("fused_t5", "GEMMs with T5's gated GELU in their epilogue",
+             compiler.calls_of("fluxfast::gated_gelu_linear") if compiler else 0, fused),
+        Fact("fused_t5", "GEMMs that add to T5's stream in their epilogue",
+             compiler.calls_of("fluxfast::residual_dense_linear") if compiler else 0, 2 * fused),
     ]  # fmt: skip
 
 

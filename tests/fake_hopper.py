@@ -63,7 +63,7 @@ def triton_operations() -> dict[str, Any]:
     """The operations that the fused blocks and the decoder use, by name."""
     pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[dev]'")
     pytest.importorskip("quack", reason="quack is not installed: pip install -e '.[dev]'")
-    from fluxfast.kernels import activations, flash, gemm, group_norm, norms, projections, qkv
+    from fluxfast.kernels import activations, dense, flash, gemm, group_norm, norms, projections, qkv
 
     operations = (
         gemm.gelu_linear_quantize,
@@ -72,6 +72,8 @@ def triton_operations() -> dict[str, Any]:
         gemm.grouped_linear,
         gemm.grouped_gelu_linear_quantize,
         gemm.grouped_residual_linear,
+        dense.gated_gelu_linear,
+        dense.residual_dense_linear,
         activations.gelu_quantize,
         activations.gelu_concat_quantize,
         activations.quantize_rows,

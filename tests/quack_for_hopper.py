@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from quack.gemm_runtime import host
 
-from fluxfast.kernels import flash, gemm, projections
+from fluxfast.kernels import dense, flash, gemm, projections
 from fluxfast.kernels.rowwise import E4M3
 
 LEFT, OUT = map(Path, sys.argv[1:])
@@ -71,6 +71,21 @@ def compile_values(*groups: int) -> None:
     take("grouped_heads" if groups else "heads")
 
 
+def compile_dense(name: str, rows: int, columns: int, k: int = 4096) -> None:
+    """A product of T5's, cut as on a GPU, with a gate if its epilogue has one."""
+    x, weight = (torch.empty(n, k, dtype=torch.bfloat16) for n in (rows, columns))
+    gated = name == "gated_gelu"
+    if gated:
+        cut = gemm.tiles(rows, columns, gemm.GELU_WIDTHS, PROCESSORS, dense.GATED_ONE_WAVE_WIDTHS)
+        given = (None,)
+        more = {dense.GATED: torch.empty(rows, columns // 2, dtype=torch.bfloat16)}
+    else:
+        cut, more = gemm.tiles(rows, columns, gemm.WIDTHS, PROCESSORS), {}
+        given = (torch.empty(rows, columns, dtype=torch.bfloat16),) * 2
+    getattr(dense, name).gemm(x, weight, *given, epi_args=more, _launch=False, **cut)
+    take(f"dense_{name}_{columns}")
+
+
 def take(name: str) -> None:
     """The machine code that was left, under a name that says whose it is."""
     (binary,) = LEFT.glob("*.cubin")
@@ -87,6 +102,10 @@ compile_grouped("gelu", 4 * D, gemm.GELU_WIDTHS)
 compile_grouped("gated_residual", D, gemm.WIDTHS)
 compile_epilogue("gated_residual", 4352, D, torch.float16)
 compile_grouped("gated_residual", D, gemm.WIDTHS, torch.float16)
+compile_dense("add_residual", 256, 4096)
+compile_dense("gated_gelu", 256, 20480)
+for columns in (512, 10240, 12288):
+    compile_dense("gated_gelu", 256, columns)
 compile_values()
 compile_values(2)
 for quantized, bounded in ((False, False), (True, False), (True, True)):

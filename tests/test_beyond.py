@@ -180,6 +180,34 @@ def test_last_rung_without_what_it_stands_on_is_refused(micro: Workload, hopper:
         build(micro, get_level("grouped_gemms"), unapplied=field)
 
 
+def test_blocks_of_t5_are_counted(micro: Workload, hopper: None) -> None:
+    """One projection a block, one gate and two sums a block and forward, in as many graphs as before."""
+    facts = run_and_prove(build(micro, get_level("fused_t5")), micro)
+    assert facts["T5 blocks whose q, k and v are one Linear"] == 2
+    assert facts["Linears of T5's gated GELU apart from each other"] == 0
+    assert facts["GEMMs with T5's gated GELU in their epilogue"] == 2 * 2
+    assert facts["GEMMs that add to T5's stream in their epilogue"] == 2 * 2 * 2
+    assert facts["compiled graphs of text encoder layers"] == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("gated_gelu_linear", "0 GEMMs with T5's gated GELU in their epilogue, expected 2"),
+        ("residual_dense_linear", "0 GEMMs that add to T5's stream in their epilogue, expected 4"),
+    ],
+)
+def test_blocks_of_t5_without_an_epilogue_are_noticed(
+    micro: Workload, hopper: None, monkeypatch: pytest.MonkeyPatch, name: str, what: str
+) -> None:
+    """What PyTorch computes in the place of quack is the same and does not pass."""
+    from fluxfast.kernels import dense, reference
+
+    monkeypatch.setattr(dense, name, getattr(reference, name))
+    with pytest.raises(StepNotApplied, match=what):
+        run_and_prove(build(micro, get_level("fused_t5")), micro, calls=1)
+
+
 def test_text_encoders_see_the_same_masks_in_a_capture(micro: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers asks whether a stream captures; that must not compile the layers again."""
     built = build(micro, get_level("fast_encode"))
@@ -269,7 +297,7 @@ def test_what_is_left_out_among_graphs_is_named(
     monkeypatch.setattr(building, "load", lambda name, dtype, device, kind: load(name, dtype, "cpu", kind=kind))
     monkeypatch.setattr(building, "GraphedCallable", ReplayedOnACpu)
     workload = dataclasses.replace(micro, compile_scope=scope)
-    built = build(workload, get_level("concurrent_encode"), unapplied=field)
+    built = build(workload, get_level("fused_t5"), unapplied=field)
     for _ in range(4):
         generate(built, workload)
     failed = [fact.field for fact in (*built.facts, *proof.run_facts(built, 4, STEPS)) if not fact.holds]

@@ -77,9 +77,9 @@ def operation(kind: str, name: str):
     if kind == "reference":
         return getattr(reference, name)
     if kind == "quack":
-        from fluxfast.kernels import flash, gemm, projections
+        from fluxfast.kernels import dense, flash, gemm, projections
 
-        return next(getattr(module, name) for module in (gemm, projections, flash) if hasattr(module, name))
+        return next(getattr(module, name) for module in (gemm, projections, dense, flash) if hasattr(module, name))
     from fluxfast.kernels import activations, group_norm, norms, qkv
 
     return next(getattr(module, name) for module in (activations, group_norm, norms, qkv) if hasattr(module, name))
@@ -227,6 +227,53 @@ def test_residual_linear(kind, samples, tokens, k, columns, dtype, rtol):
     exact = residual.double() + gate.double().repeat_interleave(tokens, 0) * product64(*given)
     assert got.dtype == dtype and got.is_contiguous()
     torch.testing.assert_close(got.double(), exact, rtol=rtol, atol=5e-3)
+
+
+sixteen_bits = pytest.mark.parametrize(("dtype", "rtol"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+dense_sizes = pytest.mark.parametrize(
+    ("rows", "k", "columns"), [(1, 32, 8), (5, 136, 48), (129, 96, 208), (256, 4096, 2560), (300, 64, 10248)]
+)
+
+
+@epilogues
+@sixteen_bits
+@dense_sizes
+def test_gated_gelu_linear(kind, rows, k, columns, dtype, rtol):
+    """Rows of the weight alternate: GELU of the first of two products times the second, rounded once."""
+    x, weight = normal(rows, k, dtype=dtype), normal(2 * columns, k, dtype=dtype, spread=2 * k**-0.5)
+    got = operation(kind, "gated_gelu_linear")(x, weight)
+    gate, up = (x.double() @ part.double().t() for part in (weight[0::2], weight[1::2]))
+    exact = gelu64(gate) * up
+    assert got.dtype == dtype and got.is_contiguous()
+    # The GPU's tanh has a relative error of 2^-11; sums differ by float32's.
+    atol = 1e-4 + (2**-11 * (gate * up).abs() if kind == "quack" else 0.0)
+    assert bool(((got.double() - exact).abs() <= rtol * exact.abs() + atol).all())
+
+
+@epilogues
+@sixteen_bits
+@dense_sizes
+def test_residual_dense_linear(kind, rows, k, columns, dtype, rtol):
+    """A product is added to the stream and rounded once."""
+    x, weight = normal(rows, k, dtype=dtype), normal(columns, k, dtype=dtype, spread=k**-0.5)
+    stream = normal(rows, columns, dtype=dtype, spread=8)
+    got = operation(kind, "residual_dense_linear")(x, weight, stream)
+    assert got.dtype == dtype and got.is_contiguous()
+    torch.testing.assert_close(got.double(), stream.double() + x.double() @ weight.double().t(), rtol=rtol, atol=1e-4)
+
+
+@epilogues
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_dense_linears_of_special_rows(kind, bad):
+    """What is not finite stays in its row; padding, which T5 attends to, is like any other."""
+    x, weight = normal(5, 64), normal(32, 64)
+    x[2, 3] = bad
+    for got in (
+        operation(kind, "gated_gelu_linear")(x, weight),
+        operation(kind, "residual_dense_linear")(x, weight, normal(5, 32)),
+    ):
+        assert not got[2].isfinite().any()
+        assert got[[0, 1, 3, 4]].isfinite().all()
 
 
 @epilogues
@@ -518,6 +565,37 @@ def test_epilogues_refuse_what_does_not_fit():
     if not CUDA:
         with pytest.raises(ValueError, match="tensors on cpu; it runs on CUDA"):
             gelu(*given, bias, torch.ones(2))
+
+
+@quack_installed
+def test_dense_linears_refuse_what_does_not_fit():
+    """A row without its other, shapes that are not a Linear's, and a CPU, in one sentence each."""
+    gated, add = operation("quack", "gated_gelu_linear"), operation("quack", "residual_dense_linear")
+    with pytest.raises(ValueError, match=r"for 4 rows and 8 outputs, got \{'weight': \(17, 32\)\}"):
+        gated(normal(4, 32), normal(17, 32))
+    with pytest.raises(ValueError, match=r"'residual': \(4, 16\).*, got \{'x': \(4, 24\), 'residual': \(3, 16\)\}"):
+        add(normal(4, 24), normal(16, 32), normal(3, 16))
+    if not CUDA:
+        with pytest.raises(ValueError, match="tensors on cpu; it runs on CUDA"):
+            gated(normal(4, 32), normal(16, 32))
+        with pytest.raises(ValueError, match="tensors on cpu; it runs on CUDA"):
+            add(normal(4, 32), normal(16, 32), normal(4, 16))
+
+
+@quack_installed
+@pytest.mark.parametrize(
+    ("gated", "rows", "columns", "width", "takes_turns"),
+    [(False, 256, 4096, 64, False), (True, 256, 20480, 160, True), (False, 512, 4096, 128, False),
+     (True, 512, 20480, 160, True), (True, 256, 512, 64, False)],
+)  # fmt: skip
+def test_tiles_of_dense_linears(gated, rows, columns, width, takes_turns):
+    """The widths that were the fastest on a Hopper for T5-XXL; with a gate, thirty-twos."""
+    from fluxfast.kernels import dense, gemm
+
+    widths = (gemm.GELU_WIDTHS, 132, dense.GATED_ONE_WAVE_WIDTHS) if gated else (gemm.WIDTHS, 132)
+    cut = gemm.tiles(rows, columns, *widths)
+    assert (cut["tile_N"], cut["pingpong"]) == (width, takes_turns)
+    assert not any(width % 32 for width in (*gemm.GELU_WIDTHS, *dense.GATED_ONE_WAVE_WIDTHS))
 
 
 @needs_kernels
@@ -872,8 +950,8 @@ def bits(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["coded_attention", "coded_attention_quantize", "gelu_linear_quantize",
                                   "gelu_linear_quantize_beside", "residual_linear", "grouped_linear",
                                   "grouped_gelu_linear_quantize", "grouped_residual_linear",
-                                  "qkv_linear", "grouped_qkv_linear", "heads_linear",
-                                  "grouped_heads_linear"])  # fmt: skip
+                                  "qkv_linear", "grouped_qkv_linear", "heads_linear", "grouped_heads_linear",
+                                  "gated_gelu_linear", "residual_dense_linear"])  # fmt: skip
 def test_quack_op_traces(name):
     """Each operation of quack's is what its schema and its fake say, so that compiled code may take it for that."""
     query, key, value, transposed = heads_of(1, 130, 2, 1.0)
@@ -899,6 +977,8 @@ def test_quack_op_traces(name):
             torch.ones(21, 128, device=DEVICE),
             16,
         ),
+        "gated_gelu_linear": (normal(5, 32), normal(96, 32)),
+        "residual_dense_linear": (normal(5, 32), normal(48, 32), normal(5, 96)[:, 48:]),
     }[name]
     operator = operation("quack", name)
     torch.library.opcheck(operator, arguments, test_utils=["test_faketensor"])

@@ -8,8 +8,8 @@ import re
 
 import pytest
 
-from fluxfast.levels import BEYOND, DEFAULTS, FIELDS, FLUX_FAST, FP32, LADDER, LEVELS, QUACK_FIELDS, Level, get_level
-from fluxfast.machine import FA3_MODULES, TRITON_FIELDS, Machine, effective, unavailable, why_not
+from fluxfast.levels import BEYOND, DEFAULTS, FIELDS, FLUX_FAST, FP32, LADDER, LEVELS, Level, get_level
+from fluxfast.machine import FA3_MODULES, NEEDS_QUACK, TRITON_FIELDS, Machine, effective, unavailable, why_not
 from fluxfast.workloads import TINY, WORKLOADS, Workload, get_workload
 
 CPU = Machine(device="cpu", capability=None, fa3_module=None, triton=True)
@@ -44,7 +44,7 @@ def test_rungs_without_a_measurement_are_beside_the_ladder() -> None:
     assert (
         " ".join(level.id for level in BEYOND)
         == f"{ids} {last} gelu_epilogue residual_epilogue coded_softmax attention_epilogue grouped_gemms "
-        "float16_residuals concurrent_encode value_epilogue qk_epilogue gemm_search"
+        "float16_residuals concurrent_encode value_epilogue qk_epilogue fused_t5 gemm_search"
     )
     assert [level.parent for level in BEYOND] == ["fa3_fp8", *(level.id for level in BEYOND[:-1])]
     assert not set(BEYOND) & set(LADDER) and all(level.packaging == "jit" for level in BEYOND)
@@ -130,7 +130,7 @@ def test_triton_rung_says_what_is_missing(machine: Machine, words: str, field: s
     assert words in reason or (field == "fast_decode" and "found 8.0" in reason)
 
 
-@pytest.mark.parametrize("field", QUACK_FIELDS)
+@pytest.mark.parametrize("field", NEEDS_QUACK)
 @pytest.mark.parametrize(
     ("machine", "found"),
     [

@@ -65,7 +65,9 @@ def gated_residual(acc, c, scale, weight_scale, bias, gate):
     return {"D": c + gate * (acc * scale * weight_scale + bias)}
 
 
-def tiles(rows: int, columns: int, widths: tuple[int, ...], at_once: int) -> dict[str, Any]:
+def tiles(
+    rows: int, columns: int, widths: tuple[int, ...], at_once: int, one_wave_widths: tuple[int, ...] = FEW_TILES_WIDTHS
+) -> dict[str, Any]:
     """How quack cuts a product: by the width of a tile with which all waves of tiles together are the shortest.
 
     Where there is more than one wave, the two consumer warp groups of a processor take turns: one multiplies while the
@@ -74,13 +76,14 @@ def tiles(rows: int, columns: int, widths: tuple[int, ...], at_once: int) -> dic
 
     Args:
         widths: to choose from where there is more than one wave. at_once: tiles of a wave, one a processor (SM).
+        one_wave_widths: to choose from where one is enough.
     """
     high = -(-rows // TILE_ROWS)
 
     def waves(width: int) -> int:
         return -(-high * -(-columns // width) // at_once)
 
-    one_wave = [width for width in FEW_TILES_WIDTHS if waves(width) == 1]
+    one_wave = [width for width in one_wave_widths if waves(width) == 1]
     width = min(one_wave or widths, key=lambda width: (waves(width) * width, -width))
     return tile_options(width, takes_turns=not one_wave)
 

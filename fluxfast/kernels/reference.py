@@ -155,6 +155,17 @@ def residual_linear(
     return gated_residual(residual, scaled_product(q, scale, weight, weight_scale, bias), gate)
 
 
+def gated_gelu_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Reference of `dense.gated_gelu_linear`."""
+    gate, up = F.linear(x.float(), weight.float()).unflatten(-1, (-1, 2)).unbind(-1)
+    return (F.gelu(gate, approximate="tanh") * up).to(x.dtype)
+
+
+def residual_dense_linear(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """Reference of `dense.residual_dense_linear`."""
+    return (residual.float() + F.linear(x.float(), weight.float())).to(residual.dtype)
+
+
 def scaled_product(
     q: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor, weight_scale: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
