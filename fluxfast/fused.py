@@ -4,7 +4,7 @@ Without `fused_quantize`, `fused_qk_rope` or `fused_residuals` an operation is t
 fuses as well as it can: a rung changes which kernel computes something, not what is computed. Four rungs change float8
 codes too: `hadamard_qk`, in another basis of q and k, `gelu_epilogue` and `attention_epilogue`, with scales that are
 known beforehand, and `coded_softmax`, which rounds probabilities otherwise. `float16_residuals` rounds streams less,
-`value_epilogue` V once instead of twice, and `qk_epilogue` q and k, in another basis again.
+and `value_epilogue` V once instead of twice.
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ def fuse(transformer: nn.Module, level: Level) -> list[nn.Module]:
         "attention_epilogue": level.attention_epilogue,
         "grouped": level.grouped_gemms,
         "value_epilogue": level.value_epilogue,
-        "qk_epilogue": level.qk_epilogue,
     }
     ops = triton_ops(**kernels) if any(kernels.values()) else REFERENCE
     if attention is sdpa:

@@ -87,8 +87,6 @@ class Level:
             modulation leaves the loop's graph for one of its own.
         value_epilogue: V's cast to e4m3 and its transposition in the GEMM in front of them, quack's for single blocks
             too. Q and K are all that the kernel behind it reads then.
-        qk_epilogue: that kernel's QK norm, RoPE, Hadamard transform and cast in the GEMM too, which writes what
-            attention takes. The transform is of order 32 instead of 64, of what a thread has of a head.
         fused_t5: q, k and v of a T5 block in one GEMM; its gated GELU, and what it adds to the stream, in the epilogues
             of quack's GEMMs in front.
         gemm_search: max-autotune times Triton's GEMM templates beside the libraries' kernels, up to 106 for a shape in
@@ -128,7 +126,6 @@ class Level:
     float16_residuals: bool = False
     concurrent_encode: bool = False
     value_epilogue: bool = False
-    qk_epilogue: bool = False
     fused_t5: bool = False
     gemm_search: bool = False
     coordinate_descent: bool = False
@@ -170,7 +167,6 @@ QUACK_FIELDS: tuple[str, ...] = (
     "grouped_gemms",
     "float16_residuals",
     "value_epilogue",
-    "qk_epilogue",
 )
 """Fields of the fused blocks that stand on quack-kernels."""
 FUSED_BLOCK_FIELDS: tuple[str, ...] = (
@@ -245,8 +241,7 @@ GROUPED_GEMMS = ATTENTION_EPILOGUE.then("grouped_gemms", grouped_gemms=True)
 FLOAT16_RESIDUALS = GROUPED_GEMMS.then("float16_residuals", float16_residuals=True)
 CONCURRENT_ENCODE = FLOAT16_RESIDUALS.then("concurrent_encode", concurrent_encode=True)
 VALUE_EPILOGUE = CONCURRENT_ENCODE.then("value_epilogue", value_epilogue=True)
-QK_EPILOGUE = VALUE_EPILOGUE.then("qk_epilogue", qk_epilogue=True)
-FUSED_T5 = QK_EPILOGUE.then("fused_t5", fused_t5=True)
+FUSED_T5 = VALUE_EPILOGUE.then("fused_t5", fused_t5=True)
 GEMM_SEARCH = FUSED_T5.then("gemm_search", gemm_search=True)
 
 BEYOND: tuple[Level, ...] = (
@@ -272,7 +267,6 @@ BEYOND: tuple[Level, ...] = (
     FLOAT16_RESIDUALS,
     CONCURRENT_ENCODE,
     VALUE_EPILOGUE,
-    QK_EPILOGUE,
     FUSED_T5,
     GEMM_SEARCH,
 )

@@ -24,7 +24,6 @@ TO_FLOAT8_ATTENTION = {
     "coded_softmax": "takes the place of",
     "attention_epilogue": "is of what takes the place of",
     "value_epilogue": "writes for what takes the place of",
-    "qk_epilogue": "writes for what takes the place of",
 }
 """What fields that are nothing without float8 attention have to do with it."""
 ROWWISE_LT = (12, 9)

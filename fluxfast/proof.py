@@ -191,8 +191,6 @@ QUANTIZING_SINGLE = ("layernorm_modulate_quantize", "gelu_concat_quantize")
 
 VALUES = ("fluxfast::qkv_linear", "fluxfast::grouped_qkv_linear")
 """GEMMs of QKV that write V as attention takes it; the second is of both streams of a double block."""
-HEADS = ("fluxfast::heads_linear", "fluxfast::grouped_heads_linear")
-"""The same of GEMMs that write Q and K so too."""
 TRANSPOSED = ("fluxfast::qk_norm_rope_hadamard_quantize_transposed", "fluxfast::qk_norm_rope_hadamard_quantize_mixed")
 BEHIND_VALUES = "fluxfast::qk_norm_rope_hadamard_quantize_without_values"
 HADAMARD = ("fluxfast::qk_norm_rope_hadamard_quantize", *TRANSPOSED, BEHIND_VALUES)
@@ -203,7 +201,6 @@ GROUPED = (
     "fluxfast::grouped_gelu_linear_quantize",
     "fluxfast::grouped_residual_linear",
     VALUES[1],
-    HEADS[1],
 )
 """GEMMs of both streams of a double block; all but the first have the epilogues that others have for one stream."""
 GELU = ("fluxfast::gelu_linear_quantize", "fluxfast::gelu_linear_quantize_beside", GROUPED[1])
@@ -234,10 +231,8 @@ def fused_block_facts(built: Built, tables: int, forwards: int) -> list[Fact]:
     sums = _all_if(not level.residual_epilogue, 2 * double + _all_if(level.fused_residuals, 2 * double + single))
     facts = [
         # Before the other fields', whose counts it changes; so are the next two.
-        Fact("qk_epilogue", "GEMMs of QKV that norm and rotate Q and K",
-             compiler.calls_of(*HEADS), _all_if(level.qk_epilogue, attended)),
         Fact("value_epilogue", "GEMMs of QKV that write V transposed",
-             compiler.calls_of(*VALUES, *HEADS), _all_if(level.value_epilogue, attended)),
+             compiler.calls_of(*VALUES), _all_if(level.value_epilogue, attended)),
         Fact("grouped_gemms", "GEMMs of both streams of a double block",
              compiler.calls_of(*GROUPED), forwards * 4 * grouped),
         Fact("gelu_epilogue", "GEMMs with GELU and its quantisation in their epilogue",
@@ -254,9 +249,9 @@ def fused_block_facts(built: Built, tables: int, forwards: int) -> list[Fact]:
     facts += [
         Fact("fused_qk_rope", "launches of Triton's QK norm and RoPE kernel",
              compiler.calls_of("fluxfast::qk_norm_rope_quantize", *HADAMARD),
-             _all_if(level.fused_qk_rope and not level.qk_epilogue, attended)),
+             _all_if(level.fused_qk_rope, attended)),
         Fact("hadamard_qk", "launches of Triton's QK norm and RoPE kernel with a Hadamard transform",
-             compiler.calls_of(*HADAMARD), _all_if(level.hadamard_qk and not level.qk_epilogue, attended)),
+             compiler.calls_of(*HADAMARD), _all_if(level.hadamard_qk, attended)),
         Fact("coded_softmax", "launches of Triton's kernel that transposes V",
              compiler.calls_of(*TRANSPOSED), _all_if(level.coded_softmax and not level.value_epilogue, attended)),
         # Once for the one resolution of all calls.
@@ -279,7 +274,7 @@ def fused_block_facts(built: Built, tables: int, forwards: int) -> list[Fact]:
         adaln = forwards * (2 * double + single)
         facts.append(
             Fact("precomputed_modulation", "AdaLN Linears called by the blocks",
-                 compiler.calls_of("linear", beside=("_scaled_mm", GROUPED[0], *VALUES, *HEADS)),
+                 compiler.calls_of("linear", beside=("_scaled_mm", GROUPED[0], *VALUES)),
                  _all_if(not level.precomputed_modulation, adaln))
         )  # fmt: skip
     return facts

@@ -185,7 +185,7 @@ class StagedRotary:
         return self._ids[key]
 
 
-Tables = tuple[torch.Tensor, ...]
+Tables = tuple[torch.Tensor, torch.Tensor]
 
 
 class StaticTables(nn.Module):
@@ -200,16 +200,16 @@ class StaticTables(nn.Module):
         self._shown: dict[int, Tables] = {}
 
     def show(self, tables: Tables) -> None:
-        """Make these the tables of their number of tokens: cos and sin, (tokens, head_dim) each, or both as one."""
+        """Make these the tables of their number of tokens; cos and sin are (tokens, head_dim) each."""
         tokens = len(tables[0])
         if tokens not in self._static:
-            self._static[tokens] = tuple(table.clone() for table in tables)
+            self._static[tokens] = (tables[0].clone(), tables[1].clone())
         elif self._shown[tokens] is not tables:
             torch._foreach_copy_(self._static[tokens], tables)
         self._shown[tokens] = tables
 
     def forward(self, ids: torch.Tensor) -> Tables:
-        """(tokens, 3) -> the tables."""
+        """(tokens, 3) -> cos and sin."""
         return self._static[len(ids)]
 
 

@@ -87,8 +87,6 @@ def triton_operations() -> dict[str, Any]:
         qkv.qk_norm_rope_hadamard_quantize_without_values,
         projections.qkv_linear,
         projections.grouped_qkv_linear,
-        projections.heads_linear,
-        projections.grouped_heads_linear,
         flash.coded_attention,
         flash.coded_attention_quantize,
         group_norm.group_norm_silu,

@@ -62,13 +62,9 @@ def compile_values(*groups: int) -> None:
     qk, v, largest = projections._outputs(q, 1, tokens, 3 * D)
     begins = torch.tensor([0, 256, tokens], dtype=torch.int32) if groups else None
     vectors = {"scale": torch.empty(tokens), "weight_scale": given, "bias": bias}
-    options = {"_launch": False}
-    projections._multiply(q, weight, qk, v[0], largest, begins, options, **vectors)
+    cut = projections.tiles_of(3 * D) | {"_launch": False}
+    projections._multiply(cut, q, weight, qk, v[0], largest, begins, **vectors)
     take("grouped_values" if groups else "values")
-    heads, v, largest = projections._heads_outputs(q, 1, tokens, 3 * D)
-    angles, its_heads = torch.empty(tokens, 128), heads.flatten(3)[:, 0]
-    projections._multiply_heads(q, weight, angles, its_heads, v[0], largest, begins, options, **vectors, norm=given)
-    take("grouped_heads" if groups else "heads")
 
 
 def compile_dense(name: str, rows: int, columns: int, k: int = 4096) -> None:

@@ -374,76 +374,6 @@ def test_grouped_qkv_linear(kind, batch, text, image, k, heads):
     assert_values(values, largest, exact[:, :, 2], atol)
 
 
-def heads64(qkv, norm_q, norm_k, cos, sin):
-    """Q and K of QKV (B, S, 3, H, 128) as `heads_linear` gives them, not cast; the norms are of each token."""
-    found = []
-    for x, weight in zip(qkv[:, :, :2].unbind(2), (norm_q, norm_k), strict=True):
-        x = F.rms_norm(x, (128,), None, 1e-6) * weight.double()[:, None]
-        x = (
-            x * cos.double()[:, None]
-            + torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2) * sin.double()[:, None]
-        )
-        matrix = torch.tensor(sylvester(32), device=x.device).double() / 32**0.5
-        # Of each eight channels a thread has two.
-        found.append((x.unflatten(-1, (16, 4, 2)).transpose(-3, -2).flatten(-2) @ matrix).flatten(-2))
-    return torch.stack([found[0] * 8 * math.log2(math.e) / 128**0.5, found[1]])
-
-
-def angles_of(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    angles = (torch.rand(tokens, 64, device=DEVICE) * 6).repeat_interleave(2, -1)
-    return angles.cos(), angles.sin()
-
-
-def norms_of(heads: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Weights of Q's and K's norm, and for every column of QKV."""
-    weights = [1 + normal(128, dtype=torch.float32) / 4 for _ in range(2)]
-    return weights, torch.cat([*(w.repeat(heads) for w in weights), torch.zeros(heads * 128, device=DEVICE)])
-
-
-@epilogues
-@pytest.mark.parametrize(
-    ("samples", "tokens", "k", "heads"), [(1, 5, 32, 1), (2, 130, 96, 3), (1, 1000, 3072, 2), (3, 16, 64, 6)]
-)
-def test_heads_linear(kind, samples, tokens, k, heads):
-    """Q and K are normed, rotated and mixed, a head at a time, and V is as of `qkv_linear`."""
-    given, (weights, norm), (cos, sin) = (
-        factors(samples * tokens, k, 3 * heads * 128),
-        norms_of(heads),
-        angles_of(tokens),
-    )
-    got, values, largest = operation(kind, "heads_linear")(*given, norm, reference.rotary_pairs(cos, sin), samples)
-    exact = product64(*given).unflatten(-1, (3, heads, 128)).unflatten(0, (samples, tokens))
-    want = heads64(exact, *(w.expand(tokens, 128) for w in weights), cos, sin)
-    assert got.dtype == E4M3 and got.shape == want.shape and got.is_contiguous()
-    atol = sum_error(kind, k)
-    torch.testing.assert_close(got.double(), want, rtol=2**-4 + 1e-3, atol=2**-10 + 8 * atol)
-    assert_values(values, largest, exact[:, :, 2], atol)
-
-
-@epilogues
-@pytest.mark.parametrize(
-    ("batch", "text", "image", "k", "heads"),
-    [(1, 16, 5, 32, 1), (2, 144, 300, 96, 3), (1, 256, 512, 3072, 2), (1, 128, 128, 64, 6)],
-)
-def test_grouped_heads_linear(kind, batch, text, image, k, heads):
-    """Each stream has weights and norms of its own, and each token its angles."""
-    (given, plain), norms, (cos, sin) = (
-        both(batch, text, image, k, 3 * heads * 128),
-        [norms_of(heads) for _ in "ti"],
-        angles_of(text + image),
-    )
-    norm = torch.stack([norm for _, norm in norms])
-    got, values, largest = operation(kind, "grouped_heads_linear")(*given, norm, reference.rotary_pairs(cos, sin), text)
-    exact = [product64(*own).unflatten(0, (batch, -1)).unflatten(-1, (3, heads, 128)) for own in plain]
-    exact = torch.cat(exact, 1)
-    tokens = [w.expand(count, 128) for i in range(2) for count, w in ((text, norms[0][0][i]), (image, norms[1][0][i]))]
-    want = heads64(exact, torch.cat(tokens[:2]), torch.cat(tokens[2:]), cos, sin)
-    assert got.dtype == E4M3 and got.shape == want.shape and got.is_contiguous()
-    atol = sum_error(kind, k)
-    torch.testing.assert_close(got.double(), want, rtol=2**-4 + 1e-3, atol=2**-10 + 8 * atol)
-    assert_values(values, largest, exact[:, :, 2], atol)
-
-
 @epilogues
 def test_values_that_are_not_finite(kind):
     """NaN stays NaN in its token, what is past 448 saturates, and the largest is that of what is a number."""
@@ -465,13 +395,6 @@ def test_qkv_linears_refuse_what_does_not_fit():
         multiply(*factors(4, 32, 336), 1)
     with pytest.raises(ValueError, match=r"a multiple of 16 tokens of text, got 3: .* max_sequence_length"):
         grouped(*both(1, 3, 5, 32, 384)[0], 3)
-    heads = operation("quack", "heads_linear")
-    if CUDA:
-        for norm, rotary in ((384, 3), (383, 4)):
-            with pytest.raises(
-                ValueError, match=r"expected a norm of \(384,\) and a rotary of \(4, 128\), both float32"
-            ):
-                heads(*factors(4, 32, 384), torch.ones(norm, device=DEVICE), torch.ones(rotary, 128, device=DEVICE), 1)
     if CUDA:
         with pytest.raises(ValueError, match="M must be a multiple of B"):
             multiply(*factors(5, 32, 384), 2)
@@ -950,7 +873,7 @@ def bits(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["coded_attention", "coded_attention_quantize", "gelu_linear_quantize",
                                   "gelu_linear_quantize_beside", "residual_linear", "grouped_linear",
                                   "grouped_gelu_linear_quantize", "grouped_residual_linear",
-                                  "qkv_linear", "grouped_qkv_linear", "heads_linear", "grouped_heads_linear",
+                                  "qkv_linear", "grouped_qkv_linear",
                                   "gated_gelu_linear", "residual_dense_linear"])  # fmt: skip
 def test_quack_op_traces(name):
     """Each operation of quack's is what its schema and its fake say, so that compiled code may take it for that."""
@@ -970,13 +893,6 @@ def test_quack_op_traces(name):
         "grouped_residual_linear": (*given, normal(1, 8, 48), normal(1, 2, 48), 3),
         "qkv_linear": (*factors(34, 32, 384), 2),
         "grouped_qkv_linear": (*both(2, 16, 5, 32, 384)[0], 16),
-        "heads_linear": (*factors(34, 32, 384), torch.ones(384, device=DEVICE), torch.ones(17, 128, device=DEVICE), 2),
-        "grouped_heads_linear": (
-            *both(2, 16, 5, 32, 384)[0],
-            torch.ones(2, 384, device=DEVICE),
-            torch.ones(21, 128, device=DEVICE),
-            16,
-        ),
         "gated_gelu_linear": (normal(5, 32), normal(96, 32)),
         "residual_dense_linear": (normal(5, 32), normal(48, 32), normal(5, 96)[:, 48:]),
     }[name]

@@ -111,13 +111,12 @@ def test_kernels_of_quack_compile(tmp_path: Path) -> None:
     result = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     found = {binary.stem: assembly(binary) for binary in out.iterdir()}
-    assert len(found) == 22
+    assert len(found) == 20
     for name, code in found.items():
         spilled = sum(code.count(load) for load in LOCAL_LOADS)
         # The scheduler of a grouped one keeps two of its numbers there from tile to tile.
-        allowed = {"grouped_gated_residual": 6, "heads": 72, "grouped_heads": 142}
         product = "HGMMA" if name.startswith("dense") else "QGMMA"
-        assert product in code and spilled <= allowed.get(name.removesuffix("_float16"), 0), name
+        assert product in code and spilled <= (6 if name.startswith("grouped_gated_residual") else 0), name
     # One product after the other, waited for in between, is what ptxas makes of attention that it does not understand;
     # its numbers of buffers, if in every thread, are moved in front of each product; and telling the other thread block
     # of a cluster that a buffer is read needs no fence of the whole GPU.

@@ -44,7 +44,7 @@ def test_rungs_without_a_measurement_are_beside_the_ladder() -> None:
     assert (
         " ".join(level.id for level in BEYOND)
         == f"{ids} {last} gelu_epilogue residual_epilogue coded_softmax attention_epilogue grouped_gemms "
-        "float16_residuals concurrent_encode value_epilogue qk_epilogue fused_t5 gemm_search"
+        "float16_residuals concurrent_encode value_epilogue fused_t5 gemm_search"
     )
     assert [level.parent for level in BEYOND] == ["fa3_fp8", *(level.id for level in BEYOND[:-1])]
     assert not set(BEYOND) & set(LADDER) and all(level.packaging == "jit" for level in BEYOND)

@@ -14,19 +14,18 @@ from torch import nn
 
 from fluxfast.kernels.linear import GroupedRowwiseFloat8Linear
 from fluxfast.kernels.ops import BlockOps
-from fluxfast.kernels.reference import EPS, rotary_pairs
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(q, k, v), each (B, S, H, Dh) in e4m3 (unquantised for `ops.EXACT`) -> (B, S, H, Dh) in bfloat16.
 
 q and v may be what `BlockOps.qk_norm_rope` makes of them for this attention, which takes no others then.
 `BlockOps.attention_quantize` takes its place."""
-Rotary = tuple[torch.Tensor, ...]
-"""RoPE's tables: cos and sin, (S, Dh) each, or `reference.rotary_pairs` of both for `BlockOps.with_heads`."""
+Rotary = tuple[torch.Tensor, torch.Tensor]
 Quantized = tuple[torch.Tensor, torch.Tensor | None]
 """Rows (M, K) and their scales (M, 1); None for the latter if nothing is quantised."""
 Projected: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """QKV, or without V, which is beside it as attention takes it: see `reference.qkv_linear`."""
+EPS = 1e-6
 
 
 def qkv_linears(attn: nn.Module, *, text: bool = False) -> list[nn.Linear]:
@@ -39,25 +38,6 @@ def qkv_linears(attn: nn.Module, *, text: bool = False) -> list[nn.Linear]:
 def rows(x: torch.Tensor) -> torch.Tensor:
     """(B, S, D) -> (B * S, D); a view if the batch is one or the memory contiguous."""
     return x.reshape(-1, x.shape[-1])
-
-
-def norm_weights(norm_q: nn.Module, norm_k: nn.Module, width: int) -> torch.Tensor:
-    """The weight of Q's and K's norms for each column of QKV, (width,) float32, and zeros for V's."""
-    inner = width // 3
-    weights = [norm.weight.detach().float().repeat(inner // norm.weight.numel()) for norm in (norm_q, norm_k)]
-    return torch.cat([*weights, weights[0].new_zeros(inner)])
-
-
-class RotaryPairs(nn.Module):
-    """In place of `FluxPosEmbed`, which it asks: its tables as one, `reference.rotary_pairs`."""
-
-    def __init__(self, embed: nn.Module) -> None:
-        super().__init__()
-        self.embed = embed
-
-    def forward(self, ids: torch.Tensor) -> Rotary:
-        """(S, 3) ids -> one table (S, Dh)."""
-        return (rotary_pairs(*self.embed(ids)),)
 
 
 def without_values(projected: Projected) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -310,10 +290,6 @@ class GroupedFluxTransformerBlock(_ModulatedBlock):
         self.ff_out = both(grouped.residual_linear, ops.linear, [block.ff_context.net[2]], [block.ff.net[2]])
         self.norm_q, self.norm_k = attn.norm_q, attn.norm_k
         self.norm_added_q, self.norm_added_k = attn.norm_added_q, attn.norm_added_k
-        if ops.with_heads:
-            norms = ((attn.norm_added_q, attn.norm_added_k), (attn.norm_q, attn.norm_k))
-            of_columns = [norm_weights(*both, self.to_qkv.out_features) for both in norms]
-            self.register_buffer("norms", torch.stack(of_columns))
 
     def forward(
         self,
@@ -345,9 +321,6 @@ class GroupedFluxTransformerBlock(_ModulatedBlock):
 
     def _heads(self, q: torch.Tensor, scale: torch.Tensor, tokens: int, rotary: Rotary) -> tuple[torch.Tensor, ...]:
         """The normed stream, quantised -> what attention takes."""
-        if self.ops.with_heads:
-            heads, *values = self.to_qkv.forward_grouped(q, scale, self.norms, *rotary, tokens)
-            return *heads.unbind(), *values
         qkv, beside = without_values(self.to_qkv.forward_grouped(q, scale, tokens))
         weights = (self.norm_q.weight, self.norm_k.weight)
         text_weights = (self.norm_added_q.weight, self.norm_added_k.weight)
@@ -391,8 +364,6 @@ class FusedFluxSingleTransformerBlock(_ModulatedBlock):
         self.proj_mlp: Any = None if merged_projections else up([block.proj_mlp])
         self.proj_out = (ops.residual_linear or ops.linear)([block.proj_out])
         self.norm_q, self.norm_k = block.attn.norm_q, block.attn.norm_k
-        if ops.with_heads:
-            self.register_buffer("norms", norm_weights(self.norm_q, self.norm_k, self.to_qkv.out_features))
         self.qkv_width = sum(linear.out_features for linear in qkv)
 
     def forward(
@@ -440,9 +411,6 @@ class FusedFluxSingleTransformerBlock(_ModulatedBlock):
         self, q: torch.Tensor, scale: torch.Tensor, sizes: torch.Size, rotary: Rotary
     ) -> tuple[torch.Tensor, ...]:
         """The normed stream, quantised -> what attention takes."""
-        if self.ops.with_heads:
-            heads, *values = self.to_qkv.forward_qkv(q, scale, self.norms, *rotary, sizes[0])
-            return *heads.unbind(), *values
         if self.ops.qkv_linear is not None:
             return self._norm_rope(self.to_qkv.forward_qkv(q, scale, sizes[0]), sizes, rotary)
         return self._norm_rope(self.to_qkv.forward_quantized(q, scale), sizes, rotary)

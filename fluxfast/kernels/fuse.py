@@ -13,7 +13,6 @@ from fluxfast.kernels.blocks import (
     FusedFluxTransformerBlock,
     GroupedFluxTransformerBlock,
     Pending,
-    RotaryPairs,
     Stream,
     _ModulatedBlock,
     add_pending,
@@ -91,8 +90,7 @@ def fuse_blocks(
         chained: the single blocks hand the joint stream on instead of splitting and concatenating it between blocks
             (53 MB a block at FLUX's size). ControlNet residuals, which diffusers adds between blocks, then do not fit.
             Joining and splitting is done in hooks around the chain: all blocks stay alike and compile once.
-        ops: with `grouped`, streams are joined in front of the first double block already. `with_heads`, RoPE's tables
-            are replaced too.
+        ops: with `grouped`, streams are joined in front of the first double block already.
         fused_residuals: a block's last gated residual is added by the norm of the next one, see `blocks.Pending`, and
             behind the last of either kind in a hook.
         float16_stream: the joint stream is float16 and counts in `STREAM_UNIT`, from `ops.grouped`'s first block on.
@@ -124,8 +122,6 @@ def fuse_blocks(
             chained=chained,
             fused_residuals=fused_residuals,
         )
-    if ops.with_heads:
-        transformer.pos_embed = RotaryPairs(transformer.pos_embed)
     joint = [*doubles, *singles] if ops.grouped is not None else [*singles]
     # Hooks of one block run in the order in which they are registered.
     if chained and joint:

@@ -106,13 +106,13 @@ class RowwiseFloat8ResidualLinear(RowwiseFloat8EpilogueLinear):
 
 
 class RowwiseFloat8QkvLinear(RowwiseFloat8EpilogueLinear):
-    """Gives Q and K of its output, and V as attention takes it, or all of them so."""
+    """Gives Q and K of its output, and V as attention takes it."""
 
     def forward_qkv(
-        self, q: torch.Tensor, scale: torch.Tensor, *args: Any
+        self, q: torch.Tensor, scale: torch.Tensor, samples: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(M, K) e4m3 with row scales (M, 1), and what else the operation takes -> what it returns."""
-        return self.operation(q, scale, self.weight, self.weight_scale, self.bias, *args)
+        """(B * S, K) e4m3 with row scales (B * S, 1) of B samples -> what `reference.qkv_linear` returns."""
+        return self.operation(q, scale, self.weight, self.weight_scale, self.bias, samples)
 
 
 class RowwiseFloat8GeluLinear(RowwiseFloat8EpilogueLinear):

@@ -32,8 +32,7 @@ Op = Callable[..., Any]
 class GroupedOps:
     """The operations of a double block whose streams are one, (B, T + S, D); see their references, `grouped_...`.
 
-    `linear` is of QKV: `reference.grouped_linear`, `grouped_qkv_linear` where there is a `BlockOps.qkv_linear`, and
-    `grouped_heads_linear` for `BlockOps.with_heads`.
+    `linear` is of QKV: `reference.grouped_linear`, or `grouped_qkv_linear` where there is a `BlockOps.qkv_linear`.
     """
 
     layernorm_modulate: Op
@@ -63,8 +62,6 @@ class BlockOps:
         qkv_linear: (linears) -> module with `forward_qkv(q, scale, samples)`, whose GEMM writes V as attention takes
             it; `qk_norm_rope` takes the rest, and `values` and `largest` by name, see `reference.qkv_linear`. None: QKV
             are of `linear`.
-        with_heads: whether `qkv_linear` and `grouped.linear` write all that attention takes, see
-            `reference.heads_linear`, and RoPE's tables are `reference.rotary_pairs`; `qk_norm_rope` is not asked then.
     """
 
     linear: Op
@@ -79,7 +76,6 @@ class BlockOps:
     attention_quantize: Op | None = None
     grouped: GroupedOps | None = None
     qkv_linear: Op | None = None
-    with_heads: bool = False
 
 
 REFERENCE = BlockOps(
@@ -120,7 +116,6 @@ def triton_ops(
     attention_epilogue: bool = False,
     grouped: bool = False,
     value_epilogue: bool = False,
-    qk_epilogue: bool = False,
 ) -> BlockOps:
     """`REFERENCE` with Triton kernels instead.
 
@@ -136,14 +131,12 @@ def triton_ops(
         attention_epilogue: for the attention's output, in `flash.coded_attention_quantize`.
         grouped: for both streams of a double block together, in quack's grouped GEMMs.
         value_epilogue: for V in e4m3 and transposed, in quack's GEMM of QKV.
-        qk_epilogue: for `qk_rope` and `hadamard` in that GEMM too.
 
     Raises:
         ImportError: if Triton, or quack for an epilogue, is not installed.
         ValueError: for `hadamard` without `qk_rope`, whose kernel it is in, and for `transposed_v` without both; for
             `attention_epilogue` without `transposed_v` or with a row that GELU's kernel would quantise as a whole; for
-            `grouped` without both other epilogues; for `value_epilogue` without `attention_epilogue` and `grouped`; for
-            `qk_epilogue` without `value_epilogue`.
+            `grouped` without both other epilogues; for `value_epilogue` without `attention_epilogue` and `grouped`.
     """
     if (hadamard and not qk_rope) or (transposed_v and not hadamard):
         raise ValueError("hadamard is done by the kernel of qk_rope, and v transposed beside both: ask for all of them")
@@ -151,8 +144,6 @@ def triton_ops(
         raise ValueError("attention_epilogue is for v transposed, and leaves room for what gelu_epilogue writes beside")
     if grouped and not (gelu_epilogue and residual_epilogue):
         raise ValueError("grouped GEMMs are those of gelu_epilogue and residual_epilogue: ask for both")
-    if qk_epilogue and not value_epilogue:
-        raise ValueError("qk_epilogue is in the GEMM of value_epilogue: ask for both")
     if value_epilogue and not (attention_epilogue and grouped):
         raise ValueError("value_epilogue is for v as attention_epilogue takes it, in grouped GEMMs: ask for both")
     from fluxfast.kernels import activations, norms, qkv
@@ -198,10 +189,6 @@ def triton_ops(
 
             changes.update(with_values(qkv.qk_norm_rope_hadamard_quantize_without_values, projections.qkv_linear))
             changes["grouped"] = dataclasses.replace(changes["grouped"], linear=projections.grouped_qkv_linear)
-        if qk_epilogue:
-            linear = epilogue_linears(RowwiseFloat8QkvLinear, operation=projections.heads_linear)
-            changes.update(qkv_linear=linear, with_heads=True)
-            changes["grouped"] = dataclasses.replace(changes["grouped"], linear=projections.grouped_heads_linear)
     return dataclasses.replace(REFERENCE, **changes)
 
 

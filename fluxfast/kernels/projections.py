@@ -4,16 +4,10 @@ V in e4m3 and transposed: what the GEMM would write in bfloat16 a kernel behind 
 MB a block, to write 13. A thread of a tensor core has two neighbouring channels of two tokens that are eight apart. As
 tokens stand in `reference.transposed_values`, those two are neighbours: 16 bits a channel, and eight by eight of these
 are transposed between the threads of a warp by one instruction (movmatrix). It has four tokens of a channel then.
-
-Q and K normed, rotated and mixed (`heads_linear`), of which a kernel would read 53 MB a block to write 27. A tile is a
-head, so that a thread has 32 channels of a token, and three others the rest: the sum of squares is theirs together, a
-pair of channels that RoPE turns is one thread's, and a Hadamard transform of order 32 as well. Channels are written as
-threads have them, 32 in a row.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import cutlass
@@ -26,7 +20,6 @@ from quack.epilogue.ops import EpiOp, TileStore
 
 from fluxfast.kernels.flash import HEAD_DIM, VALUE_ROWS, _four_codes, _ptx
 from fluxfast.kernels.gemm import (
-    ALIGNMENT,
     _check,
     _check_groups,
     _grouped_operands,
@@ -35,15 +28,11 @@ from fluxfast.kernels.gemm import (
     multiply,
     tile_options,
 )
-from fluxfast.kernels.reference import EPS, code_scale, transposed_shape
+from fluxfast.kernels.reference import PADDING, transposed_shape
 from fluxfast.kernels.rowwise import E4M3
 
-MIXED = HEAD_DIM // 4
-"""Channels that a thread has of a head, and mixes."""
-GROUP = 16
-"""Tokens whose order is another, `reference.PADDING`, which are what a warp has of a tile of 64."""
-ONES = 0x38383838
-"""Four times one, in e4m3."""
+WIDTHS = (192, 128)
+"""Columns of a tile: the first of which Q, K and V each have a multiple, so that none is of two of them."""
 
 
 @dsl_user_op
@@ -67,18 +56,6 @@ def _raise(address, x, *, loc=None, ip=None):
 
 
 @dsl_user_op
-def _load_pair(address, *, loc=None, ip=None):
-    """Two float32 of global memory, at a multiple of 8 bytes."""
-    return _ptx("ld.global.nc.v2.f32 {{$w0}, {$w1}}, [{$r0}];", address, out=(Float32, Float32), loc=loc, ip=ip)
-
-
-@dsl_user_op
-def _store_four(address, a, b, c, d, *, loc=None, ip=None):
-    """Four words into global memory, at a multiple of 16 bytes."""
-    _ptx("st.global.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};", address, a, b, c, d, out=(), loc=loc, ip=ip)
-
-
-@dsl_user_op
 def _rounded(x, *, loc=None, ip=None):
     """float32 in e4m3 and back, saturating."""
     to = "cvt.rn.satfinite.e4m3x2.f32 c, {$r0}, {$r0}; cvt.rn.f16x2.e4m3x2 h, c;"
@@ -86,23 +63,8 @@ def _rounded(x, *, loc=None, ip=None):
     return _ptx(ptx, x, out=(Float32,), loc=loc, ip=ip)
 
 
-class _Argument(EpiOp):
-    """A tensor that another operation of the epilogue takes from the GEMM: `gemm.arguments[name]`.
-
-    Args:
-        dtype, shape: of the tensor, None for a size that is known later.
-    """
-
-    def __init__(self, name: str, dtype: Any, shape: tuple[int | None, ...]) -> None:
-        super().__init__(name)
-        self.dtype, self.shape = dtype, shape
-
-    def config_key(self):
-        return self.dtype.__name__, self.shape
-
-    def host_fake_arg(self, key, fctx):
-        shape = tuple(cute.sym_int() if size is None else size for size in self.shape)
-        return make_fake_tensor(self.dtype, shape, 128 // self.dtype.width if len(shape) > 1 else 1)
+class _Tensor(EpiOp):
+    """An operation of an epilogue with a tensor, which the kernel gets as it is."""
 
     def param_fields(self):
         return [(self.name, object, None)]
@@ -110,14 +72,24 @@ class _Argument(EpiOp):
     def to_params(self, gemm, args):
         return {self.name: getattr(args, self.name)}
 
+
+class _Largest(_Tensor):
+    """Where `_Values` leaves the largest magnitude of V: one float32, zero beforehand."""
+
+    def host_fake_arg(self, key, fctx):
+        return make_fake_tensor(Float32, (1,))
+
     def begin(self, gemm, param, smem_tensor, ctx):
-        gemm.arguments = getattr(gemm, "arguments", {}) | {self.name: param}
+        gemm.largest = param
 
 
-class _Rows(_Argument):
-    """What is written of rows, and where the tile that an epilogue is of begins."""
+class _Values(_Tensor):
+    """V's codes, (heads * VALUE_ROWS, tokens / 4) int32, four tokens each, and the rows of ones behind each head."""
 
     fn_port = "sink"
+
+    def host_fake_arg(self, key, fctx):
+        return make_fake_tensor(Int32, (cute.sym_int(), cute.sym_int()), 4)
 
     def epi_m_major_score(self, arg_tensor, gemm):
         # Along a row first: with two halves of a tile in turn, what belongs to columns is kept, and registers spill.
@@ -132,36 +104,23 @@ class _Rows(_Argument):
             token = first + ctx.varlen_manager.params.cu_seqlens_m[ctx.batch_idx]
         # How many rows there are from the tile's first on, and which token that is.
         rows = ctx.varlen_manager.len_m(ctx.batch_idx) - first
-        return (param, coordinates, ctx.tile_coord_mnkl[1] * ctx.tile_N, rows, token, self.registers(coordinates))
-
-    def registers(self, coordinates):
-        """What is kept from part to part of a tile."""
-
-    def begin_loop(self, gemm, state, epi_coord):
-        out, coordinates, *rest = state
-        return (out, coordinates[None, None, None, epi_coord[0], epi_coord[1]], *rest, *epi_coord)
-
-
-class _Values(_Rows):
-    """V's codes, (heads * VALUE_ROWS, tokens / 4) int32, four tokens each, and the rows of ones behind each head.
-
-    The largest of their magnitudes goes to the argument `largest`.
-    """
-
-    def registers(self, coordinates):
+        column = ctx.tile_coord_mnkl[1] * ctx.tile_N - _columns_before(param)
         peak = cute.make_rmem_tensor(1, Float32)
         peak.fill(0.0)
-        return peak
+        return (param, coordinates, column, rows, token, peak)
+
+    def begin_loop(self, gemm, state, epi_coord):
+        values, coordinates, *rest = state
+        return (values, coordinates[None, None, None, epi_coord[0], epi_coord[1]], *rest)
 
     @cute.jit
     def fn_sink_flush(self, gemm, state, frag):
-        values, coordinates, column, rows, token, peak, _, _ = state
-        first = _columns_before(values)
-        if column >= first:
+        values, coordinates, column, rows, token, peak = state
+        if column >= 0:
             at = _places(coordinates, gemm.cta_tile_shape_mnk[:2])
             lane = cute.arch.lane_idx()
             # Of the warp's sixteen tokens the first, and of the part of the tile the first column.
-            row, channel = coordinates[0][0] - lane // 4, column - first + coordinates[0][1] - lane % 4 * 2
+            row, channel = coordinates[0][0] - lane // 4, column + coordinates[0][1] - lane % 4 * 2
             keep = Int32(0)
             for i in cutlass.range_constexpr(2):
                 top = Float32(0.0)
@@ -202,83 +161,14 @@ class _Values(_Rows):
         varlen_manager,
         tidx,
     ):
-        values, _, column, _, _, peak = state
-        largest = gemm.arguments["largest"].iterator.toint()
-        if column >= _columns_before(values):
+        column, peak = state[2], state[5]
+        largest = gemm.largest.iterator.toint()
+        if column >= 0:
             top = peak[0]
             for offset in (1, 2, 4, 8, 16):
                 top = cute.arch.fmax(top, cute.arch.shuffle_sync_bfly(top, offset=offset))
             if cute.arch.lane_idx() == 0:
                 _raise(largest, _rounded(top))
-
-
-class _Heads(_Rows):
-    """Q's and K's codes, (2, tokens, heads * HEAD_DIM / 4) int32, four channels each; a tile is a head.
-
-    RoPE's angles are the argument `rotary`, (tokens, HEAD_DIM) float32: cos and sin of each pair of channels.
-    """
-
-    # Two factors come for each element: what is normed, and the norm's weight.
-    scaled = True
-
-    def registers(self, coordinates):
-        """Of two rows, a thread's channels times their weights, and the sums of their squares."""
-        return cute.make_rmem_tensor((HEAD_DIM // 4, 2), Float32), cute.make_rmem_tensor(2, Float32)
-
-    @cute.jit
-    def fn_sink_flush(self, gemm, state, frag, scale):
-        heads, coordinates, column, rows, token, (x, squares), _, part = state
-        at = _places(coordinates, gemm.cta_tile_shape_mnk[:2])
-        rotary = gemm.arguments["rotary"].iterator
-        pairs = len(at) // 4
-        if cutlass.const_expr(part == 0):
-            squares.fill(0.0)
-        for i in cutlass.range_constexpr(2):
-            for j in cutlass.range_constexpr(pairs):
-                for k in cutlass.range_constexpr(2):
-                    y = frag[at[8 * i, 8 * j + k]]
-                    squares[i] = squares[i] + y * y
-                    x[2 * (part * pairs + j) + k, i] = y * scale[at[8 * i, 8 * j + k]]
-        count = heads.shape[2] // (HEAD_DIM // 4)
-        head = column // HEAD_DIM
-        if cutlass.const_expr((part + 1) * pairs == HEAD_DIM // 8):  # noqa: SIM102 - the one is of the compiler's time
-            if head < 2 * count:
-                row, quarter = coordinates[0][0], cute.arch.lane_idx() % 4
-                is_key = head // count
-                unit = cutlass.select_(is_key == 0, Float32(code_scale(HEAD_DIM) / MIXED**0.5), Float32(MIXED**-0.5))
-                for i in cutlass.range_constexpr(2):
-                    total = squares[i]
-                    for offset in (1, 2):
-                        total = total + cute.arch.shuffle_sync_bfly(total, offset=offset)
-                    by = cute.math.rsqrt(total * (1 / HEAD_DIM) + EPS, fastmath=True) * unit
-                    # Rows past the end do as the last one, and are not stored.
-                    place = token + cutlass.min(row + 8 * i, rows - 1)
-                    angles = (rotary + (place * HEAD_DIM + 2 * quarter)).toint()
-                    turned = []
-                    for pair in cutlass.range_constexpr(MIXED // 2):
-                        # Of every eight channels a thread has two.
-                        cos, sin = _load_pair(angles + 4 * 8 * pair)
-                        even, odd = x[2 * pair, i], x[2 * pair + 1, i]
-                        turned += [even * cos - odd * sin, odd * cos + even * sin]
-                    mixed = _hadamard(turned)
-                    words = [_four_codes(*(mixed[4 * j + k] * by for k in range(4))) for j in range(MIXED // 4)]
-                    if row + 8 * i < rows:
-                        to = heads.layout((is_key, place, (head % count * HEAD_DIM + quarter * MIXED) // 4))
-                        address = (heads.iterator + to).toint()
-                        _store_four(address, *words[:4])
-                        _store_four(address + 16, *words[4:])
-
-
-def _hadamard(x: list[Any]) -> list[Any]:
-    """The Hadamard matrix of order len(x), unscaled."""
-    if len(x) == 1:
-        return x
-    even, odd = _hadamard(x[::2]), _hadamard(x[1::2])
-    return [y for a, b in zip(even, odd, strict=True) for y in (a + b, a - b)]
-
-
-LARGEST = _Argument("largest", Float32, (1,))
-"""Zero beforehand."""
 
 
 @cute.jit
@@ -329,61 +219,25 @@ def _whole(gemm, epi_tile):
     return epi_tile
 
 
-class _Nothing(TileStore):
-    """Rows that are not written: quack counts its rows in an output, where they are of two streams."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name, epi_tile_fn=_whole)
-
-    def config_key(self):
-        return ()
-
-    def store_setup(self, *args):
-        *context, _ = super().store_setup(*args)
-        return (*context, cutlass.Boolean(False))
-
-    def store_convert(self, gemm, rows, *args):
-        return rows
-
-    def store_r2s(self, *args):
-        pass
-
-
 def _product(acc, scale, weight_scale, bias):
     """acc * scale * weight_scale + bias, an element: a row's of Q and K, or V's."""
     y = acc * scale * weight_scale + bias
     return {"qk": y, "values": y}
 
 
-def _heads_product(acc, scale, weight_scale, bias, norm):
-    """The same, with the weight of Q's or K's norm beside."""
-    y = acc * scale * weight_scale + bias
-    return {"nothing": y, "heads": (y, norm), "values": y}
-
-
-VALUES = _Values("values", Int32, (None, None))
 product = EpiMod(
     _product,
     outputs=(_QueriesAndKeys("qk"),),
     ops=_vectors(columns=("scale",), rows=("weight_scale", "bias")),
-    outs={"values": VALUES},
-    extra_ops=(LARGEST,),
-)
-heads_product = EpiMod(
-    _heads_product,
-    outputs=(_Nothing("nothing"),),
-    ops=_vectors(columns=("scale",), rows=("weight_scale", "bias", "norm")),
-    outs={"heads": _Heads("heads", Int32, (2, None, None)), "values": VALUES},
-    extra_ops=(LARGEST, _Argument("rotary", Float32, (None, HEAD_DIM))),
+    outs={"values": _Values("values")},
+    extra_ops=(_Largest("largest"),),
 )
 
-WIDTHS = (192, 128)
-"""Columns of a tile, of which Q and K have a multiple, and V too: the first with which that is so."""
 
-
-def tile_width(inner: int) -> int:
-    """Of the product whose Q, K and V have `inner` columns each, a multiple of 128."""
-    return next(width for width in WIDTHS if inner % width == 0)
+def tiles_of(width: int) -> dict[str, Any]:
+    """How quack cuts a product that is `width` wide, Q, K and V."""
+    inner = width // 3
+    return tile_options(next(columns for columns in WIDTHS if inner % columns == 0), takes_turns=True)
 
 
 def _outputs(q: torch.Tensor, batch: int, tokens: int, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -397,13 +251,13 @@ def _outputs(q: torch.Tensor, batch: int, tokens: int, width: int) -> tuple[torc
 
 
 def _multiply(
+    cut: dict[str, Any],
     q: torch.Tensor,
     weight: torch.Tensor,
     qk: torch.Tensor,
     values: torch.Tensor,
     largest: torch.Tensor,
     begins: torch.Tensor | None = None,
-    options: dict[str, Any] | None = None,
     **vectors: torch.Tensor,
 ) -> None:
     """One sample's qk (S, 2 * inner), values (H, VALUE_ROWS, S') and largest (1,); all else as for `gemm.multiply`."""
@@ -414,43 +268,7 @@ def _multiply(
         "values": values.view(torch.int32).flatten(0, 1),
         "largest": largest,
     }
-    cut = tile_options(tile_width(inner), takes_turns=True) | (options or {})
     multiply(product, cut, q, weight, None, begins=begins, outputs=outputs, **vectors)
-
-
-def _multiply_heads(
-    q: torch.Tensor,
-    weight: torch.Tensor,
-    rotary: torch.Tensor,
-    heads: torch.Tensor,
-    values: torch.Tensor,
-    largest: torch.Tensor,
-    begins: torch.Tensor | None = None,
-    options: dict[str, Any] | None = None,
-    **vectors: torch.Tensor,
-) -> None:
-    """One sample's heads (2, S, inner), as `_heads_outputs` makes them; all else as for `_multiply`."""
-    outputs = {
-        "nothing": heads.as_strided((len(q), weight.shape[-2]), (ALIGNMENT, 1)),
-        "heads": heads.view(torch.int32),
-        "values": values.view(torch.int32).flatten(0, 1),
-        "largest": largest,
-        "rotary": rotary,
-    }
-    cut = tile_options(HEAD_DIM, takes_turns=True) | (options or {})
-    multiply(heads_product, cut, q, weight, None, begins=begins, outputs=outputs, **vectors)
-
-
-def _heads_outputs(
-    q: torch.Tensor, batch: int, tokens: int, width: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """heads (2, batch, tokens, heads, HEAD_DIM) and values of a product that is `width` wide, and zeros."""
-    inner = width // 3
-    shape = (2, batch, tokens, inner // HEAD_DIM, HEAD_DIM)
-    # With room for rows that are not written.
-    heads = q.new_empty(math.prod(shape) + batch * tokens * ALIGNMENT + width, dtype=E4M3)[: math.prod(shape)]
-    values = q.new_empty(transposed_shape(*shape[1:]), dtype=E4M3)
-    return heads.view(shape), values, q.new_zeros(batch, dtype=torch.float32)
 
 
 def _check_width(width: int) -> None:
@@ -467,9 +285,9 @@ def _check_text(text_tokens: int, tokens: int) -> None:
     Raises:
         ValueError: unless there are tokens of both streams, and the image's begin where sixteen tokens do.
     """
-    if text_tokens % GROUP:
+    if text_tokens % PADDING:
         raise ValueError(
-            f"expected a multiple of {GROUP} tokens of text, got {text_tokens}: ask the pipeline for such a "
+            f"expected a multiple of {PADDING} tokens of text, got {text_tokens}: ask the pipeline for such a "
             "max_sequence_length"
         )
     _check_groups(text_tokens, tokens)
@@ -510,7 +328,7 @@ def qkv_linear(
     qk, values, largest = outputs
     by_sample = zip(*(x.chunk(samples) for x in (q, scale, qk)), values, largest[:, None], strict=True)
     for a, a_scale, rows_of_qk, v, top in by_sample:
-        _multiply(a, weight, rows_of_qk, v, top, scale=a_scale, weight_scale=weight_scale, bias=bias)
+        _multiply(tiles_of(width), a, weight, rows_of_qk, v, top, scale=a_scale, weight_scale=weight_scale, bias=bias)
     return outputs
 
 
@@ -544,7 +362,8 @@ def grouped_qkv_linear(
     qk = qk.view(batch, tokens, -1)
     borders = begins(text_tokens, tokens, q.device)
     for a, a_scale, rows_of_qk, v, top in zip(q, scale[..., 0], qk, values, largest[:, None], strict=True):
-        _multiply(a, weight, rows_of_qk, v, top, borders, scale=a_scale, weight_scale=weight_scale, bias=bias)
+        its = {"scale": a_scale, "weight_scale": weight_scale, "bias": bias}
+        _multiply(tiles_of(width), a, weight, rows_of_qk, v, top, borders, **its)
     return qk, values, largest
 
 
@@ -552,101 +371,3 @@ def grouped_qkv_linear(
 def _(q, scale, weight, weight_scale, bias, text_tokens):
     qk, values, largest = _outputs(q, len(q), q.shape[1], weight.shape[1])
     return qk.view(*q.shape[:2], -1), values, largest
-
-
-def _check_heads(norm: torch.Tensor, rotary: torch.Tensor, groups: tuple[int, ...], width: int, tokens: int) -> None:
-    """
-    Raises:
-        ValueError: unless there is a weight a column and a row of angles a token.
-    """
-    got, expected = (tuple(norm.shape), tuple(rotary.shape)), ((*groups, width), (tokens, HEAD_DIM))
-    if got != expected or {norm.dtype, rotary.dtype} != {torch.float32}:
-        raise ValueError(
-            f"expected a norm of {expected[0]} and a rotary of {expected[1]}, both float32, got {got[0]}, {norm.dtype} "
-            f"and {got[1]}, {rotary.dtype}"
-        )
-
-
-@torch.library.custom_op("fluxfast::heads_linear", mutates_args=())
-def heads_linear(
-    q: torch.Tensor,
-    scale: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor,
-    norm: torch.Tensor,
-    rotary: torch.Tensor,
-    samples: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """a @ w.T + bias as attention takes it: Q and K through RMSNorm, RoPE and a Hadamard transform, all in e4m3.
-
-    Args:
-        q, scale, weight, weight_scale, bias, samples: as for `qkv_linear`.
-        norm: (3 * H * 128,) float32, the weights of the norms of Q and K for each of their columns; V's are not read.
-        rotary: (S, 128) float32, see `reference.rotary_pairs`.
-
-    Returns:
-        Q and K (2, B, S, H, 128) float8_e4m3fn, mixed as by `reference.hadamard_by_threads`, queries multiplied by
-        `reference.code_scale`; V and the largest of its magnitudes as of `qkv_linear`.
-
-    Raises:
-        ValueError: as there.
-    """
-    rows, width = len(q), len(weight)
-    _check_width(width)
-    vectors = {"scale": (scale, (rows, 1)), "weight_scale": (weight_scale, (1, width)), "bias": (bias, (width,))}
-    _check(rows, width, q=(q, (rows, weight.shape[1])), **vectors)
-    if rows % samples:
-        raise ValueError(f"{rows} rows cannot be shared evenly by {samples} samples: M must be a multiple of B")
-    _check_heads(norm, rotary, (), width, rows // samples)
-    outputs = _heads_outputs(q, samples, rows // samples, width)
-    heads, values, largest = outputs
-    by_row = (x.chunk(samples) for x in (q, scale))
-    for a, a_scale, both, v, top in zip(*by_row, heads.flatten(3).unbind(1), values, largest[:, None], strict=True):
-        its = {"scale": a_scale, "weight_scale": weight_scale, "bias": bias, "norm": norm}
-        _multiply_heads(a, weight, rotary, both, v, top, **its)
-    return outputs
-
-
-@heads_linear.register_fake
-def _(q, scale, weight, weight_scale, bias, norm, rotary, samples):
-    return _heads_outputs(q, samples, len(q) // samples, len(weight))
-
-
-@torch.library.custom_op("fluxfast::grouped_heads_linear", mutates_args=())
-def grouped_heads_linear(
-    q: torch.Tensor,
-    scale: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor,
-    norm: torch.Tensor,
-    rotary: torch.Tensor,
-    text_tokens: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `heads_linear`, for two streams as in `grouped_qkv_linear`.
-
-    Args:
-        norm: (2, 3 * H * 128) float32, the text's first. rotary: (T + S, 128), of all tokens.
-
-    Returns:
-        As there.
-    """
-    (batch, tokens), width = q.shape[:2], weight.shape[1]
-    _check_width(width)
-    _check_text(text_tokens, tokens)
-    _check(batch * tokens, width, **_grouped_operands(q, scale, weight, weight_scale, bias))
-    _check_heads(norm, rotary, (2,), width, tokens)
-    outputs = _heads_outputs(q, batch, tokens, width)
-    heads, values, largest = outputs
-    borders = begins(text_tokens, tokens, q.device)
-    by_sample = zip(q, scale[..., 0], heads.flatten(3).unbind(1), values, largest[:, None], strict=True)
-    for a, a_scale, both, v, top in by_sample:
-        its = {"scale": a_scale, "weight_scale": weight_scale, "bias": bias, "norm": norm}
-        _multiply_heads(a, weight, rotary, both, v, top, borders, **its)
-    return outputs
-
-
-@grouped_heads_linear.register_fake
-def _(q, scale, weight, weight_scale, bias, norm, rotary, text_tokens):
-    return _heads_outputs(q, len(q), q.shape[1], weight.shape[1])

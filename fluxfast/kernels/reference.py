@@ -20,8 +20,6 @@ from fluxfast.kernels.rowwise import AMAX_FLOOR, E4M3, E4M3_MAX, cast_e4m3, quan
 
 Quantized = tuple[torch.Tensor, torch.Tensor]
 
-EPS = 1e-6
-"""Of every norm in FLUX's blocks."""
 PADDING = 16
 """Tokens among which `transposed_values` changes the order, and of which it has a multiple."""
 SUM_ROWS = 8
@@ -272,76 +270,6 @@ def _with_values(qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
     *qk, v = qkv.chunk(3, dim=-1)
     v = cast_e4m3(v.unflatten(-1, (-1, 128)))
     return torch.cat(qk, dim=-1).to(torch.bfloat16), transposed_values(v, mixed=True), largest_value(v)
-
-
-def heads_linear(
-    q: torch.Tensor,
-    scale: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor,
-    norm: torch.Tensor,
-    rotary: torch.Tensor,
-    samples: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Reference of `projections.heads_linear`."""
-    y = scaled_product(q, scale, weight, weight_scale, bias).unflatten(0, (samples, -1))
-    return _heads(y, norm.expand(y.shape[1], -1), rotary)
-
-
-def grouped_heads_linear(
-    q: torch.Tensor,
-    scale: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor,
-    norm: torch.Tensor,
-    rotary: torch.Tensor,
-    text_tokens: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Reference of `projections.grouped_heads_linear`."""
-    y = grouped(scaled_product, text_tokens, (q, scale), (weight, weight_scale, bias))[0]
-    streams = torch.tensor([text_tokens, y.shape[1] - text_tokens], device=y.device)
-    return _heads(y, norm.repeat_interleave(streams, 0), rotary)
-
-
-def _heads(
-    qkv: torch.Tensor, norm: torch.Tensor, rotary: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """QKV (B, S, 3 * H * 128), each token's weights of its norms (S, 3 * H * 128), and angles -> as `heads_linear`."""
-    q, k, v = (part.unflatten(-1, (-1, 128)) for part in qkv.chunk(3, dim=-1))
-    weights = (part.unflatten(-1, (-1, 128)) for part in norm.chunk(3, dim=-1))
-    cos, sin = (x.repeat_interleave(2, -1) for x in rotary.unflatten(-1, (-1, 2)).unbind(-1))
-    turned = []
-    for x, weight in zip((q, k), weights, strict=False):
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * weight
-        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-        turned.append(x * cos[:, None] + torch.stack([-odd, even], dim=-1).flatten(-2) * sin[:, None])
-    q, k = (hadamard_by_threads(x) for x in turned)
-    v = cast_e4m3(v)
-    heads = torch.stack([cast_e4m3(q * code_scale(128)), cast_e4m3(k)])
-    return heads, transposed_values(v, mixed=True), largest_value(v)
-
-
-def rotary_pairs(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE's tables, (S, Dh) with each angle twice in a row, as one float32: cos and sin of each pair of channels."""
-    return torch.stack([cos[:, ::2], sin[:, ::2]], dim=-1).flatten(1).float()
-
-
-def hadamard_by_threads(x: torch.Tensor) -> torch.Tensor:
-    """As `hadamard`, by the matrix of order 32: of every eight neighbouring channels, two are mixed with each other.
-
-    Args:
-        x: (..., 128).
-
-    Returns:
-        (..., 128) in another order of channels: what was (16, 4, 2) is (4, 32).
-    """
-    x = x.unflatten(-1, (16, 4, 2)).transpose(-3, -2).unflatten(-2, (2, 2, 2, 2))
-    for axis in range(-5, 0):
-        first, second = x.unbind(axis)
-        x = torch.stack([first + second, first - second], dim=axis)
-    return (x / 32**0.5).flatten(-6)
 
 
 def largest_value(v: torch.Tensor) -> torch.Tensor:
