@@ -230,7 +230,7 @@ def fused_block_facts(built: Built, tables: int, forwards: int) -> list[Fact]:
     # In the middle of a double block anyway; with the field at the beginning of every block too.
     sums = _all_if(not level.residual_epilogue, 2 * double + _all_if(level.fused_residuals, 2 * double + single))
     facts = [
-        # Before the other fields', whose counts it changes; so are the next two.
+        # Before the other fields', whose counts it changes; so are the next three.
         Fact("value_epilogue", "GEMMs of QKV that write V transposed",
              compiler.calls_of(*VALUES), _all_if(level.value_epilogue, attended)),
         Fact("grouped_gemms", "GEMMs of both streams of a double block",

@@ -178,7 +178,8 @@ def gelu_linear_quantize(
     codes = torch.empty((rows, d + width), dtype=E4M3, device=q.device)
     out_scale = torch.addcmul(bound[1], scale, bound[0])
     given = {name: vector for name, (vector, _) in vectors.items()}
-    multiply(gelu, tiles(rows, width, GELU_WIDTHS, processors()), q, weight, codes[:, d:], **given, out_scale=out_scale)
+    cut = tiles(rows, width, GELU_WIDTHS, processors())
+    multiply(gelu, cut, q, weight, codes[:, d:], **given, out_scale=out_scale)
     if left is not None:
         quantize_beside(left, codes, out_scale)
     return codes, out_scale

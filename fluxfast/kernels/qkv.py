@@ -4,7 +4,7 @@ Traffic at FLUX's size (4352 tokens, 24 heads x 128): 80 MB of qkv read, 40 MB o
 TB/s; cos and sin (4.5 MB in float32) stay in the L2 cache. The Hadamard transform adds nothing to that: a thread mixes
 the eight neighbours that it has loaded, then each head goes through shared memory, for it to mix eight that were far
 apart. `coded_attention` wants V transposed: that is a kernel of its own then, through shared memory too, or done by the
-GEMM in front (`values.qkv_linear`), which leaves Q and K.
+GEMM in front (`projections.qkv_linear`), which leaves Q and K.
 """
 
 from __future__ import annotations

@@ -247,7 +247,7 @@ def qkv_linear(
     bias: torch.Tensor,
     samples: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Reference of `values.qkv_linear`."""
+    """Reference of `projections.qkv_linear`."""
     y = scaled_product(q, scale, weight, weight_scale, bias).unflatten(0, (samples, -1))
     qk, values, largest = _with_values(y)
     return qk.flatten(0, 1), values, largest
@@ -261,12 +261,12 @@ def grouped_qkv_linear(
     bias: torch.Tensor,
     text_tokens: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Reference of `values.grouped_qkv_linear`."""
+    """Reference of `projections.grouped_qkv_linear`."""
     return _with_values(grouped(scaled_product, text_tokens, (q, scale), (weight, weight_scale, bias))[0])
 
 
 def _with_values(qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """QKV (B, S, 3 * H * 128) as `values.qkv_linear` gives it."""
+    """QKV (B, S, 3 * H * 128) as `projections.qkv_linear` gives it."""
     *qk, v = qkv.chunk(3, dim=-1)
     v = cast_e4m3(v.unflatten(-1, (-1, 128)))
     return torch.cat(qk, dim=-1).to(torch.bfloat16), transposed_values(v, mixed=True), largest_value(v)
