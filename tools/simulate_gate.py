@@ -36,7 +36,7 @@ from tools.night_models import (
 )
 
 BASELINE_PROCESSES = 5
-LARGEST = 34
+LARGEST = 33
 """Levels of the largest committed baseline, and of the nights over it."""
 SLOWED = 4
 """Position of the level that the power simulations slow down: in the middle, with a parent and a child."""
