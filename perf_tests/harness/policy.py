@@ -107,7 +107,7 @@ def policy_for(slug: str, unavailable: Collection[str] = ()) -> Policy:
     A level whose parent is `unavailable` is compared with the nearest one below that runs.
 
     GPU: the floor is a quarter of the 2 % that has to be found; the spread is assumed, at two degrees of freedom (the
-    quietest levels of the H100 baseline show 0.2 to 0.5 % between processes). A night there has up to 31 levels, whose
+    quietest levels of the H100 baseline show 0.2 to 0.5 % between processes). A night there has up to 33 levels, whose
     two-mode noise takes four more processes to confirm.
     CPU: shared machines move by several per cent between processes, and seconds do not travel between them. Nor does
     the last bit: other caches and cores may add in another order, so images may differ as float32's does from bf16's,
