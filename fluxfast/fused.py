@@ -1,10 +1,10 @@
 """Swaps diffusers' blocks for the fused ones of `fluxfast.kernels`, with the operations that a level asks for.
 
 Without `fused_quantize`, `fused_qk_rope` or `fused_residuals` an operation is the plain PyTorch one, which Inductor
-fuses as well as it can: a rung changes which kernel computes something, not what is computed. Four rungs change float8
+fuses as well as it can: a rung changes which kernel computes something, not what is computed. Five rungs change float8
 codes too: `hadamard_qk`, in another basis of q and k, `gelu_epilogue` and `attention_epilogue`, with scales that are
-known beforehand, and `coded_softmax`, which rounds probabilities otherwise. `float16_residuals` rounds streams less,
-and `value_epilogue` V once instead of twice.
+known beforehand, `coded_softmax`, which rounds probabilities otherwise, and `value_epilogue`, which rounds V once
+instead of twice. `float16_residuals` rounds streams less.
 """
 
 from __future__ import annotations

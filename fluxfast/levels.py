@@ -86,7 +86,7 @@ class Level:
         concurrent_encode: CLIP and the modulation of all steps run beside T5, in a CUDA stream of their own; the
             modulation leaves the loop's graph for one of its own.
         value_epilogue: V's cast to e4m3 and its transposition in the GEMM in front of them, quack's for single blocks
-            too. Q and K are all that the kernel behind it reads then.
+            too. Q and K are all that the kernel behind it reads then. Tokens of text are a multiple of 16.
         fused_t5: q, k and v of a T5 block in one GEMM; its gated GELU, and what it adds to the stream, in the epilogues
             of quack's GEMMs in front.
         gemm_search: max-autotune times Triton's GEMM templates beside the libraries' kernels, up to 106 for a shape in

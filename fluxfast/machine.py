@@ -16,6 +16,7 @@ FA3_MODULES = ("flash_attn_interface", "fa3_fwd_interface")
 
 TRITON_FIELDS = ("fused_quantize", "fused_qk_rope", "fast_decode", "fused_residuals", "hadamard_qk")
 NEEDS_QUACK = (*QUACK_FIELDS, "fused_t5")
+"""Fields that stand on quack-kernels, of the fused blocks and others."""
 SEARCH_FIELDS = ("gemm_search", "coordinate_descent")
 TO_FLOAT8_ATTENTION = {
     "fused_qk_rope": "casts for",

@@ -174,8 +174,7 @@ def quantization_facts(transformer: nn.Module, level: Level) -> list[Fact]:
 
 def t5_facts(encoder: nn.Module, level: Level) -> list[Fact]:
     """Blocks of T5 with one QKV projection, and Linears left of the gated GELU."""
-    found = t5.blocks(encoder)
-    expected = _all_if(level.fused_t5, len(found))
+    expected = _all_if(level.fused_t5, encoder.config.num_layers)
     facts = [Fact("fused_t5", "T5 blocks whose q, k and v are one Linear", t5.with_one_projection(encoder), expected)]
     if level.fused_t5:
         apart = sum(name.endswith((".wi_0", ".wi_1")) for name, _ in encoder.named_modules())
@@ -287,7 +286,7 @@ def text_encoder_facts(built: Built, forwards: Mapping[str, int]) -> list[Fact]:
         forwards[name] * len(text_encoder_layers(getattr(built.pipeline, name)))
         for name in ("text_encoder", "text_encoder_2")
     )
-    fused = _all_if(built.level.fused_t5, forwards["text_encoder_2"] * len(t5.blocks(built.pipeline.text_encoder_2)))
+    fused = _all_if(built.level.fused_t5, forwards["text_encoder_2"] * built.pipeline.text_encoder_2.config.num_layers)
     return [
         # CLIP's layer, T5's first, which makes the position bias, and T5's others.
         Fact("fast_encode", "compiled graphs of text encoder layers",

@@ -93,14 +93,22 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 def fuse(encoder: nn.Module) -> None:
     """Fuse every block of a T5 encoder in place. Weights stay as many bytes, with those of one layer twice meanwhile.
 
+    Its hidden states can be asked for as before, its attentions no longer: transformers records them of its own layers.
+
     Args:
         encoder: transformers' `T5EncoderModel`, in eval mode: there is no dropout here.
 
     Raises:
-        ValueError: for an encoder of another feed-forward layer, with biases or in training mode. It is left as it was.
+        ValueError: for an encoder of other blocks or of another feed-forward layer, with biases, with weights of
+            several types, or in training mode. It is left as it was.
         ImportError: if quack is not installed.
     """
     config, found = encoder.config, blocks(encoder)
+    if len(found) != config.num_layers or with_one_projection(encoder):
+        raise ValueError(
+            f"fused_t5 is for the {config.num_layers} blocks that transformers makes of T5, got {len(found)} of them, "
+            f"{with_one_projection(encoder)} fused before"
+        )
     if not config.is_gated_act or config.dense_act_fn not in TANH_GELU:
         raise ValueError(
             f"fused_t5 is for a feed-forward of gated GELU in its tanh form ({' or '.join(TANH_GELU)}), got "
@@ -108,6 +116,11 @@ def fuse(encoder: nn.Module) -> None:
         )
     if biased := [n for n, m in encoder.named_modules() if isinstance(m, nn.Linear) and m.bias is not None]:
         raise ValueError(f"fused_t5 is for Linears without a bias, and {len(biased)} have one, {biased[0]} among them")
+    types = {linear.weight.dtype for linear in encoder.modules() if isinstance(linear, nn.Linear)}
+    if len(types) > 1:
+        # In float16 transformers keeps `wo` in float32.
+        names = " and ".join(sorted(map(str, types)))
+        raise ValueError(f"fused_t5 is for Linears of one type, got {names}: load the encoder in torch.bfloat16")
     if encoder.training:
         raise ValueError("fused_t5 has no dropout: call eval() on the encoder first")
     for block in found:

@@ -160,8 +160,9 @@ def test_joint_stream_goes_from_block_to_block(
     assert facts["float8 GEMMs called by the fused blocks"] == 2 * STEPS * 3
 
 
+@pytest.mark.parametrize("id", ["grouped_gemms", "value_epilogue"])
 def test_modulation_of_grouped_blocks_is_counted(
-    micro: Workload, hopper: None, monkeypatch: pytest.MonkeyPatch
+    micro: Workload, hopper: None, monkeypatch: pytest.MonkeyPatch, id: str
 ) -> None:
     """A double block without a GEMM of cuBLASLt's that computes its own modulation beside the table is noticed."""
 
@@ -170,7 +171,7 @@ def test_modulation_of_grouped_blocks_is_counted(
 
     monkeypatch.setattr(GroupedFluxTransformerBlock, "_modulation", computed)
     with pytest.raises(StepNotApplied, match=rf"{2 * STEPS * 2} AdaLN Linears called by the blocks, expected 0"):
-        run_and_prove(build(micro, get_level("grouped_gemms")), micro)
+        run_and_prove(build(micro, get_level(id)), micro)
 
 
 @pytest.mark.parametrize("field", ["coded_softmax", "gelu_epilogue", "residual_epilogue"])

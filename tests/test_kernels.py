@@ -374,6 +374,19 @@ def test_grouped_qkv_linear(kind, batch, text, image, k, heads):
     assert_values(values, largest, exact[:, :, 2], atol)
 
 
+@quack_installed
+def test_source_of_an_epilogue_is_in_its_key(monkeypatch):
+    """quack keeps kernels on disk, and tells operations of an epilogue by their names alone."""
+    from fluxfast.kernels import projections
+
+    operations = (*projections.product.sinks.values(), *projections.product.output_ops.values())
+    operations = (*operations, *projections.product.extra_ops)
+    assert [own.name for own in operations] == ["values", "qk", "largest"]
+    before = [own.cache_key() for own in operations]
+    monkeypatch.setattr(projections, "SOURCE", "another")
+    assert all(own.cache_key() != old for own, old in zip(operations, before, strict=True))
+
+
 @epilogues
 def test_values_that_are_not_finite(kind):
     """NaN stays NaN in its token, what is past 448 saturates, and the largest is that of what is a number."""

@@ -93,6 +93,28 @@ def test_bias_is_refused() -> None:
     assert t5.with_one_projection(model) == 0
 
 
+def test_other_blocks_are_refused() -> None:
+    """What is no block of T5's would be left as it is, and what is fused has no Linears to fuse."""
+    model = encoder()
+    model.encoder.block[1] = nn.Identity()
+    with pytest.raises(ValueError, match="the 3 blocks that transformers makes of T5, got 2 of them, 0 fused before"):
+        t5.fuse(model)
+    model = encoder()
+    t5.fuse(model)
+    with pytest.raises(ValueError, match="got 3 of them, 3 fused before"):
+        t5.fuse(model)
+
+
+def test_several_types_are_refused() -> None:
+    """As transformers loads T5 in float16."""
+    model = encoder()
+    model.encoder.block[0].layer[-1].DenseReluDense.wo.half()
+    with pytest.raises(
+        ValueError, match=r"one type, got torch\.float16 and torch\.float32: load .* in torch\.bfloat16"
+    ):
+        t5.fuse(model)
+
+
 def test_training_is_refused() -> None:
     """There is no dropout in an epilogue."""
     with pytest.raises(ValueError, match=r"no dropout: call eval\(\)"):

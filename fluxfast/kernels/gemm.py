@@ -143,6 +143,15 @@ def _check(rows: int, width: int, **given: tuple[torch.Tensor, tuple[int, ...]])
         raise ValueError(f"quack's GEMM got tensors on {', '.join(elsewhere)}; it runs on CUDA, `reference` anywhere")
 
 
+def _check_samples(rows: int, samples: int) -> None:
+    """
+    Raises:
+        ValueError: for rows that the samples cannot share.
+    """
+    if rows % samples:
+        raise ValueError(f"{rows} rows cannot be shared evenly by {samples} samples: M must be a multiple of B")
+
+
 @torch.library.custom_op("fluxfast::gelu_linear_quantize", mutates_args=())
 def gelu_linear_quantize(
     q: torch.Tensor,
@@ -249,8 +258,7 @@ def residual_linear(
         "gate": (gate, (samples, width)),
     }
     _check(rows, width, **vectors, **shaped)
-    if rows % samples:
-        raise ValueError(f"{rows} rows cannot be shared evenly by {samples} samples: M must be a multiple of B")
+    _check_samples(rows, samples)
     out = torch.empty_like(residual, memory_format=torch.contiguous_format)
     cut = tiles(rows // samples, width, WIDTHS, processors())
     for a, a_scale, c, d, its_gate in zip(*(x.chunk(samples) for x in (q, scale, residual, out, gate)), strict=True):

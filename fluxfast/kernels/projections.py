@@ -8,6 +8,8 @@ are transposed between the threads of a warp by one instruction (movmatrix). It 
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import cutlass
@@ -18,10 +20,12 @@ from quack.compile_utils import make_fake_tensor
 from quack.epilogue.frontend import EpiMod
 from quack.epilogue.ops import EpiOp, TileStore
 
+from fluxfast.kernels import flash
 from fluxfast.kernels.flash import HEAD_DIM, VALUE_ROWS, _four_codes, _ptx
 from fluxfast.kernels.gemm import (
     _check,
     _check_groups,
+    _check_samples,
     _grouped_operands,
     _vectors,
     begins,
@@ -33,6 +37,8 @@ from fluxfast.kernels.rowwise import E4M3
 
 WIDTHS = (192, 128)
 """Columns of a tile: the first of which Q, K and V each have a multiple, so that none is of two of them."""
+SOURCE = hashlib.sha256(Path(__file__).read_bytes() + flash.SOURCE.encode()).hexdigest()
+"""For quack's cache on disk, which knows an epilogue's operations by their names."""
 
 
 @dsl_user_op
@@ -65,6 +71,9 @@ def _rounded(x, *, loc=None, ip=None):
 
 class _Tensor(EpiOp):
     """An operation of an epilogue with a tensor, which the kernel gets as it is."""
+
+    def config_key(self):
+        return (SOURCE,)
 
     def param_fields(self):
         return [(self.name, object, None)]
@@ -205,14 +214,15 @@ class _QueriesAndKeys(TileStore):
         super().__init__(name, epi_tile_fn=_whole)
 
     def config_key(self):
-        return ()
+        return (SOURCE,)
 
     def store_setup(self, gemm, params, smem_tensor, tiled_copy_r2s, tiled_copy_t2r, tile_coord_mnkl, *rest):
-        *context, _ = super().store_setup(
+        copy, to, write, always = super().store_setup(
             gemm, params, smem_tensor, tiled_copy_r2s, tiled_copy_t2r, tile_coord_mnkl, *rest
         )
+        assert always is None, "what quack asks before it writes a tile is the last of what it is given here"
         columns = _columns_before(params.values)
-        return (*context, tile_coord_mnkl[1] * gemm.cta_tile_shape_mnk[1] < columns)
+        return copy, to, write, tile_coord_mnkl[1] * gemm.cta_tile_shape_mnk[1] < columns
 
 
 def _whole(gemm, epi_tile):
@@ -322,8 +332,7 @@ def qkv_linear(
     _check_width(width)
     vectors = {"scale": (scale, (rows, 1)), "weight_scale": (weight_scale, (1, width)), "bias": (bias, (width,))}
     _check(rows, width, q=(q, (rows, weight.shape[1])), **vectors)
-    if rows % samples:
-        raise ValueError(f"{rows} rows cannot be shared evenly by {samples} samples: M must be a multiple of B")
+    _check_samples(rows, samples)
     outputs = _outputs(q, samples, rows // samples, width)
     qk, values, largest = outputs
     by_sample = zip(*(x.chunk(samples) for x in (q, scale, qk)), values, largest[:, None], strict=True)

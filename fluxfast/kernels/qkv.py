@@ -58,7 +58,7 @@ def _one_stream(
     WIDTH: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     HADAMARD: tl.constexpr, Q_SCALE: tl.constexpr, WITH_V: tl.constexpr,
 ):  # fmt: skip
-    """One token of one stream: `qkv` points at its 3 * WIDTH values, q, k, v at its heads in the outputs."""
+    """One token of one stream: `qkv` points at its values, WIDTH each, q, k, v at its heads in the outputs."""
     value_q = tl.load(qkv + offsets, mask=mask, other=0.0).to(tl.float32)
     value_k = tl.load(qkv + WIDTH + offsets, mask=mask, other=0.0).to(tl.float32)
     if WITH_V:
