@@ -71,13 +71,9 @@ def compile_dense(name: str, rows: int, columns: int, k: int = 4096) -> None:
     """A product of T5's, cut as on a GPU, with a gate if its epilogue has one."""
     x, weight = (torch.empty(n, k, dtype=torch.bfloat16) for n in (rows, columns))
     gated = name == "gated_gelu"
-    if gated:
-        cut = gemm.tiles(rows, columns, gemm.GELU_WIDTHS, PROCESSORS, dense.GATED_ONE_WAVE_WIDTHS)
-        given = (None,)
-        more = {dense.GATED: torch.empty(rows, columns // 2, dtype=torch.bfloat16)}
-    else:
-        cut, more = gemm.tiles(rows, columns, gemm.WIDTHS, PROCESSORS), {}
-        given = (torch.empty(rows, columns, dtype=torch.bfloat16),) * 2
+    cut = dense.tiles_of(rows, columns, PROCESSORS, gated=gated)
+    out = torch.empty(rows, columns // 2 if gated else columns, dtype=torch.bfloat16)
+    given, more = ((None,), {dense.GATED: out}) if gated else ((out, torch.empty_like(out)), {})
     getattr(dense, name).gemm(x, weight, *given, epi_args=more, _launch=False, **cut)
     take(f"dense_{name}_{columns}")
 

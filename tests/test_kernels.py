@@ -528,8 +528,7 @@ def test_tiles_of_dense_linears(gated, rows, columns, width, takes_turns):
     """The widths that were the fastest on a Hopper for T5-XXL; with a gate, thirty-twos."""
     from fluxfast.kernels import dense, gemm
 
-    widths = (gemm.GELU_WIDTHS, 132, dense.GATED_ONE_WAVE_WIDTHS) if gated else (gemm.WIDTHS, 132)
-    cut = gemm.tiles(rows, columns, *widths)
+    cut = dense.tiles_of(rows, columns, 132, gated=gated)
     assert (cut["tile_N"], cut["pingpong"]) == (width, takes_turns)
     assert not any(width % 32 for width in (*gemm.GELU_WIDTHS, *dense.GATED_ONE_WAVE_WIDTHS))
 

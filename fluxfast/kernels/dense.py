@@ -7,6 +7,8 @@ stream takes the 45 us of the feed-forward's last Linear one more.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from quack.epilogue.frontend import gemm_epilogue
 from quack.epilogue.library import linear_act_mod
@@ -28,6 +30,13 @@ def add_residual(acc, c):
     return {"D": c + acc}
 
 
+def tiles_of(rows: int, columns: int, at_once: int, *, gated: bool = False) -> dict[str, Any]:
+    """`gemm.tiles` of a product, both Linears' columns in front of a gate."""
+    if gated:
+        return tiles(rows, columns, GELU_WIDTHS, at_once, GATED_ONE_WAVE_WIDTHS)
+    return tiles(rows, columns, WIDTHS, at_once)
+
+
 @torch.library.custom_op("fluxfast::gated_gelu_linear", mutates_args=())
 def gated_gelu_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """gelu_tanh(x @ gate.T) * (x @ up.T), rounded once.
@@ -46,8 +55,7 @@ def gated_gelu_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     rows, width, k = len(x), len(weight) // 2, weight.shape[1]
     _check(rows, width, x=(x, (rows, k)), weight=(weight, (2 * width, k)))
     out = x.new_empty((rows, width))
-    cut = tiles(rows, 2 * width, GELU_WIDTHS, processors(), GATED_ONE_WAVE_WIDTHS)
-    gated_gelu.gemm(x, weight, None, epi_args={GATED: out}, **cut)
+    gated_gelu.gemm(x, weight, None, epi_args={GATED: out}, **tiles_of(rows, 2 * width, processors(), gated=True))
     return out
 
 
@@ -72,7 +80,7 @@ def residual_dense_linear(x: torch.Tensor, weight: torch.Tensor, residual: torch
     rows, width = len(x), len(weight)
     _check(rows, width, x=(x, (rows, weight.shape[1])), residual=(residual, (rows, width)))
     out = torch.empty_like(residual, memory_format=torch.contiguous_format)
-    add_residual.gemm(x, weight, out, residual, epi_args={}, **tiles(rows, width, WIDTHS, processors()))
+    add_residual.gemm(x, weight, out, residual, epi_args={}, **tiles_of(rows, width, processors()))
     return out
 
 
