@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.models.t5.modeling_t5 import T5Block
+
+from fluxfast.compilation import text_encoder_layers
 
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
 """GELU in its tanh form as transformers calls it."""
@@ -103,7 +104,7 @@ def fuse(encoder: nn.Module) -> None:
             several types, or in training mode. It is left as it was.
         ImportError: if quack is not installed.
     """
-    config, found = encoder.config, blocks(encoder)
+    config, found = encoder.config, text_encoder_layers(encoder)
     if len(found) != config.num_layers or with_one_projection(encoder):
         raise ValueError(
             f"fused_t5 is for the {config.num_layers} blocks that transformers makes of T5, got {len(found)} of them, "
@@ -114,9 +115,10 @@ def fuse(encoder: nn.Module) -> None:
             f"fused_t5 is for a feed-forward of gated GELU in its tanh form ({' or '.join(TANH_GELU)}), got "
             f"{config.feed_forward_proj!r} with {config.dense_act_fn!r}: load another level"
         )
-    if biased := [n for n, m in encoder.named_modules() if isinstance(m, nn.Linear) and m.bias is not None]:
+    linears = {name: module for name, module in encoder.named_modules() if isinstance(module, nn.Linear)}
+    if biased := [name for name, linear in linears.items() if linear.bias is not None]:
         raise ValueError(f"fused_t5 is for Linears without a bias, and {len(biased)} have one, {biased[0]} among them")
-    types = {linear.weight.dtype for linear in encoder.modules() if isinstance(linear, nn.Linear)}
+    types = {linear.weight.dtype for linear in linears.values()}
     if len(types) > 1:
         # In float16 transformers keeps `wo` in float32.
         names = " and ".join(sorted(map(str, types)))
@@ -128,16 +130,11 @@ def fuse(encoder: nn.Module) -> None:
         block.layer[-1] = FusedT5FeedForward(block.layer[-1])
 
 
-def blocks(encoder: nn.Module) -> list[T5Block]:
-    """The blocks of a T5 encoder."""
-    return [m for m in encoder.modules() if isinstance(m, T5Block)]
-
-
 def with_one_projection(encoder: nn.Module) -> int:
     """How many blocks have q, k and v from one Linear and from no other."""
     return sum(
         isinstance(layer, FusedT5SelfAttention)
         and isinstance(layer.to_qkv, nn.Linear)
         and not any(isinstance(m, nn.Linear) for m in layer.SelfAttention.modules())
-        for layer in (block.layer[0] for block in blocks(encoder))
+        for layer in (block.layer[0] for block in text_encoder_layers(encoder))
     )

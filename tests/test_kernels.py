@@ -379,8 +379,8 @@ def test_source_of_an_epilogue_is_in_its_key(monkeypatch):
     """quack keeps kernels on disk, and tells operations of an epilogue by their names alone."""
     from fluxfast.kernels import projections
 
-    operations = (*projections.product.sinks.values(), *projections.product.output_ops.values())
-    operations = (*operations, *projections.product.extra_ops)
+    product = projections.product
+    operations = (*product.sinks.values(), *product.output_ops.values(), *product.extra_ops)
     assert [own.name for own in operations] == ["values", "qk", "largest"]
     before = [own.cache_key() for own in operations]
     monkeypatch.setattr(projections, "SOURCE", "another")

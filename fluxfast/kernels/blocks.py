@@ -310,23 +310,16 @@ class GroupedFluxTransformerBlock(_ModulatedBlock):
         norm = self.ops.grouped.layernorm_modulate
         # Each (B, 2, D).
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation.unflatten(-1, (2, 6, -1)).unbind(2)
-        q, q_scale = norm(x, shift, scale, tokens, self.eps)
-        heads = self._heads(q, q_scale, tokens, rotary)
-        attended, attended_scale = self._attend(*heads)
+        qkv, beside = without_values(self.to_qkv.forward_grouped(*norm(x, shift, scale, tokens, self.eps), tokens))
+        weights = (self.norm_q.weight, self.norm_k.weight)
+        text_weights = (self.norm_added_q.weight, self.norm_added_k.weight)
+        streams = qkv[:, tokens:], *weights, *rotary, EPS, qkv[:, :tokens], *text_weights
+        attended, attended_scale = self._attend(*self.ops.qk_norm_rope(*streams, **beside))
         assert attended_scale is not None, "grouped GEMMs are float8's"
         attended, attended_scale = attended.unflatten(0, x.shape[:2]), attended_scale.unflatten(0, x.shape[:2])
         x = self.to_out.forward_grouped(attended, attended_scale, x, gate, tokens)
         activated = self.ff_in.forward_grouped(*norm(x, mlp_shift, mlp_scale, tokens, self.eps), tokens)
         return self.ff_out.forward_grouped(*activated, x, mlp_gate, tokens)
-
-    def _heads(self, q: torch.Tensor, scale: torch.Tensor, tokens: int, rotary: Rotary) -> tuple[torch.Tensor, ...]:
-        """The normed stream, quantised -> what attention takes."""
-        qkv, beside = without_values(self.to_qkv.forward_grouped(q, scale, tokens))
-        weights = (self.norm_q.weight, self.norm_k.weight)
-        text_weights = (self.norm_added_q.weight, self.norm_added_k.weight)
-        streams = qkv[:, tokens:], *weights, *rotary, EPS, qkv[:, :tokens], *text_weights
-        prepared: tuple[torch.Tensor, ...] = self.ops.qk_norm_rope(*streams, **beside)
-        return prepared
 
 
 class FusedFluxSingleTransformerBlock(_ModulatedBlock):
@@ -389,16 +382,18 @@ class FusedFluxSingleTransformerBlock(_ModulatedBlock):
         shift, scale, gate = modulation.chunk(3, dim=-1)
         sizes = sizes_of(x)
         residual, q, q_scale = self._norm(x, shift, scale)
+        if self.ops.qkv_linear is None:
+            projected = self.to_qkv.forward_quantized(q, q_scale)
+        else:
+            projected = self.to_qkv.forward_qkv(q, q_scale, sizes[0])
         if self.ops.attention_quantize is not None:
-            heads = self._heads(q, q_scale, sizes, rotary)
+            heads = self._heads(projected, sizes, rotary)
             bound, beside = self.proj_mlp.bound, self.proj_mlp.out_features
             quantized = self.ops.attention_quantize(*heads, q_scale, bound, beside)
             self.proj_mlp.forward_gelu_beside(q, q_scale, *quantized)
         elif self.ops.gelu_linear is not None:
-            attended = self._attended(self.to_qkv.forward_quantized(q, q_scale), sizes, rotary)
-            quantized = self.proj_mlp.forward_gelu(q, q_scale, attended)
+            quantized = self.proj_mlp.forward_gelu(q, q_scale, self._attended(projected, sizes, rotary))
         else:
-            projected = self.to_qkv.forward_quantized(q, q_scale)
             if self.proj_mlp is None:
                 mlp, projected = projected[:, self.qkv_width :], projected[:, : self.qkv_width]
             else:
@@ -407,21 +402,13 @@ class FusedFluxSingleTransformerBlock(_ModulatedBlock):
         ends = self._project_back(self.proj_out, quantized, residual, gate)
         return self._leave(*ends, modulation, "hidden_states", sizes)
 
-    def _heads(
-        self, q: torch.Tensor, scale: torch.Tensor, sizes: torch.Size, rotary: Rotary
-    ) -> tuple[torch.Tensor, ...]:
-        """The normed stream, quantised -> what attention takes."""
-        if self.ops.qkv_linear is not None:
-            return self._norm_rope(self.to_qkv.forward_qkv(q, scale, sizes[0]), sizes, rotary)
-        return self._norm_rope(self.to_qkv.forward_quantized(q, scale), sizes, rotary)
-
-    def _norm_rope(self, projected: Projected, sizes: torch.Size, rotary: Rotary) -> tuple[torch.Tensor, ...]:
-        """QKV as rows (B * S, 3 * D), or what is beside V -> what attention takes."""
+    def _heads(self, projected: Projected, sizes: torch.Size, rotary: Rotary) -> tuple[torch.Tensor, ...]:
+        """QKV as rows (B * S, 3 * D), or without V, which is beside it -> what attention takes."""
         qkv, beside = without_values(projected)
         streams = qkv.unflatten(0, sizes), self.norm_q.weight, self.norm_k.weight, *rotary, EPS
-        prepared: tuple[torch.Tensor, ...] = self.ops.qk_norm_rope(*streams, **beside)
-        return prepared
+        heads: tuple[torch.Tensor, ...] = self.ops.qk_norm_rope(*streams, **beside)
+        return heads
 
     def _attended(self, qkv: torch.Tensor, sizes: torch.Size, rotary: Rotary) -> torch.Tensor:
         """QKV as rows (B * S, 3 * D) -> what attention makes of them, rows (B * S, D), not quantised yet."""
-        return rows(self.attention(*self._norm_rope(qkv, sizes, rotary)).flatten(2))
+        return rows(self.attention(*self._heads(qkv, sizes, rotary)).flatten(2))

@@ -232,12 +232,12 @@ def _launch(
     text_norm_k: torch.Tensor | None,
     *,
     hadamard: bool,
+    parts: int = 3,
     coded: bool = False,
-    with_v: bool = True,
     with_largest: bool = False,
 ) -> tuple[torch.Tensor, ...]:
-    """Q and K, V, and the largest of V; what is `coded` is for `coded_attention`, with V transposed."""
-    head_dim, parts = norm_q.shape[0], 3 if with_v else 2
+    """Q and K, V if it is one of the parts, and its largest; `coded` is for `coded_attention`, with V transposed."""
+    head_dim = norm_q.shape[0]
     _check(qkv, head_dim, cos, sin, (text_qkv, text_norm_q, text_norm_k), hadamard=hadamard, parts=parts)
     text_tokens = 0 if text_qkv is None else text_qkv.shape[1]
     # Without text the text pointers are never read.
@@ -246,8 +246,9 @@ def _launch(
     text_norm_k = norm_k if text_norm_k is None else text_norm_k
     require_runnable(qkv, text, norm_q, norm_k, text_norm_q, text_norm_k, cos, sin)
     batch, tokens, heads = qkv.shape[0], text_tokens + qkv.shape[1], qkv.shape[2] // (parts * head_dim)
-    outputs = _outputs(qkv, tokens, head_dim, transposed=coded, with_v=with_v)
-    q, k, v = outputs if with_v else (*outputs, outputs[0])
+    outputs = _outputs(qkv, tokens, head_dim, parts=parts, transposed=coded)
+    # Without V its pointer is never written to.
+    q, k, v = outputs[0], outputs[1], outputs[-1]
     largest = qkv.new_empty(batch, dtype=torch.int32) if with_largest else None
     wrap_triton(_qk_norm_rope_kernel)[(batch * tokens, triton.cdiv(heads, HEADS_PER_PROGRAM))](
         text,
@@ -280,7 +281,7 @@ def _launch(
         with_largest,
         num_warps=NUM_WARPS,
     )
-    if coded and with_v:
+    if coded and parts == 3:
         padded = v.shape[-1]
         wrap_triton(_transpose_v_kernel)[(triton.cdiv(padded, TRANSPOSED_TOKENS), batch * heads)](
             text,
@@ -306,12 +307,12 @@ def _launch(
 
 
 def _outputs(
-    qkv: torch.Tensor, tokens: int, head_dim: int, *, transposed: bool = False, with_v: bool = True
+    qkv: torch.Tensor, tokens: int, head_dim: int, *, parts: int = 3, transposed: bool = False
 ) -> tuple[torch.Tensor, ...]:
-    """q, k and v of both streams together, not written yet."""
-    shape = (qkv.shape[0], tokens, qkv.shape[2] // ((3 if with_v else 2) * head_dim), head_dim)
-    shapes = (shape, shape, *((transposed_shape(*shape) if transposed else shape,) if with_v else ()))
-    return tuple(qkv.new_empty(own, dtype=E4M3) for own in shapes)
+    """q, k and v, or the first two, of both streams together, not written yet."""
+    shape = (qkv.shape[0], tokens, qkv.shape[2] // (parts * head_dim), head_dim)
+    shapes = (shape, shape, transposed_shape(*shape) if transposed else shape)
+    return tuple(qkv.new_empty(own, dtype=E4M3) for own in shapes[:parts])
 
 
 @triton_op("fluxfast::qk_norm_rope_quantize", mutates_args={})
@@ -426,13 +427,13 @@ def qk_norm_rope_hadamard_quantize_without_values(
     qk and text_qk have no V: (B, S, 2 * H * Dh).
     """
     arguments = (qk, norm_q, norm_k, cos, sin, eps, text_qk, text_norm_q, text_norm_k)
-    q, k = _launch(*arguments, hadamard=True, coded=True, with_v=False)
+    q, k = _launch(*arguments, hadamard=True, parts=2, coded=True)
     return q, k
 
 
 @qk_norm_rope_hadamard_quantize_without_values.register_fake
 def _(qk, norm_q, norm_k, cos, sin, eps=1e-6, text_qk=None, text_norm_q=None, text_norm_k=None):
-    return _outputs(qk, cos.shape[0], norm_q.shape[0], with_v=False)
+    return _outputs(qk, cos.shape[0], norm_q.shape[0], parts=2)
 
 
 @qk_norm_rope_hadamard_quantize_mixed.register_fake
